@@ -1,0 +1,228 @@
+"""The seam: every op the model calls, and the one place that decides between Triton and the reference.
+
+Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, P padded vocabulary, N rows.
+
+FUSEDGPT_KERNELS=auto (default) takes a Triton kernel where the device has one, `triton` insists on it,
+`reference` never does. Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar
+tensors, give the same mask; draw a new one by another offset, at least numel / 8 further on.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fusedgpt.kernels import linear_cross_entropy as lce
+from fusedgpt.kernels import reference
+
+OPS = (
+    "attention",
+    "decode_attention",
+    "layer_norm",
+    "dropout_add_layer_norm",
+    "gelu",
+    "bias_gelu",
+    "linear_cross_entropy",
+    "adamw",
+)
+_TRITON_OPS: frozenset[str] = frozenset()  # filled as the kernels arrive
+
+
+def backend(op: str, device: torch.device) -> str:
+    """"triton" or "reference": the path `op` takes for tensors on `device`.
+
+    Raises ValueError for an unknown FUSEDGPT_KERNELS, or where it says `triton` and there is no such kernel.
+    """
+    choice = os.environ.get("FUSEDGPT_KERNELS", "auto")
+    if choice not in ("auto", "triton", "reference"):
+        raise ValueError(f"FUSEDGPT_KERNELS is {choice!r}, expected auto, triton or reference")
+    available = op in _TRITON_OPS and device.type == "cuda"
+    if choice == "triton" and not available:
+        raise ValueError(f"FUSEDGPT_KERNELS=triton, but {op} has no Triton kernel for {device.type} tensors yet")
+    return "triton" if available and choice != "reference" else "reference"
+
+
+def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        _expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
+        _expect(x.device == first.device, name, f"device {first.device}", x.device)
+
+
+def _check_dropout(p: float, seed: Tensor | None, offset: Tensor | None) -> None:
+    _expect(0.0 <= p < 1.0, "dropout_p", "0 <= p < 1", p)
+    if p > 0.0:
+        for name, x in (("seed", seed), ("offset", offset)):
+            _expect(x is not None, name, "an int64 scalar tensor when dropout_p > 0", x)
+            assert x is not None
+            _expect(x.dtype == torch.int64 and x.ndim == 0, name, "an int64 scalar tensor", (x.dtype, x.shape))
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """x with elements dropped with probability p and the others scaled by 1 / (1 - p).
+
+    x: any shape, floating point. seed, offset: int64 scalars, needed when p > 0. Raises ValueError.
+    """
+    _check_floating(x=x)
+    _check_dropout(p, seed, offset)
+    if p == 0.0:
+        return x
+    assert seed is not None
+    assert offset is not None
+    return reference.dropout(x, p, seed, offset)
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """Causal self-attention: softmax(scale * q k^T, causal) v, with dropout on the weights.
+
+    q, k, v: (B, T, H, D), any strides, one floating dtype. scale: 1 / sqrt(D) if None. documents: int ids;
+    tokens see only tokens of their own id. Returns (B, T, H, D) in q's dtype; softmax in fp32.
+    Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
+    """
+    _check_floating(q=q, k=k, v=v)
+    _expect(q.ndim == 4, "q", "(B, T, H, D)", tuple(q.shape))
+    for name, x in (("k", k), ("v", v)):
+        _expect(x.shape == q.shape, name, f"the shape of q, {tuple(q.shape)}", tuple(x.shape))
+        _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
+    _check_dropout(dropout_p, seed, offset)
+    if documents is not None:
+        _expect(documents.shape == q.shape[:2], "documents", f"{tuple(q.shape[:2])}", tuple(documents.shape))
+        _expect(not documents.is_floating_point(), "documents", "an integer tensor", documents.dtype)
+    backend("attention", q.device)
+    return reference.attention(
+        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    )
+
+
+def decode_attention(
+    q: Tensor,  # (B, H, D)
+    k_cache: Tensor,  # (B, T, H, D)
+    v_cache: Tensor,  # (B, T, H, D)
+    lengths: Tensor,  # (B,) int
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one query token a sequence over the first lengths[b] >= 1 rows of its cache.
+
+    Returns (B, H, D) in q's dtype. scale: 1 / sqrt(D) if None. Raises ValueError naming the argument.
+    """
+    _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
+    _expect(q.ndim == 3, "q", "(B, H, D)", tuple(q.shape))
+    B, H, D = q.shape
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (B, H, D)
+        _expect(fits, name, f"({B}, T, {H}, {D})", tuple(x.shape))
+        _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
+    _expect(lengths.shape == (B,), "lengths", f"({B},)", tuple(lengths.shape))
+    backend("decode_attention", q.device)
+    return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    _check_floating(x=x, weight=weight, bias=bias)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _expect(parameter.shape == x.shape[-1:], name, f"{tuple(x.shape[-1:])}", tuple(parameter.shape))
+    _expect(eps > 0.0, "eps", "a positive number", eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, statistics in fp32.
+
+    x: (..., C); weight, bias: (C,), any floating dtype. Returns x's shape and dtype. Raises ValueError.
+    Source: Ba et al. 2016.
+    """
+    _check_norm(x, weight, bias, eps)
+    backend("layer_norm", x.device)
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, new_residual) with new_residual = residual + dropout(x) and y = layer_norm(new_residual).
+
+    The sum is made in fp32 and rounded once to residual's dtype, which is also y's. Raises ValueError.
+    """
+    _check_norm(x, weight, bias, eps)
+    _check_floating(x=x, residual=residual)
+    _expect(residual.shape == x.shape, "residual", f"the shape of x, {tuple(x.shape)}", tuple(residual.shape))
+    _check_dropout(dropout_p, seed, offset)
+    backend("dropout_add_layer_norm", x.device)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, any shape and floating dtype. Source: Hendrycks and Gimpel 2016."""
+    _check_floating(x=x)
+    backend("gelu", x.device)
+    return reference.gelu(x)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype. Raises ValueError."""
+    _check_floating(x=x, bias=bias)
+    _expect(bias.shape == x.shape[-1:], "bias", f"{tuple(x.shape[-1:])}", tuple(bias.shape))
+    backend("bias_gelu", x.device)
+    return reference.bias_gelu(x, bias)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (P, C)
+    targets: Tensor,  # (N,) int64
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the logits hidden @ weight.T, which never exist all at once.
+
+    hidden: (N, C) in the compute dtype; weight: (P, C), any floating dtype, of which rows from vocab_size on
+    are padding; targets: (N,) int64, 0 .. vocab_size - 1 or ignore_index (such rows count nowhere).
+    reduction: "mean" over the counted rows (0 if there are none), "sum" or "none" (N,). z_loss adds
+    z_loss * logsumexp(logits)^2 a row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
+    """
+    _check_floating(hidden=hidden, weight=weight)
+    _expect(hidden.ndim == 2, "hidden", "(N, C)", tuple(hidden.shape))
+    fits = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
+    _expect(fits, "weight", f"(P, {hidden.shape[1]})", tuple(weight.shape))
+    _expect(targets.shape == hidden.shape[:1], "targets", f"({len(hidden)},)", tuple(targets.shape))
+    _expect(targets.dtype == torch.int64, "targets", "int64", targets.dtype)
+    _expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    _expect(0 < vocab_size <= len(weight), "vocab_size", f"1 to {len(weight)}", vocab_size)
+    backend("linear_cross_entropy", hidden.device)
+    options = (vocab_size, ignore_index, label_smoothing, z_loss)
+    counted = (targets != ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
+    row_scale = counted / counted.sum().clamp(min=1) if reduction == "mean" else counted
+    if reduction == "none" or not torch.is_grad_enabled():
+        losses = lce.linear_cross_entropy_rows(hidden, weight, targets, *options)
+        return losses if reduction == "none" else losses @ row_scale
+    total: Tensor = lce.linear_cross_entropy_sum(hidden, weight, targets, row_scale, *options)[0]
+    return total

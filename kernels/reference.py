@@ -1,0 +1,164 @@
+"""The plain-PyTorch twin of every fused op: the truth in tests, the CPU path, the baseline in benchmarks.
+
+Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, N rows.
+Low-precision inputs (bf16, fp16) are computed in fp32 where precision is decided (softmax, statistics,
+loss) and rounded once at the end; fp32 and fp64 inputs stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOW_MASK = 0xFFFFFFFF
+_PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Random123, section 5.2)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32 if it is bf16 or fp16, else unchanged."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """n Philox-4x32 blocks at counters offset .. offset + n - 1 under the key `seed`.
+
+    Counter-based: block i is a pure function of (seed, offset + i), on every device and in every kernel.
+    seed, offset: int64 scalars. Returns (n, 4) int64, each entry 32 random bits.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
+    c0, c1 = counter & _LOW_MASK, (counter >> 32) & _LOW_MASK
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _LOW_MASK, (seed >> 32) & _LOW_MASK
+    for _ in range(_PHILOX_ROUNDS):
+        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap mod 2^64, as they should
+        c0, c1 = ((right >> 32) & _LOW_MASK) ^ c1 ^ k0, right & _LOW_MASK
+        c2, c3 = ((left >> 32) & _LOW_MASK) ^ c3 ^ k1, left & _LOW_MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW_MASK, (k1 + 0xBB67AE85) & _LOW_MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """The kept elements (bool, `shape`) of a dropout with probability p in steps of 1/65536.
+
+    Element i takes 16-bit lane i % 8 of Philox block offset + i // 8: the same mask for the same
+    (seed, offset), forward, backward and recomputed. seed, offset: int64 scalars.
+    """
+    n = shape.numel()
+    blocks = philox4x32((n + 7) // 8, seed, offset)
+    lanes = (blocks - 2**31).to(torch.int32).view(torch.int16).view(-1)[:n]  # uniform in [-32768, 32767]
+    return (lanes >= round(p * 65536) - 32768).view(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """x with elements dropped with probability p and the rest scaled by 1 / (1 - p). Any shape and dtype."""
+    return x * (dropout_mask(x.shape, p, seed, offset) * (1.0 / (1.0 - p))).to(x.dtype)
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """Causal self-attention; see ops.attention. Returns (B, T, H, D)."""
+    T, D = q.shape[1], q.shape[3]
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if dropout_p == 0.0 and documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
+    scores = (at_least_fp32(q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).to(q.dtype)  # (B, H, T, T)
+    if dropout_p > 0.0:
+        assert seed is not None
+        assert offset is not None
+        weights = dropout(weights, dropout_p, seed, offset)
+    return (weights @ v).transpose(1, 2)
+
+
+def decode_attention(
+    q: Tensor,  # (B, H, D)
+    k_cache: Tensor,  # (B, T, H, D)
+    v_cache: Tensor,  # (B, T, H, D)
+    lengths: Tensor,  # (B,) int, how many cache rows are valid
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One query token against a key-value cache; see ops.decode_attention. Returns (B, H, D)."""
+    valid = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, T)
+    return F.scaled_dot_product_attention(
+        q[:, :, None],
+        k_cache.transpose(1, 2),
+        v_cache.transpose(1, 2),
+        attn_mask=valid[:, None, None],
+        scale=scale,
+    )[:, :, 0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension with fp32 statistics; see ops.layer_norm."""
+    wide = at_least_fp32(x)
+    return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(residual + dropout(x)), residual + dropout(x)); see ops.dropout_add_layer_norm."""
+    if dropout_p > 0.0:
+        assert seed is not None
+        assert offset is not None
+        x = dropout(x, dropout_p, seed, offset)
+    residual = (at_least_fp32(residual) + x).to(residual.dtype)
+    return layer_norm(residual, weight, bias, eps), residual
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, any shape."""
+    return F.gelu(x, approximate="tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias); x (..., C), bias (C,)."""
+    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C), rows from vocab_size on are padding
+    targets: Tensor,  # (N,) int64
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of hidden @ weight.T with all logits in memory; see ops.linear_cross_entropy."""
+    logits = at_least_fp32(hidden @ weight[:vocab_size].to(hidden.dtype).T)  # (N, V)
+    loss = F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    counted = targets != ignore_index
+    loss = loss + z_loss * torch.where(counted, logits.logsumexp(-1) ** 2, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / counted.sum().clamp(min=1) if reduction == "mean" else loss.sum()

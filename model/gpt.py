@@ -1,0 +1,235 @@
+"""GPT-2, leaf to whole, in the names of OpenAI's checkpoint.
+
+Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
+
+Parameters may be fp32 while activations are bf16: every layer casts its weights to the dtype that comes in,
+and `GPT.compute_dtype` decides what goes in. Dropout is counter-based: its masks are a pure function of
+(dropout_seed, dropout_step, layer), so a resumed or recomputed step draws the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedgpt.kernels import ops
+from fusedgpt.model.config import GPTConfig
+
+_OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutState:
+    """Where a step's dropout masks come from; layer i uses seed + its own site number."""
+
+    p: float
+    seed: Tensor  # int64 scalar
+    offset: Tensor  # int64 scalar
+
+    def at(self, site: int) -> tuple[float, Tensor, Tensor]:
+        """(p, seed, offset) for one place in the network."""
+        return self.p, self.seed + site, self.offset
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: (n_layer, B, T_max, H, D) each, `length` rows filled."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+        shape = (config.n_layer, batch_size, config.block_size, config.n_head, config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, H, D) behind what is there; returns the layer's whole cache (B, T_max, H, D)."""
+        end = self.length + k.shape[1]
+        self.k[layer, :, self.length : end], self.v[layer, :, self.length : end] = k, v
+        return self.k[layer], self.v[layer]
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """The parameters of a LayerNorm; fused with the residual add before it where there is one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, dropout: tuple[float, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(norm of the new residual, the new residual); new residual = residual + dropout(x)."""
+        return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, *dropout)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention over a fused qkv projection."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        dropout: tuple[float, Tensor, Tensor],
+        documents: Tensor | None,  # (B, T)
+        cache: KVCache | None,
+    ) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
+        if cache is not None:
+            k_cache, v_cache = cache.append(self.layer, k, v)
+        if cache is not None and cache.length:
+            lengths = torch.full((B,), cache.length + 1, device=x.device)
+            y = ops.decode_attention(q[:, 0], k_cache, v_cache, lengths)  # (B, H, D)
+        else:
+            p, seed, offset = dropout
+            y = ops.attention(q, k, v, dropout_p=p, seed=seed, offset=offset, documents=documents)
+        out: Tensor = self.c_proj(y.reshape(B, T, C))
+        return out
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between, with a tanh GELU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.linear(x, self.c_fc.weight.to(x.dtype))  # (B, T, 4C)
+        out: Tensor = self.c_proj(ops.bias_gelu(wide, self.c_fc.bias))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm block, ending in the norm of what follows it so that every residual add is fused."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ln_1 = LayerNorm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C) ln_1 of the residual
+        residual: Tensor,  # (B, T, C)
+        next_norm: LayerNorm,
+        dropout: DropoutState,
+        documents: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(next_norm of the new residual, the new residual)."""
+        site = 3 * self.layer + 1  # site 0 is the embedding
+        a = self.attn(x, dropout.at(site), documents, cache)
+        x, residual = self.ln_2.add(a, residual, dropout.at(site + 1))
+        return next_norm.add(self.mlp(x), residual, dropout.at(site + 2))
+
+
+class GPT(nn.Module):
+    """GPT-2 with learned positions and a head tied to the token embedding.
+
+    `compute_dtype` is the dtype of activations (None: that of the parameters); `dropout_step` counts training
+    forwards, set it to continue an earlier run's dropout exactly.
+    """
+
+    dropout_seed: Tensor
+    dropout_step: Tensor
+
+    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.register_buffer("dropout_seed", torch.tensor(seed), persistent=False)
+        self.register_buffer("dropout_step", torch.tensor(0), persistent=False)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """GPT-2's: N(0, 0.02), projections into the residual scaled by 1 / sqrt(2 * n_layer), biases 0."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, residual_std, generator=generator)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        self.wte.weight[self.config.vocab_size :] = 0.0
+
+    def _dropout_state(self) -> DropoutState:
+        if not self.training or self.config.dropout == 0.0:
+            return DropoutState(p=0.0, seed=self.dropout_seed, offset=self.dropout_step)
+        step = self.dropout_step.add_(1).clone()
+        return DropoutState(p=self.config.dropout, seed=self.dropout_seed, offset=step << _OFFSET_BITS)
+
+    def hidden(
+        self, idx: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
+        T, start = idx.shape[1], cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"idx: {start + T} tokens, but block_size is {self.config.block_size}")
+        if start and T != 1:
+            raise ValueError(f"idx: a filled cache takes one token at a time, got {T}")
+        dropout = self._dropout_state()
+        positions = torch.arange(start, start + T, device=idx.device)
+        embedded = (self.wte(idx) + self.wpe(positions)).to(self.compute_dtype or self.wte.weight.dtype)
+        residual = ops.dropout(embedded, *dropout.at(0))  # (B, T, C)
+        norms = [block.ln_1 for block in self.h] + [self.ln_f]
+        x = norms[0](residual)
+        for block, next_norm in zip(self.h, norms[1:], strict=True):
+            x, residual = block(x, residual, next_norm, dropout, documents, cache)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
+        return F.linear(hidden, self.wte.weight[: self.config.vocab_size].to(hidden.dtype))
+
+    def forward(
+        self,
+        idx: Tensor,  # (B, T) int64
+        targets: Tensor | None = None,  # (B, T) int64, -100 is ignored
+        *,
+        documents: Tensor | None = None,  # (B, T) int, see ops.attention
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss, a fp32 scalar ("none": one a token, (B * T,)) if targets are given, else logits (B, T, V).
+
+        Raises ValueError where idx is longer than block_size or a target is no token.
+        """
+        hidden = self.hidden(idx, documents=documents)
+        if targets is None:
+            return self.logits(hidden)
+        return ops.linear_cross_entropy(
+            hidden.view(-1, self.config.n_embd),
+            self.wte.weight,
+            targets.reshape(-1),
+            vocab_size=self.config.vocab_size,
+            reduction=reduction,
+        )
