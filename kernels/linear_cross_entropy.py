@@ -2,7 +2,9 @@
 
 For logits z = h W^T, lse = log sum exp z and loss = lse - z[target], the gradient of a row is
 softmax(z) - onehot(target): the forward already has all it needs, so each chunk makes its logits, its losses
-and, when gradients are wanted, its d-logits, dh = dz W and dW += dz^T h before the next chunk reuses the buffer.
+and, when gradients are wanted, its d-logits dz, dh = dz W and dW += dz^T h before the next chunk takes the
+buffer over.
+
 Label smoothing s and z-loss c change a row to
 
     loss = lse - (1 - s) z[target] - s mean(z) + c lse^2
@@ -41,7 +43,9 @@ def _row_losses(logits: Tensor, targets: Tensor, counted: Tensor, o: LossOptions
     total = logits.sub_(peak[:, None]).exp_().sum(dim=1)
     logits.div_(total[:, None])
     lse = peak + total.log()
-    loss = lse - (1 - o.label_smoothing) * target_logit - o.label_smoothing * mean_logit + o.z_loss * lse * lse
+    loss = (
+        lse - (1 - o.label_smoothing) * target_logit - o.label_smoothing * mean_logit + o.z_loss * lse * lse
+    )
     return torch.where(counted, loss, 0.0), lse
 
 
@@ -64,14 +68,17 @@ def _softmax_chunk(
     """Losses and d-logits of one chunk, a few rows at a time so that the fp32 copy stays in cache."""
     counted = targets != o.ignore_index
     safe_targets = torch.where(counted, targets, 0)
+    if row_scale is not None:
+        row_scale = torch.where(counted, row_scale, 0.0)
     for i in range(0, len(logits), _ROWS_PER_SOFTMAX):
         rows = slice(i, i + _ROWS_PER_SOFTMAX)
-        wide = logits[rows, : o.vocab_size].to(loss.dtype, copy=row_scale is None)
+        wide = logits[rows, : o.vocab_size].to(loss.dtype)  # of fp32 logits a view, so written in place
         loss[rows], lse = _row_losses(wide, safe_targets[rows], counted[rows], o)
         if row_scale is not None:
-            logits[rows, : o.vocab_size] = _to_dlogits(wide, lse, safe_targets[rows], row_scale[rows], o)
-    if row_scale is not None:
-        logits[:, o.vocab_size :] = 0.0
+            dlogits = _to_dlogits(wide, lse, safe_targets[rows], row_scale[rows], o)
+            if dlogits.dtype != logits.dtype:
+                logits[rows, : o.vocab_size] = dlogits
+    logits[:, o.vocab_size :] = 0.0
 
 
 def linear_cross_entropy_fwd(
@@ -113,7 +120,9 @@ def _checked_options(
     valid = (targets == ignore_index) | ((targets >= 0) & (targets < vocab_size))
     if not valid.all():
         bad = int(targets[~valid][0])
-        raise ValueError(f"targets holds {bad}, expected 0 to {vocab_size - 1} or ignore_index {ignore_index}")
+        raise ValueError(
+            f"targets holds {bad}, expected 0 to {vocab_size - 1} or ignore_index {ignore_index}"
+        )
     return LossOptions(
         vocab_size=vocab_size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
     )
@@ -145,7 +154,7 @@ def linear_cross_entropy_sum(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum(row_scale * losses), its dhidden, its dweight): forward and gradients in one pass over the logits."""
+    """(sum(row_scale * losses), its dhidden, its dweight): the gradients are made along with the loss."""
     options = _checked_options(targets, vocab_size, ignore_index, label_smoothing, z_loss)
     losses, dhidden, dweight = linear_cross_entropy_fwd(hidden, weight, targets, row_scale, options)
     return losses @ row_scale, dhidden, dweight
@@ -179,6 +188,8 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 def _sum_bwd(ctx: Any, dtotal: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
+    if type(dtotal) is Tensor and dtotal.device.type == "cpu" and dtotal.item() == 1.0:
+        return dhidden, dweight, *[None] * 6  # loss.backward() itself: spare a pass over dweight
     return dtotal.to(dhidden.dtype) * dhidden, dtotal.to(dweight.dtype) * dweight, *[None] * 6
 
 

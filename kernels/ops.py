@@ -31,7 +31,7 @@ _TRITON_OPS: frozenset[str] = frozenset()  # filled as the kernels arrive
 
 
 def backend(op: str, device: torch.device) -> str:
-    """"triton" or "reference": the path `op` takes for tensors on `device`.
+    """ "triton" or "reference": the path `op` takes for tensors on `device`.
 
     Raises ValueError for an unknown FUSEDGPT_KERNELS, or where it says `triton` and there is no such kernel.
     """
@@ -40,7 +40,9 @@ def backend(op: str, device: torch.device) -> str:
         raise ValueError(f"FUSEDGPT_KERNELS is {choice!r}, expected auto, triton or reference")
     available = op in _TRITON_OPS and device.type == "cuda"
     if choice == "triton" and not available:
-        raise ValueError(f"FUSEDGPT_KERNELS=triton, but {op} has no Triton kernel for {device.type} tensors yet")
+        raise ValueError(
+            f"FUSEDGPT_KERNELS=triton, but {op} has no Triton kernel for {device.type} tensors yet"
+        )
     return "triton" if available and choice != "reference" else "reference"
 
 
@@ -62,7 +64,9 @@ def _check_dropout(p: float, seed: Tensor | None, offset: Tensor | None) -> None
         for name, x in (("seed", seed), ("offset", offset)):
             _expect(x is not None, name, "an int64 scalar tensor when dropout_p > 0", x)
             assert x is not None
-            _expect(x.dtype == torch.int64 and x.ndim == 0, name, "an int64 scalar tensor", (x.dtype, x.shape))
+            _expect(
+                x.dtype == torch.int64 and x.ndim == 0, name, "an int64 scalar tensor", (x.dtype, x.shape)
+            )
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -222,7 +226,8 @@ def linear_cross_entropy(
     counted = (targets != ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     row_scale = counted / counted.sum().clamp(min=1) if reduction == "mean" else counted
     if reduction == "none" or not torch.is_grad_enabled():
-        losses = lce.linear_cross_entropy_rows(hidden, weight, targets, *options)
+        losses: Tensor = lce.linear_cross_entropy_rows(hidden, weight, targets, *options)
         return losses if reduction == "none" else losses @ row_scale
-    total: Tensor = lce.linear_cross_entropy_sum(hidden, weight, targets, row_scale, *options)[0]
+    total: Tensor
+    total, _, _ = lce.linear_cross_entropy_sum(hidden, weight, targets, row_scale, *options)
     return total

@@ -38,9 +38,12 @@ class DropoutState:
 class KVCache:
     """Keys and values of the tokens seen so far: (n_layer, B, T_max, H, D) each, `length` rows filled."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+    def __init__(
+        self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (config.n_layer, batch_size, config.block_size, config.n_head, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor, dropout: tuple[float, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def add(
+        self, x: Tensor, residual: Tensor, dropout: tuple[float, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """(norm of the new residual, the new residual); new residual = residual + dropout(x)."""
         return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, *dropout)
 
@@ -148,8 +153,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with learned positions and a head tied to the token embedding.
 
-    `compute_dtype` is the dtype of activations (None: that of the parameters); `dropout_step` counts training
-    forwards, set it to continue an earlier run's dropout exactly.
+    `compute_dtype` is the dtype of activations (None: that of the parameters). `seed` draws the initial
+    weights and starts the dropout stream.
     """
 
     dropout_seed: Tensor
@@ -163,9 +168,14 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config)
-        self.register_buffer("dropout_seed", torch.tensor(seed), persistent=False)
-        self.register_buffer("dropout_step", torch.tensor(0), persistent=False)
+        self.seed_dropout(seed)
         self._initialise(torch.Generator().manual_seed(seed))
+
+    def seed_dropout(self, seed: int, step: int = 0) -> None:
+        """Start the dropout stream of `seed` behind its training step `step`."""
+        device = self.ln_f.weight.device
+        self.register_buffer("dropout_seed", torch.tensor(seed, device=device), persistent=False)
+        self.register_buffer("dropout_step", torch.tensor(step, device=device), persistent=False)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
@@ -180,15 +190,18 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.wte.weight[self.config.vocab_size :] = 0.0
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What the layers compute in."""
+        return self.compute_dtype or self.wte.weight.dtype
+
     def _dropout_state(self) -> DropoutState:
         if not self.training or self.config.dropout == 0.0:
             return DropoutState(p=0.0, seed=self.dropout_seed, offset=self.dropout_step)
         step = self.dropout_step.add_(1).clone()
         return DropoutState(p=self.config.dropout, seed=self.dropout_seed, offset=step << _OFFSET_BITS)
 
-    def hidden(
-        self, idx: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
         T, start = idx.shape[1], cache.length if cache is not None else 0
         if start + T > self.config.block_size:
@@ -197,15 +210,23 @@ class GPT(nn.Module):
             raise ValueError(f"idx: a filled cache takes one token at a time, got {T}")
         dropout = self._dropout_state()
         positions = torch.arange(start, start + T, device=idx.device)
-        embedded = (self.wte(idx) + self.wpe(positions)).to(self.compute_dtype or self.wte.weight.dtype)
+        # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
+        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        embedded = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(positions)
+        embedded = embedded.to(self.activation_dtype)
         residual = ops.dropout(embedded, *dropout.at(0))  # (B, T, C)
-        norms = [block.ln_1 for block in self.h] + [self.ln_f]
-        x = norms[0](residual)
-        for block, next_norm in zip(self.h, norms[1:], strict=True):
+        blocks = self.blocks()
+        next_norms = [*(block.ln_1 for block in blocks[1:]), self.ln_f]
+        x: Tensor = blocks[0].ln_1(residual)
+        for block, next_norm in zip(blocks, next_norms, strict=True):
             x, residual = block(x, residual, next_norm, dropout, documents, cache)
         if cache is not None:
             cache.length += T
         return x
+
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return list(self.h)  # type: ignore[arg-type]  # ModuleList says nothing of what it holds
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
@@ -219,7 +240,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,  # (B, T) int, see ops.attention
         reduction: str = "mean",
     ) -> Tensor:
-        """The loss, a fp32 scalar ("none": one a token, (B * T,)) if targets are given, else logits (B, T, V).
+        """Without targets the logits (B, T, V); with them the loss, an fp32 scalar ("none": (B * T,)).
 
         Raises ValueError where idx is longer than block_size or a target is no token.
         """

@@ -1,7 +1,7 @@
 """Token windows for training: documents joined by end-of-text, in an order that is a pure function.
 
 The stream is a ring. Epoch e cuts it into windows of `max_length` tokens, starting at a shift drawn from
-(seed, e), and visits them in a permutation drawn from (seed, e): every token is a target once an epoch, window
+(seed, e), and visits them in a permutation drawn from (seed, e): a token is a target once an epoch, window
 borders move from epoch to epoch, and (seed, epoch, position) alone says which tokens come next.
 """
 
@@ -79,27 +79,26 @@ def build_dataset(
 ) -> TokenDataset:
     """Join tokenised documents, each followed by eot_id, into a training and a validation stream.
 
-    Whole documents are held out, drawn by seed, up to val_fraction of the tokens; where no document is small
-    enough for that (a single book), the end of the last one is. Raises ValueError where the training stream is
-    shorter than one window of max_length.
+    Whole documents are held out, drawn by seed, up to val_fraction of the tokens; where they do not come to
+    half of that (a single book), the end of the last document is held out instead. Raises ValueError where
+    the training stream is no longer than one window of max_length.
     """
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
-    kept = [np.asarray([*document, eot_id], dtype=np.int32) for document in documents if len(document)]
-    total = sum(map(len, kept))
-    held_out = _choose_validation([len(d) for d in kept], round(total * val_fraction), seed)
-    train = [d for i, d in enumerate(kept) if i not in held_out]
-    val = [d for i, d in enumerate(kept) if i in held_out]
-    if kept and not val and val_fraction > 0.0:
-        cut = len(train[-1]) - round(total * val_fraction)
-        if cut > 0:
-            train[-1], tail = train[-1][:cut], train[-1][cut:]
-            val = [tail]
+    ended = [np.append(document, eot_id).astype(np.int32) for document in documents if len(document)]
+    total = sum(map(len, ended))
+    budget = round(total * val_fraction)
+    held_out = _choose_validation([len(d) for d in ended], budget, seed)
+    train = [d for i, d in enumerate(ended) if i not in held_out]
+    val = [d for i, d in enumerate(ended) if i in held_out]
+    if train and not val and 0 < budget < len(train[-1]):
+        train[-1], tail = train[-1][:-budget], train[-1][-budget:]
+        val = [tail]
     n_train = sum(map(len, train))
     if n_train <= max_length:
         raise ValueError(
-            f"the text has {n_train} training tokens, fewer than one window of {max_length} + 1: "
-            f"add text or use a smaller block size"
+            f"the text gives {n_train} training tokens, too few for one window of {max_length}: "
+            f"add text, or make --max-length or --block-size smaller"
         )
     return TokenDataset(
         train=np.concatenate(train),
@@ -111,11 +110,12 @@ def build_dataset(
 
 
 def _choose_validation(lengths: list[int], budget: int, seed: int) -> set[int]:
-    """Indices of documents, in an order drawn by seed, that fit the budget of tokens together."""
+    """Indices of documents, drawn by seed, that fit the token budget together; none if under half of it."""
     rng = np.random.Generator(np.random.Philox(seed))
     chosen: set[int] = set()
+    left = budget
     for i in rng.permutation(len(lengths)):
-        if lengths[i] <= budget:
+        if lengths[i] <= left:
             chosen.add(int(i))
-            budget -= lengths[i]
-    return chosen
+            left -= lengths[i]
+    return chosen if left <= budget / 2 else set()

@@ -1,0 +1,237 @@
+"""The model folder: what transformers makes of ours, what we make of theirs, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from fusedgpt.model import folder as folders
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.folder import ModelFolderError, list_folders, load_folder, safe_name, save_folder
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog; it's 3 o'clock."
+
+
+@pytest.fixture(params=["gpt2", "char", "byte"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return build_tokenizer(request.param, text=TEXT)
+
+
+@pytest.fixture
+def saved(tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Tokenizer, Path]:
+    gpt = small_gpt(tokenizer)
+    return gpt, tokenizer, save_folder(gpt, tokenizer, tmp_path, "m")
+
+
+@pytest.fixture
+def char_folder(tmp_path: Path) -> Path:
+    tokenizer = build_tokenizer("char", text=TEXT)
+    return save_folder(small_gpt(tokenizer), tokenizer, tmp_path, "m")
+
+
+def small_gpt(tokenizer: Tokenizer) -> GPT:
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=3, n_embd=24)
+    gpt = GPT(config, seed=3)
+    with torch.no_grad():  # biases and norms away from 0 and 1, logits spread out
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        gpt.wte.weight[config.vocab_size :] = 0.0
+    return gpt.eval()
+
+
+def test_transformers_loads_it_with_our_logits_and_ids(saved: tuple[GPT, Tokenizer, Path]) -> None:
+    gpt, tokenizer, path = saved
+    theirs, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert isinstance(theirs, GPT2LMHeadModel)
+    assert not any(info.values()), info
+    ids = tokenizer.encode(TEXT)
+    assert AutoTokenizer.from_pretrained(path)(TEXT).input_ids == ids
+    batch = torch.tensor([ids])
+    logits = theirs.eval()(batch).logits
+    assert logits.abs().max() > 1  # the comparison has something to compare
+    torch.testing.assert_close(gpt(batch), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_a_folder_of_transformers_loads_with_equal_logits(tmp_path: Path, prefix: str) -> None:
+    config = GPT2Config(vocab_size=257, n_positions=32, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    build_tokenizer("byte").save(tmp_path, max_length=32)
+    if not prefix:
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file(
+            {k.removeprefix("transformer."): v for k, v in tensors.items()}, tmp_path / "model.safetensors"
+        )
+    ours, tokenizer = load_folder(tmp_path)
+    ids = torch.tensor([tokenizer.encode(TEXT)[:32]])
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_ours_loads_again_bit_for_bit(saved: tuple[GPT, Tokenizer, Path]) -> None:
+    gpt, tokenizer, path = saved
+    again, its_tokenizer = load_folder(path)
+    assert again.config == gpt.config
+    assert its_tokenizer.kind == tokenizer.kind
+    assert its_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    for name, p in gpt.state_dict().items():
+        assert torch.equal(again.state_dict()[name], p), name
+
+
+def test_layout_is_hugging_faces(saved: tuple[GPT, Tokenizer, Path]) -> None:
+    gpt, tokenizer, path = saved
+    tensors = load_file(path / "model.safetensors")
+    assert len(tensors) == 12 * 2 + 4
+    assert tensors["transformer.wte.weight"].shape == (tokenizer.vocab_size, 24)
+    assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (24, 72)
+    assert torch.equal(tensors["transformer.h.0.attn.c_proj.weight"], gpt.blocks()[0].attn.c_proj.weight.T)
+    config = json.loads((path / "config.json").read_text())
+    assert config["model_type"] == "gpt2"
+    assert config["n_ctx"] == config["n_positions"] == 64
+    assert config["bos_token_id"] == config["eos_token_id"] == tokenizer.eot_id
+    assert json.loads((path / "generation_config.json").read_text())["pad_token_id"] == tokenizer.eot_id
+
+
+def test_files_are_readable_by_others(saved: tuple[GPT, Tokenizer, Path]) -> None:
+    path = saved[2]
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert {f.stat().st_mode & 0o777 for f in path.iterdir()} == {0o644}
+
+
+def test_names_do_not_collide(tiny_gpt: GPT, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("char", text=TEXT)
+    paths = [save_folder(tiny_gpt, tokenizer, tmp_path / "new" / "root", "m") for _ in range(3)]
+    assert [p.name for p in paths] == ["m", "m_2", "m_3"]
+
+
+def test_a_save_that_fails_leaves_nothing(
+    tiny_gpt: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def fail_at(n: int) -> Callable[[Path], None]:
+        def sync(path: Path) -> None:
+            calls.append(path)
+            if len(calls) == n:
+                raise OSError(28, "No space left on device")
+
+        return sync
+
+    for n in range(1, 7):
+        calls.clear()
+        monkeypatch.setattr(folders, "_sync", fail_at(n))
+        with pytest.raises(OSError, match="No space left"):
+            save_folder(tiny_gpt, build_tokenizer("char", text=TEXT), tmp_path, "m")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_root_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match=r"cannot write to .* choose another --output-dir"):
+        folders.check_writable(tmp_path)
+
+
+def test_a_file_for_a_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .* choose another --output-dir"):
+        folders.check_writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A fun GPT", "a-fun-gpt"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("..", "model"),
+        (".hidden", "hidden"),
+        ("😀🎉", "model"),
+        ("", "model"),
+        ("ﬁne ＡＢＣ", "fine-abc"),
+        ("CON", "model"),
+        ("a\\b:c*d\x00e", "a-b-c-d-e"),
+        ("料理", "model"),
+        ("x" * 10_000, "x" * 50),
+        ("-rf", "rf"),
+    ],
+)
+def test_safe_name(text: str, name: str) -> None:
+    assert safe_name(text) == name
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text()) | changes
+        kept = {key: value for key, value in config.items() if value != "absent"}
+        (path / "config.json").write_text(json.dumps(kept))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return edit
+
+
+LN_F = "transformer.ln_f.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no model folder: it has no config.json"),
+        (lambda p: (p / "model.safetensors").unlink(), "it has no model.safetensors"),
+        (lambda p: (p / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "config.json").write_text("[]"), "is not a JSON object"),
+        (lambda p: (p / "config.json").write_text(" " * (2 << 20)), "bytes"),
+        (edit_config(n_layer="absent"), "has no n_layer"),
+        (edit_config(n_layer=10**9), "n_layer: Input should be less than"),
+        (edit_config(n_head=5), "n_embd 24 is not a multiple of n_head 5"),
+        (edit_config(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
+        (edit_config(activation_function="relu"), "activation_function is 'relu'"),
+        (edit_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (edit_config(n_inner=17), "n_inner is 17, expected 96"),
+        (edit_config(vocab_size=5), "the tokenizer has .* ids, the model only 5"),
+        (edit_config(n_positions=65), "wpe.weight has shape"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"x" * 100), "is damaged"),
+        (lambda p: os.truncate(p / "model.safetensors", 5000), "is damaged"),
+        (edit_tensors(lambda t: t.pop(LN_F)), "missing tensors .*ln_f.weight"),
+        (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), "unexpected .*extra"),
+        (edit_tensors(lambda t: t[LN_F].fill_(float("nan"))), "not finite"),
+        (edit_tensors(lambda t: t.update({LN_F: torch.ones(24, dtype=torch.int32)})), "not finite"),
+    ],
+)
+def test_damage_is_refused(char_folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(char_folder)
+    with pytest.raises(ModelFolderError, match=message):
+        load_folder(char_folder)
+
+
+def test_list_folders_newest_first_and_only_models(char_folder: Path) -> None:
+    root = char_folder.parent
+    newer = root / "newer"
+    shutil.copytree(char_folder, newer)
+    os.utime(char_folder / "model.safetensors", (1_000_000, 1_000_000))
+    (root / "other").mkdir()
+    (root / "broken").mkdir()
+    (root / "broken" / "model.safetensors").write_text("")
+    rows = list_folders(root)
+    assert [row["name"] for row in rows] == ["newer", "m"]
+    assert rows[0]["parameters"] == load_folder(newer)[0].config.parameter_counts()[0]
+    assert list_folders(root / "absent") == []

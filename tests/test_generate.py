@@ -1,0 +1,111 @@
+"""Sampling: distributions, determinism, the sliding context, the end of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.generate import generate, next_token, sample_texts
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
+
+LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+
+
+def shares(**settings: Any) -> list[float]:
+    """How often each of 4 tokens is drawn in 20,000 draws."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"temperature": 1.0, "top_k": None, "top_p": None, **settings}
+    drawn = next_token(LOGITS.expand(20_000, 4), generator=generator, **options)
+    return (torch.bincount(drawn, minlength=4) / 20_000).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.71}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),  # of 9/10: 4/9 + 3/9 = 0.78 suffices
+        ({"temperature": 0.5}, [x / 30 for x in (1, 16, 4, 9)]),
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probability(settings: dict[str, Any], expected: list[float]) -> None:
+    assert shares(**settings) == pytest.approx(expected, abs=0.015)  # 4 sigma of 20,000 draws
+
+
+def test_same_seed_same_tokens(tiny_gpt: GPT) -> None:
+    prompt = torch.tensor([[1, 2, 3]])
+    first, again, other = (
+        torch.stack(list(generate(tiny_gpt, prompt, max_new_tokens=10, seed=s))) for s in (5, 5, 6)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_greedy_is_the_argmax_of_the_whole_text(tiny_gpt: GPT) -> None:
+    context = torch.tensor([[1, 2, 3], [9, 8, 7]])
+    for token in generate(tiny_gpt, context.clone(), max_new_tokens=12, temperature=0.0):
+        assert torch.equal(token, tiny_gpt(context)[:, -1].argmax(-1))
+        context = torch.cat((context, token[:, None]), dim=1)
+
+
+def test_goes_on_beyond_the_context(tiny_gpt: GPT) -> None:
+    """Context 16: at 16 tokens the last 8 + 1 are kept; a prompt longer than it is cut to its end."""
+    context = list(range(40))
+    steps = list(generate(tiny_gpt, torch.tensor([context]), max_new_tokens=20, temperature=0.0))
+    kept = context[-16:]
+    for step in steps:
+        assert step.item() == tiny_gpt(torch.tensor([kept]))[0, -1].argmax().item()
+        kept = [*kept, step.item()]
+        if len(kept) > 16:
+            kept = kept[-9:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"n_samples": 0}, "n_samples"),
+        ({"temperature": float("nan")}, "temperature"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
+    gpt = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(ValueError, match=message):
+        sample_texts(gpt, byte_tokenizer(), "a", **settings)
+
+
+def test_a_sample_ends_before_its_end_of_text() -> None:
+    """A model that says 0, 1, 2, ... and, after the last letter, end-of-text."""
+    tokenizer = char_tokenizer("abcdefgh")
+    gpt = GPT(GPTConfig(vocab_size=9, block_size=16, n_layer=1, n_head=1, n_embd=16, dropout=0.0))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.zero_()
+        gpt.wte.weight[:9, :9] = torch.eye(9)
+        gpt.ln_f.weight.fill_(1.0)
+        successor = torch.zeros(16, 16)
+        successor[torch.arange(1, 9), torch.arange(8)] = 100.0
+        gpt.blocks()[0].ln_2.weight.fill_(1.0)
+        gpt.blocks()[0].mlp.c_fc.weight[:16] = 10 * torch.eye(16)
+        gpt.blocks()[0].mlp.c_proj.weight[:, :16] = successor
+    texts = sample_texts(gpt, tokenizer, "cd", n_samples=2, max_new_tokens=50, temperature=0.0)
+    assert texts == ["cdefgh", "cdefgh"]
+    assert sample_texts(gpt, tokenizer, "cd", max_new_tokens=2, temperature=0.0) == ["cdef"]
+
+
+def test_prompt_outside_the_vocabulary_is_refused(tiny_gpt: GPT) -> None:
+    with pytest.raises(ValueError, match="character 'z'"):
+        sample_texts(tiny_gpt, char_tokenizer("abc"), "z")

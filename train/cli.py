@@ -1,0 +1,203 @@
+"""The command line: parse, call, print."""
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
+
+import typer
+
+from fusedgpt.train.config import ConfigError, build_config, option_fields
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Trains small GPTs fast: a prompt or text goes in, a model folder that other tools open comes out.",
+)
+_SYNONYMS = {"preset": ["--size"]}
+
+OutputDir = Annotated[Path, typer.Option(help="Where finished model folders go.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one line of JSON on standard output.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")]
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command`, in place of its **options, an option for each field of the run's configuration."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    generated = []
+    for name, field in option_fields().items():
+        flags = [f"--{name.replace('_', '-')}", *_SYNONYMS.get(name, [])]
+        default = False if field.default is None else str(field.default)
+        option = typer.Option(*flags, help=field.description, show_default=default)
+        annotation = Annotated[_option_type(field.annotation) | None, option]
+        generated.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    parameters = [*own, *generated]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _option_type(annotation: Any) -> Any:
+    """int, float or str for a field's annotation; pydantic knows what values it may have."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in (int, float) if kind in kinds), str)
+
+
+@app.command()
+@with_run_options
+def create(
+    prompt: Annotated[str, typer.Argument(help="What the GPT is to write, in your own words.")],
+    output_dir: OutputDir = Path("models"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Make a GPT from a prompt: data, refinement, training, test samples, model folder."""
+    from fusedgpt.train.monitor import Monitor
+    from fusedgpt.train.pipeline import CREATE_DEFAULTS, run_full_pipeline
+
+    config = build_config(options, CREATE_DEFAULTS)
+    _report(run_full_pipeline(prompt, config, output_dir, monitor=Monitor(quiet=quiet)), as_json)
+
+
+@app.command()
+@with_run_options
+def train(
+    data: Annotated[
+        list[Path], typer.Option(help="A text file, or a folder of .txt and .md; may be repeated.")
+    ],
+    output_dir: OutputDir = Path("models"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Train a GPT on your own text."""
+    from fusedgpt.train.monitor import Monitor
+    from fusedgpt.train.pipeline import train_on_files
+
+    _report(train_on_files(data, build_config(options), output_dir, Monitor(quiet=quiet)), as_json)
+
+
+def _report(result: Any, as_json: bool) -> None:
+    """The outcome of create or train, for a person or a program."""
+    if as_json:
+        _print_json(result.as_dict())
+        return
+    for prompt, text in result.samples.items():
+        typer.echo(f"--- sample for {prompt!r}\n{printable(text)}\n")
+    summary = result.summary
+    typer.echo(
+        f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "
+        f"loss {summary.final_loss:.4f}, validation loss {summary.val_loss:.4f}"
+    )
+    typer.echo(f"model folder: {result.model_path}")
+
+
+@app.command()
+def sample(
+    model: ModelFolder,
+    prompt: Annotated[str, typer.Option(help="The text to continue; empty starts a new one.")] = "",
+    n_samples: Annotated[int, typer.Option("--n-samples", "-n", help="How many texts.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest continuation, in tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: among all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text from a model folder."""
+    from fusedgpt.model.folder import load_folder
+    from fusedgpt.model.generate import sample_texts
+
+    texts = sample_texts(
+        *load_folder(model),
+        prompt,
+        n_samples=n_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        seed=seed,
+    )
+    if as_json:
+        _print_json({"model_path": str(model), "prompt": prompt, "samples": texts})
+    else:
+        typer.echo("\n---\n".join(map(printable, texts)))
+
+
+@app.command(name="list")
+def list_models(
+    output_dir: OutputDir = Path("models"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Saved models, newest first."""
+    from fusedgpt.model.folder import list_folders
+
+    rows = list_folders(output_dir)
+    if as_json:
+        _print_json(rows)
+    elif not rows:
+        typer.echo(f"no models in {output_dir}")
+    for row in [] if as_json else rows:
+        typer.echo(f"{row['saved']}  {row['parameters']:>13,}  {row['name']}")
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What this machine has, and which path each op will take."""
+    from fusedgpt.train.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+        return
+    for section, entries in report.items():
+        typer.echo(f"{section}\n" + "\n".join(f"  {name:<24} {value}" for name, value in entries.items()))
+
+
+def printable(text: str) -> str:
+    """`text` without control characters and escape sequences, which could drive the terminal."""
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])?", "", text)
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def main() -> None:
+    """The console script: errors are one line and a non-zero exit, a traceback only with --debug."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was saved", 130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        expected = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingDiverged"
+        kind = "" if expected else f"internal error, {type(error).__name__}: "
+        hint = "" if expected else " (--debug shows where; please report it)"
+        _fail(f"{kind}{' '.join(str(error).split())}{hint}", 2 if isinstance(error, ConfigError) else 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"fusedgpt: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
