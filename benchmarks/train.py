@@ -27,9 +27,9 @@ from torch import Tensor
 
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.allocator import keep_freed_memory
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.optimizer import build_optimizer
+from fusedgpt.train.runtime import keep_freed_memory
 from fusedgpt.train.step import train_step
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit

@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
+os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
+
 import pytest
 
 from fusedgpt.model.config import GPTConfig

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import typer
 
 from fusedgpt.train.config import ConfigError, build_config, option_fields
+from fusedgpt.train.runtime import spin_briefly
 
 app = typer.Typer(
     add_completion=False,
@@ -35,11 +36,11 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     generated = []
     for name, field in option_fields().items():
         flags = [f"--{name.replace('_', '-')}", *_SYNONYMS.get(name, [])]
-        default = False if field.default is None else str(field.default)
-        option = typer.Option(*flags, help=field.description, show_default=default)
-        annotation = Annotated[_option_type(field.annotation) | None, option]
+        default = "" if field.default is None else f" (default: {field.default})"
+        option = typer.Option(None, *flags, help=f"{field.description}{default}")
+        kind = _option_type(field.annotation) | None
         generated.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
         )
     parameters = [*own, *generated]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -181,6 +182,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """The console script: errors are one line and a non-zero exit, a traceback only with --debug."""
+    spin_briefly()
     try:
         app()
     except KeyboardInterrupt:

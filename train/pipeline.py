@@ -191,10 +191,14 @@ tags: [gpt2, fusedgpt]
 ---
 # A small GPT-2 made with fusedgpt
 
-Trained from scratch on {source}: {tokens["train"]:,} training tokens in windows of {config.max_length},
-{training["steps"]:,} steps, validation loss {training["val_loss"]:.4f} nats a token. It has {parameters["total"]:,}
-parameters, {parameters["without_embeddings"]:,} of them outside the embeddings. Positions past {config.max_length} were
-never trained.
+Trained from scratch on {source}.
+
+| | |
+|---|---|
+| parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
+| training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
+| validation loss | {training["val_loss"]:.4f} nats a token |
+| window | {config.max_length} tokens; positions past it were never trained |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

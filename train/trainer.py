@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.allocator import keep_freed_memory
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.dataset import Batch, TokenDataset
 from fusedgpt.train.monitor import Monitor
 from fusedgpt.train.optimizer import build_optimizer
+from fusedgpt.train.runtime import keep_freed_memory
 from fusedgpt.train.schedule import learning_rate
 from fusedgpt.train.step import evaluate, train_step
 

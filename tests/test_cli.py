@@ -1,0 +1,177 @@
+"""The command line as a user meets it: processes, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusedgpt.train.cli import printable
+from fusedgpt.train.config import option_fields
+
+FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
+TINY = [
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--block-size",
+    "32",
+    "--max-length",
+    "32",
+    "--steps",
+    "3",
+]
+
+
+def fusedgpt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with book.txt, and models/ with one model trained on it."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
+    done = train(root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def train(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    common = ["train", "--data", str(root / "book.txt"), "--output-dir", str(root / "models")]
+    return fusedgpt(*common, "--tokenizer", "byte", *TINY, *more)
+
+
+def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
+    done = train(root, "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    wanted = "model_path steps tokens final_loss val_loss best_val_loss tokens_per_second seconds"
+    assert set(wanted.split()) <= result.keys()
+    assert (Path(result["model_path"]) / "model.safetensors").is_file()
+    assert "3/3 steps | Loss:" in done.stderr
+    assert train(root, "--json", "--quiet").stderr == ""
+
+
+def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
+    small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
+    done = fusedgpt("create", "料理のレシピ", "--output-dir", tmp_path, *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--- sample for") == 3
+    folder = Path(done.stdout.split("model folder: ")[1].strip())
+    assert folder.name.startswith("cooking_")
+    assert "domain: cooking" in done.stderr
+    assert "parameters" in done.stderr
+
+
+def test_sample_is_seeded_and_counts(root: Path) -> None:
+    model = next((root / "models").iterdir())
+    common = ["sample", model, "--prompt", "The", "-n", "2", "--max-new-tokens", "9", "--json"]
+    first, again, other = (fusedgpt(*common, "--seed", s).stdout for s in "778")
+    assert first == again != other
+    texts = json.loads(first)["samples"]
+    assert len(texts) == 2
+    assert all(text.startswith("The") for text in texts)
+    plain = fusedgpt("sample", model, "--prompt", "The", "-n", "2", "--temperature", "0", "--top-k", "0")
+    assert plain.stdout.count("\n---\n") == 1
+
+
+def test_list_shows_what_is_there(root: Path, tmp_path: Path) -> None:
+    rows = json.loads(fusedgpt("list", "--output-dir", root / "models", "--json").stdout)
+    assert {row["name"] for row in rows} == {p.name for p in (root / "models").iterdir()}
+    assert rows[0]["name"] in fusedgpt("list", "--output-dir", root / "models").stdout
+    empty = fusedgpt("list", "--output-dir", tmp_path / "none")
+    assert (empty.returncode, empty.stdout) == (0, f"no models in {tmp_path / 'none'}\n")
+
+
+def test_doctor_names_the_path_of_every_op() -> None:
+    report = json.loads(fusedgpt("doctor", "--json").stdout)
+    assert report["ops"]["attention"] in ("reference", "triton")
+    assert report["packages"]["triton"] != ""
+    assert "cpu bf16" in fusedgpt("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("train --data {root}/absent.txt", 1, "there is no file or folder {root}/absent.txt"),
+        ("train --data {root}/empty.txt", 1, "{root}/empty.txt is empty"),
+        (
+            "train --data {root}/short.txt --tokenizer byte",
+            1,
+            "training tokens, too few for one window of 512",
+        ),
+        ("train --data {root}/book.txt --preset 13M", 2, "no preset '13M'; there are 12M"),
+        ("train --data {root}/book.txt --n-head 7", 2, "n_embd 384 is not a multiple of n_head 7"),
+        ("train --data {root}/book.txt --tokenizer gtp2", 1, "no tokenizer 'gtp2': choose gpt2, char, byte"),
+        ("train --data {root}/book.txt --device cuda:9 --block-size 8", 1, "device 'cuda:9' cannot be used"),
+        ("train --data {root}/book.txt --output-dir {root}/book.txt", 1, "cannot write to {root}/book.txt"),
+        ("train --data {root}/book.txt --batch-size 0", 2, "batch_size: Input should be greater than"),
+        ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
+        ("create poems --epochs 0", 2, "epochs: Input should be greater than"),
+        ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
+        ("sample {root}/absent", 1, "absent is no model folder"),
+        ("sample {root}/models/{model} --top-p 2", 1, "top_p: expected 0 < p <= 1, got 2.0"),
+    ],
+)
+def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str) -> None:
+    (root / "empty.txt").write_text("")
+    (root / "short.txt").write_text("short")
+    names = {"root": str(root), "model": next((root / "models").iterdir()).name}
+    before = sorted(root.rglob("*"))
+    done = fusedgpt(*arguments.format(**names).split())
+    assert done.returncode == code, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("fusedgpt: ")
+    assert message.format(**names) in last
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(root.rglob("*")) == before  # nothing half-written
+
+
+@pytest.mark.parametrize("arguments", ["", "trian", "train", "train --steps x --data y", "train --nonsense"])
+def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
+    done = fusedgpt(*arguments.split())
+    assert done.returncode == 2
+    assert "Usage: fusedgpt" in done.stdout + done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in fusedgpt("sample", "/absent", "--debug").stderr
+
+
+def test_every_option_has_a_flag() -> None:
+    text = fusedgpt("train", "--help").stdout
+    assert all(f"--{name.replace('_', '-')}" in text for name in option_fields())
+    assert "--size" in text
+
+
+def test_help_is_quick() -> None:
+    """The goal is 0.3 s on a quiet machine; twice that allows for a busy one."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        fusedgpt("--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x1b[0m", "ab"),
+        ("a\x1b]0;title\x07b", "a0;titleb"),
+        ("line\r\nnext\ttab", "line\nnext\ttab"),
+        ("\u202eevil\x9b2J", "evil2J"),
+        ("héllo 料理 😀", "héllo 料理 😀"),
+    ],
+)
+def test_what_a_model_writes_cannot_drive_the_terminal(text: str, shown: str) -> None:
+    assert printable(text) == shown

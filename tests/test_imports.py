@@ -1,0 +1,52 @@
+"""What importing costs, and which way imports point."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fusedgpt.train.cli", {"torch", "transformers", "tiktoken", "numpy"}),
+        ("fusedgpt.model.tokenizer", {"torch", "transformers"}),
+        ("fusedgpt.train.data.generate", {"torch", "transformers"}),
+        ("fusedgpt.kernels.ops", {"transformers", "fusedgpt.model", "fusedgpt.train"}),
+        ("fusedgpt.model.gpt", {"transformers", "fusedgpt.train"}),
+    ],
+)
+def test_importing_one_does_not_import_the_other(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not absent & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("kernels", {"kernels"}), ("model", {"kernels", "model"}), ("train", None)]
+)
+def test_imports_point_one_way(folder: str, allowed: set[str] | None) -> None:
+    for file in (ROOT / folder).rglob("*.py"):
+        used = set(re.findall(r"^\s*(?:from|import) fusedgpt\.(\w+)", file.read_text(), re.MULTILINE))
+        assert used <= (allowed or {"kernels", "model", "train"}), file
+
+
+def test_ruff_enforces_it(tmp_path: Path) -> None:
+    for folder, line in (("kernels", "import fusedgpt.model.gpt"), ("model", "import fusedgpt.train.step")):
+        command = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename"]
+        done = subprocess.run(
+            [*command, f"{folder}/probe.py", "-"], input=line, capture_output=True, text=True, cwd=ROOT
+        )
+        assert "TID251" in done.stdout, done.stderr
+
+
+def test_transformers_imports_beside_our_kernels_folder() -> None:
+    """A top-level package `kernels` in the working directory once broke this."""
+    code = "import sys; sys.path.insert(0, '.'); from transformers import GPT2LMHeadModel"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)

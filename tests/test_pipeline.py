@@ -1,0 +1,119 @@
+"""create and train, end to end, with a model of one small layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from fusedgpt.model.folder import load_folder
+from fusedgpt.model.tokenizer import gpt2_tokenizer
+from fusedgpt.train import pipeline
+from fusedgpt.train.config import RunConfig, build_config
+from fusedgpt.train.pipeline import CREATE_DEFAULTS, generate_texts, run_full_pipeline, train_on_files
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "max_length": 32, "steps": 4}
+FILES = {
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "dataset.json",
+    "dataset.txt",
+    "generation_info.json",
+    "README.md",
+}
+
+
+def tiny(**changes: object) -> RunConfig:
+    return build_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes}, CREATE_DEFAULTS)
+
+
+def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
+    prompt = "A poem about the sea \x1b[31m ../../x 😀"
+    result = run_full_pipeline(prompt, tiny(), tmp_path)
+    assert {f.name for f in result.model_path.iterdir()} == FILES
+    assert result.model_path.parent == tmp_path
+    assert result.model_path.name.startswith("poetry_")
+    assert list(result.samples) == ["", "The", "Today"]
+    assert all(text.startswith(p) for p, text in result.samples.items())
+    load_folder(result.model_path)
+
+    info = json.loads((result.model_path / "generation_info.json").read_text())
+    dataset = json.loads((result.model_path / "dataset.json").read_text())
+    assert info["prompt"] == dataset["prompt"] == prompt
+    assert info["domain"] == "poetry"
+    assert info["generation_method"] == "template"
+    assert info["training"]["val_loss"] == result.summary.val_loss
+    texts = dataset["samples"]
+    assert (result.model_path / "dataset.txt").read_text() == "\n\n".join(texts) + "\n"
+    kept = sum(map(len, gpt2_tokenizer().encode_batch(texts)))
+    assert kept == info["refinement"]["kept_tokens"]
+    assert 1500 <= kept < 1700
+    assert info["samples_generated"] == len(texts) + sum(info["refinement"]["dropped"].values())
+
+
+def test_same_seed_same_file(tmp_path: Path) -> None:
+    paths = [run_full_pipeline("poems", tiny(seed=s), tmp_path).model_path for s in (1, 1, 2)]
+    hashes = [hashlib.sha256((p / "model.safetensors").read_bytes()).hexdigest() for p in paths]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("prompt", ["", "/" * 10_000, "😀", "..", "\x00\n"])
+def test_any_prompt_makes_a_folder_inside(tmp_path: Path, prompt: str) -> None:
+    path = run_full_pipeline(prompt, tiny(steps=1), tmp_path / "root").model_path
+    assert [p.name for p in tmp_path.iterdir()] == ["root"]
+    assert [p.name for p in (tmp_path / "root").iterdir()] == [path.name]
+    json.loads((path / "generation_info.json").read_text())
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char", "byte"])
+def test_train_on_files(tmp_path: Path, tokenizer: str) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The cat sat on the mat. Today it rained. " * 40)
+    result = train_on_files([text], build_config({**TINY, "tokenizer": tokenizer}), tmp_path / "models")
+    model, loaded = load_folder(result.model_path)
+    assert loaded.kind == tokenizer
+    assert model.config.vocab_size == loaded.vocab_size
+    assert result.model_path.name.startswith("custom_")
+    assert json.loads((result.model_path / "generation_info.json").read_text())["data"] == [str(text)]
+    assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 32
+
+
+def test_test_prompts_outside_a_character_vocabulary_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the hens " * 100)
+    result = train_on_files([tmp_path / "t.txt"], build_config({**TINY, "tokenizer": "char"}), tmp_path / "m")
+    assert list(result.samples) == [""]
+
+
+def test_nothing_is_left_behind_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("boom")
+
+    monkeypatch.setattr(pipeline, "train", fail)
+    with pytest.raises(ValueError, match="boom"):
+        run_full_pipeline("poems", tiny(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_output_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipeline, "generate_texts", None)  # calling it would be a TypeError
+    with pytest.raises(OSError, match="cannot write"):
+        run_full_pipeline("poems", tiny(), tmp_path / "file")
+
+
+def test_unknown_generation_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no generation method 'magic'"):
+        run_full_pipeline("poems", tiny(), tmp_path, "magic")
+
+
+def test_generated_tokens_reach_the_target_and_no_more() -> None:
+    texts = generate_texts("poems", domain="poetry", n_tokens=5000, seed=0)
+    lengths = pipeline.count_gpt2_tokens(texts)
+    assert sum(lengths) >= 5000 > sum(lengths[:-1])

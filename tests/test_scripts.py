@@ -1,0 +1,45 @@
+"""The shell scripts: from any directory, with a Python that is too old, with wrong usage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "scripts").iterdir())
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_scripts_are_executable_and_parse(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test"])
+def test_an_old_python_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """A copy without .venv, and a Python that says it is 3.9."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.2"\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "scripts" / name],
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "needs Python 3.11 or newer; found Python 3.9.2" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_shakespeare_script_asks_for_its_file() -> None:
+    done = subprocess.run([ROOT / "scripts" / "train_shakespeare_char_cpu"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
