@@ -25,7 +25,7 @@ def test_text_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_unusable_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no file or folder .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
         read_documents([tmp_path / "absent"])
     with pytest.raises(ValueError, match=r"holds no .txt or .md files"):
         read_documents([tmp_path])

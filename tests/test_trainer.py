@@ -141,7 +141,7 @@ def test_gradients_that_stay_nan_end_the_run(counting: TokenDataset) -> None:
         model.wpe.weight[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
     monitor = Losses()
-    with pytest.raises(TrainingDiverged, match="10 steps in a row .* --learning-rate"):
+    with pytest.raises(TrainingDiverged, match=r"10 steps in a row .* --learning-rate"):
         train(model, counting, settings(), monitor)
     assert len(monitor.seen) == 9
     assert "step 1: gradient not finite, update skipped" in monitor.stream.getvalue()  # type: ignore[attr-defined]
