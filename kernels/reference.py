@@ -123,11 +123,12 @@ def dropout_add_layer_norm(
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(residual + dropout(x)), residual + dropout(x)); see ops.dropout_add_layer_norm."""
+    wide = at_least_fp32(x)
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None
-        x = dropout(x, dropout_p, seed, offset)
-    residual = (at_least_fp32(residual) + x).to(residual.dtype)
+        wide = dropout(wide, dropout_p, seed, offset)
+    residual = (wide + residual).to(residual.dtype)
     return layer_norm(residual, weight, bias, eps), residual
 
 

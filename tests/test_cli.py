@@ -56,7 +56,10 @@ def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
     assert set(wanted.split()) <= result.keys()
     assert (Path(result["model_path"]) / "model.safetensors").is_file()
     assert "3/3 steps | Loss:" in done.stderr
-    assert train(root, "--json", "--quiet").stderr == ""
+    done = train(root, "--json", "--quiet", "--val-fraction", "0")
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["val_loss"] is None
+    assert "validation loss none held out" in train(root, "--val-fraction", "0").stdout
 
 
 def test_create_prints_samples_and_folder(tmp_path: Path) -> None:

@@ -172,6 +172,27 @@ def test_prompt_steers(prompt: str, domain: str | None, pattern: str, least: flo
     assert share(pattern, draw(prompt, domain)) >= least
 
 
+OPENING_PROMPTS = {
+    "cooking": "A fun GPT that writes cooking recipes",
+    "poetry": "a poem about the sea",
+    "technical": "python programming help",
+    "general": "general stories about travel",
+    "conversation": "friendly conversation",
+}
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_sentences_begin_with_today_and_the(domain: str, steered: bool) -> None:
+    """A tiny model can go on from the prompts "Today" and "The" only where the samples show it how."""
+    samples = draw(OPENING_PROMPTS[domain] if steered else "", domain)
+    for word, least in (("Today", 0.15), ("The", 0.25)):
+        # At the start of a line, of a sentence, of a quotation or of a speaker's turn.
+        assert share(rf"(?-i:(?:^|\n|[.!?:]\"? )\"?{word} )", samples) >= least
+    assert sum(text.startswith("Today ") for text in samples) / len(samples) >= 0.1
+    assert sum(text.startswith("The ") for text in samples) / len(samples) >= 0.05
+
+
 def test_without_prompt_no_subject_dominates() -> None:
     assert share(r"\bsea\b", draw("", "poetry")) < 0.4
 
@@ -194,7 +215,7 @@ def test_vegan(prompt: str) -> None:
     ],
 )
 def test_exclusions(prompt: str, pattern: str) -> None:
-    text = re.sub(r"chickpea flour|lamb's lettuce", "", "\n".join(draw(prompt, "cooking", 1_000)))
+    text = re.sub(r"chickpea flour|lamb's lettuce", "", "\n".join(draw(prompt, "cooking", 1_000)), flags=re.I)
     assert re.findall(pattern, text, re.I) == []
     assert re.search(pattern, "\n".join(draw("", "cooking", 400)), re.I)
 

@@ -93,6 +93,8 @@ def train(
 
 def _report(result: Any, as_json: bool) -> None:
     """The outcome of create or train, for a person or a program."""
+    from fusedgpt.train.pipeline import loss_text
+
     if as_json:
         _print_json(result.as_dict())
         return
@@ -101,7 +103,7 @@ def _report(result: Any, as_json: bool) -> None:
     summary = result.summary
     typer.echo(
         f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "
-        f"loss {summary.final_loss:.4f}, validation loss {summary.val_loss:.4f}"
+        f"loss {summary.final_loss:.4f}, validation loss {loss_text(summary.val_loss)}"
     )
     typer.echo(f"model folder: {result.model_path}")
 

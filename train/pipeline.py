@@ -178,6 +178,11 @@ def _encodable(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     return usable
 
 
+def loss_text(loss: float | None) -> str:
+    """A validation loss for people, who may have held nothing out."""
+    return "none held out" if loss is None else f"{loss:.4f} nats a token"
+
+
 def model_card(info: dict[str, Any], config: RunConfig) -> str:
     """The README.md of a model folder."""
     training, tokens, parameters = info["training"], info["tokens"], info["parameters"]
@@ -197,7 +202,7 @@ Trained from scratch on {source}.
 |---|---|
 | parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
 | training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
-| validation loss | {training["val_loss"]:.4f} nats a token |
+| validation loss | {loss_text(training["val_loss"])} |
 | window | {config.max_length} tokens; positions past it were never trained |
 
 ```python

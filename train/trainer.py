@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,17 +24,17 @@ _MAX_SKIPPED_STEPS = 10  # in a row, before a run with non-finite gradients is g
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """How a run went; losses in nats a token, NaN where nothing was held out."""
+    """How a run went; losses in nats a token, None where nothing was held out."""
 
     steps: int
     tokens: int
     final_loss: float  # training loss, mean of the last 10 steps
-    val_loss: float
-    best_val_loss: float
+    val_loss: float | None
+    best_val_loss: float | None
     tokens_per_second: float  # over the training steps, evaluation not counted
     seconds: float  # all of it
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
         return asdict(self)
 
@@ -126,7 +125,8 @@ class _Validation:
     def __init__(self, dataset: TokenDataset, config: TrainConfig, steps: int) -> None:
         self.dataset, self.batch_size, self.steps = dataset, config.batch_size, steps
         self.every = config.eval_every or max(1, steps // _EVALUATIONS_PER_RUN)
-        self.last = self.best = math.nan
+        self.last: float | None = None
+        self.best: float | None = None
         self.seconds = 0.0
 
     def run_if_due(self, model: GPT, step: int, monitor: Monitor) -> None:
@@ -135,7 +135,7 @@ class _Validation:
             return
         start = time.perf_counter()
         self.last = evaluate(model, self.dataset.val_batches(self.batch_size))
-        self.best = self.last if math.isnan(self.best) else min(self.best, self.last)
+        self.best = self.last if self.best is None else min(self.best, self.last)
         self.seconds += time.perf_counter() - start
         monitor.note(f"step {done}: validation loss {self.last:.4f}")
 
