@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.model.gpt import GPT, KVCache
+from fusedgpt.model.gpt import GPT, DropoutState, KVCache
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -123,19 +123,17 @@ def test_dropout_draws_anew_each_step_and_the_same_for_a_seed(tiny_gpt: GPT) -> 
     assert tiny_gpt(IDS, IDS).item() == tiny_gpt(IDS, IDS).item()
 
 
-def test_every_layer_draws_its_own_mask(tiny_gpt: GPT) -> None:
-    """Were two sites to share a mask, they would ask for the same (seed, offset)."""
+def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = tiny_gpt._dropout_state
+    original = DropoutState.at
 
-    def spy() -> object:
-        state = original()
-        asked.extend(int(state.at(site)[1]) for site in range(1 + 3 * tiny_gpt.config.n_layer))
-        return state
+    def spy(state: DropoutState, site: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+        asked.append(site)
+        return original(state, site)
 
-    tiny_gpt._dropout_state = spy  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(DropoutState, "at", spy)
     tiny_gpt.train()(IDS)
-    assert len(set(asked)) == 7
+    assert sorted(asked) == list(range(1 + 3 * 2))  # the embedding, and three in each of two layers
 
 
 def test_bf16_activations_leave_fp32_parameters_and_gradients(tiny_gpt: GPT) -> None:
