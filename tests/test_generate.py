@@ -59,6 +59,10 @@ def test_greedy_is_the_argmax_of_the_whole_text(tiny_gpt: GPT) -> None:
 
 def test_goes_on_beyond_the_context(tiny_gpt: GPT) -> None:
     """Context 16: at 16 tokens the last 8 + 1 are kept; a prompt longer than it is cut to its end."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # logits that depend on every token of the context
+        for p in tiny_gpt.parameters():
+            p.add_(torch.randn(p.shape, generator=generator))
     context = list(range(40))
     steps = list(generate(tiny_gpt, torch.tensor([context]), max_new_tokens=20, temperature=0.0))
     kept = context[-16:]
@@ -104,6 +108,12 @@ def test_a_sample_ends_before_its_end_of_text() -> None:
     texts = sample_texts(gpt, tokenizer, "cd", n_samples=2, max_new_tokens=50, temperature=0.0)
     assert texts == ["cdefgh", "cdefgh"]
     assert sample_texts(gpt, tokenizer, "cd", max_new_tokens=2, temperature=0.0) == ["cdef"]
+
+
+def test_a_row_that_ended_stays_ended(monkeypatch: pytest.MonkeyPatch, tiny_gpt: GPT) -> None:
+    tokens = [torch.tensor(step) for step in ([0, 3], [3, 1], [2, 1], [3, 3], [0, 0])]  # 3 is end-of-text
+    monkeypatch.setattr("fusedgpt.model.generate.generate", lambda *_, **__: iter(tokens))
+    assert sample_texts(tiny_gpt, char_tokenizer("abc"), "", n_samples=2) == ["a", ""]
 
 
 def test_prompt_outside_the_vocabulary_is_refused(tiny_gpt: GPT) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -93,6 +94,8 @@ def test_same_seed_same_bits(counting: TokenDataset, precision: str) -> None:
     weights = []
     for seed in (3, 3, 4):
         model = GPT(with_dropout, seed=1)
+        for _ in weights:  # whatever it did before
+            model.train()(torch.zeros(1, 1, dtype=torch.int64))
         train(model, counting, config.model_copy(update={"seed": seed}))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
@@ -121,6 +124,16 @@ def test_epochs_count_steps(counting: TokenDataset) -> None:
     summary = train(GPT(CONFIG), counting, settings(steps=None, epochs=2, batch_size=16))
     assert summary.steps == 2 * math.ceil(counting.windows_per_epoch / 16)
     assert summary.tokens == 2 * counting.windows_per_epoch * 16
+
+
+def test_every_epoch_has_an_order_of_its_own(counting: TokenDataset) -> None:
+    config = settings(batch_size=7, seed=5)
+    per_epoch = math.ceil(counting.windows_per_epoch / 7)
+    batches = list(itertools.islice(training_batches(counting, config), 2 * per_epoch))
+    for epoch in (0, 1):
+        expected, _ = counting.train_batch(seed=5, epoch=epoch, position=7, batch_size=7)
+        assert torch.equal(batches[epoch * per_epoch + 1][0], expected)
+    assert not torch.equal(batches[1][0], batches[per_epoch + 1][0])
 
 
 def test_train_model_returns_the_smoothed_loss(counting: TokenDataset) -> None:
