@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
     assert kept == info["refinement"]["kept_tokens"]
     assert 1500 <= kept < 1700
     assert info["samples_generated"] == len(texts) + sum(info["refinement"]["dropped"].values())
+
+
+def test_the_prompt_reaches_generator_and_refiner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("generate_samples", "refine"):
+        original = getattr(pipeline, name)
+
+        def spy(*args: object, original: Callable[..., object] = original, **kwargs: object) -> object:
+            seen.extend(arg for arg in args if isinstance(arg, str))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    run_full_pipeline("poems about dragons", tiny(steps=1), tmp_path)
+    assert seen == ["poems about dragons"] * 2
 
 
 def test_same_seed_same_file(tmp_path: Path) -> None:

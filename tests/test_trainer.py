@@ -164,6 +164,15 @@ def test_gradients_that_stay_nan_end_the_run(counting: TokenDataset) -> None:
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name
 
 
+def test_skipped_steps_count_only_in_a_row() -> None:
+    guard, monitor = trainer._DivergenceGuard(1e-3), Losses()
+    for step in range(30):
+        guard.check(step % 10 != 9, step, monitor)
+    with pytest.raises(TrainingDiverged):
+        for step in range(10):
+            guard.check(True, step, monitor)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense:x"])
 def test_unusable_devices_are_named(device: str) -> None:
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
