@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedgpt.train.data import generate
-from fusedgpt.train.data.generate import DOMAINS, article, choose_domain, generate_samples, plural, stem
+from fusedgpt.train.data.generate import DOMAINS, choose_domain, generate_samples
+from fusedgpt.train.data.words import article, plural, read_templates, stem
 
 # What a vegan may have although it sounds otherwise: peanut butter, coconut milk.
 PLANT_FOOD = re.compile(r"(peanut|almond|coconut|oat|soy|rice) (butter|milk|yogurt)|butter beans?", re.I)
@@ -340,9 +341,9 @@ def test_every_rule_and_bank_is_reachable() -> None:
         seen: set[int] = set()
         walk(grammar.choices["root"], seen)
         unreached = {name for name, choice in grammar.choices.items() if id(choice) not in seen}
-        assert unreached <= set(generate._read("shared").get("banks", {}))
+        assert unreached <= set(read_templates("shared").get("banks", {}))
         reached |= grammar.choices.keys() - unreached
-    assert set(generate._read("shared")["banks"]) <= reached
+    assert set(read_templates("shared")["banks"]) <= reached
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -370,7 +371,7 @@ def test_a_row_with_a_missing_field_is_refused() -> None:
 
 
 def test_speed() -> None:
-    generate._read.cache_clear()
+    read_templates.cache_clear()
     start, n = time.perf_counter(), 0
     for text in generate_samples("carrot soup", domain="cooking"):
         n += len(text)

@@ -18,14 +18,23 @@ No alternative of a rule, and no row of a bank, is taken twice in a sample while
 """
 
 import re
-import tomllib
-import unicodedata
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.resources import files
 from random import Random
-from typing import Any
+
+from fusedgpt.train.data.words import (
+    WORD,
+    article,
+    content_stems,
+    domain_stems,
+    normalise,
+    plural,
+    proper_names,
+    read_templates,
+    singular_of,
+    stem,
+    words_of,
+)
 
 DOMAINS: tuple[str, ...] = ("cooking", "poetry", "technical", "general", "conversation")
 
@@ -33,109 +42,9 @@ _FOCUS = 0.93  # how often a choice is made among the alternatives that suit the
 _TOPIC_WORDS, _TOPICS = 3, 4
 _ASIDE = "*"  # the tag of a topic that is mentioned in passing
 _PATIENCE = 1000  # so many repeats in a row, and the distinct texts count as used up and may come again
-_PROMPT_CHARS = 4000  # what lies beyond cannot steer any more than this does
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-_WORD_OR_MARK = re.compile(_WORD.pattern + r"|[^\w\s]")
+_WORD_OR_MARK = re.compile(WORD.pattern + r"|[^\w\s]")
 _LATIN = re.compile(r"[a-zà-öø-ÿ]{2,24}")
 _SMALL_WORDS = ("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
-
-
-@lru_cache
-def _read(name: str) -> dict[str, Any]:
-    return tomllib.loads((files(__package__) / "templates" / f"{name}.toml").read_text(encoding="utf-8"))
-
-
-@lru_cache
-def _words_of(key: str) -> frozenset[str]:
-    return frozenset(str(_read("shared")["words"][key]).split())
-
-
-@lru_cache
-def _proper() -> dict[str, str]:
-    return {name.casefold(): name for name in str(_read("shared")["words"]["proper"]).split()}
-
-
-@lru_cache
-def _irregular() -> dict[str, str]:
-    return dict(_read("shared")["irregular"])
-
-
-@lru_cache
-def _singular_of() -> dict[str, str]:
-    return {plural: one for one, plural in _irregular().items()}
-
-
-def article(text: str) -> str:
-    """Returns `text` behind "a" or "an", by the sound it begins with: an hour, a university, an SQL query."""
-    word = text.split(maxsplit=1)[0] if text.strip() else ""
-    letters = word.split("-")[0].rstrip(".,")
-    if len(letters) > 1 and letters.isupper():
-        return f"{'an' if letters[0] in 'AEFHILMNORSX' else 'a'} {text}"
-    low = word.lower()
-    vowel = low[:1] in "aeiou" or low.startswith(
-        ("hour", "honest", "honor", "honour", "heir", "8", "11", "18")
-    )
-    if low.startswith(("uni", "use", "usu", "eu", "one", "once", "uti", "ubi")) and not low.startswith(
-        "unin"
-    ):
-        vowel = False
-    return f"{'an' if vowel and low else 'a'} {text}"
-
-
-def plural(noun: str) -> str:
-    """Returns the plural of a noun; of "clove of garlic" it is the head, "cloves of garlic"."""
-    head, of, rest = noun.partition(" of ")
-    before, space, last = head.rpartition(" ")
-    if last in _irregular():
-        many = _irregular()[last]
-    elif last.endswith(("s", "x", "z", "ch", "sh")):
-        many = last + "es"
-    elif last.endswith("y") and last[-2:-1] not in "aeiou":
-        many = last[:-1] + "ies"
-    else:
-        many = last + "s"
-    return before + space + many + of + rest
-
-
-@lru_cache(maxsize=1 << 16)
-def stem(word: str) -> str:
-    """Returns a crude stem, the same for cook, cooks, cooked and cooking; only good for comparing words."""
-    low = word.casefold().removesuffix("'s")
-    low = _singular_of().get(low, low)
-    if low.endswith("ies") and len(low) > 4:
-        low = low[:-3] + "y"
-    elif low.endswith(("sses", "xes", "ches", "shes", "oes")):
-        low = low[:-2]
-    elif low.endswith("s") and not low.endswith(("ss", "us", "is")) and len(low) > 3:
-        low = low[:-1]
-    for suffix in ("ing", "ed"):
-        if low.endswith(suffix) and len(low) > len(suffix) + 2:
-            low = low.removesuffix(suffix)
-            low = low[:-1] if low[-1:] == low[-2:-1] and low[-1:] not in "ls" else low
-    low = low.removesuffix("e") if len(low) > 3 else low
-    return low[:-1] + "i" if low.endswith("y") else low
-
-
-def _normalise(prompt: str) -> str:
-    """The prompt with its known Japanese words put into English; letter case is kept for names."""
-    text = unicodedata.normalize("NFKC", prompt[:_PROMPT_CHARS]).replace("\u2019", "'")
-    for japanese, english in _read("shared")["japanese"].items():
-        text = text.replace(japanese, f" {english} ")
-    return text
-
-
-def content_stems(text: str) -> list[str]:
-    """Returns the distinct stems of a prompt's content words in their order: no "the", "write" or "GPT"."""
-    words = (word for word in _WORD.findall(_normalise(text).casefold()) if word not in _words_of("stop"))
-    return list(dict.fromkeys(stem(word) for word in words))
-
-
-@lru_cache
-def domain_stems(domain: str) -> dict[str, int]:
-    """Returns the stems that speak for a domain and their weight: 2 for a form (poem), 1 for a subject."""
-    row = _read("shared")["domains"][domain]
-    weights = {stem(word): 1 for word in row["subject"].split()}
-    return weights | {stem(word): 2 for word in row["form"].split()}
 
 
 def choose_domain(prompt: str) -> str:
@@ -143,7 +52,7 @@ def choose_domain(prompt: str) -> str:
 
     A form counts twice a subject, so a poem about cooking is poetry; a tie goes to the word that comes first.
     """
-    words = list(dict.fromkeys(stem(word) for word in _WORD.findall(_normalise(prompt).casefold())))
+    words = list(dict.fromkeys(stem(word) for word in WORD.findall(normalise(prompt).casefold())))
 
     def rank(domain: str) -> tuple[int, int]:
         weights = domain_stems(domain)
@@ -262,14 +171,14 @@ class _Grammar:
     """The compiled templates of a domain."""
 
     def __init__(self, domain: str) -> None:
-        sources = [_read("shared"), _read(domain)]
+        sources = [read_templates("shared"), read_templates(domain)]
         rules = {name: rule for source in sources for name, rule in source.get("rules", {}).items()}
         banks = {name: bank for source in sources for name, bank in source.get("banks", {}).items()}
         # The bank "topic" is filled from the prompt: what it asks for and no template knows.
         self.choices = {name: _Choice([], True) for name in [*rules, *banks, "topic"]}
         # Which nouns of a prompt become topics: those "unknown" to the tags; "all" on a par with tagged rows;
         # or all as an "aside", behind the rows with the tags of the prompt.
-        self.topics: str = _read(domain).get("topics", "unknown")
+        self.topics: str = read_templates(domain).get("topics", "unknown")
         for name, rule in rules.items():
             self.choices[name].alternatives += [self._alternative(text.strip(), None) for text in rule]
         for name, bank in banks.items():
@@ -295,11 +204,11 @@ class _Grammar:
         if names is not None:
             if len(texts) != len(names):
                 raise ValueError(f"template row {text!r} has {len(texts)} fields, not {len(names)}: {names}")
-            tags |= {stem(word) for word in _WORD.findall(texts[0].casefold())} - _words_of("stop")
+            tags |= {stem(word) for word in WORD.findall(texts[0].casefold())} - words_of("stop")
         refs: list[_Choice] = []
         parts = [self._compile(part, refs) for part in texts]
         fields = {"": parts[0], **dict(zip(names or [], parts, strict=bool(names)))}
-        words = frozenset(stem(word) for word in _WORD.findall(body.casefold()))
+        words = frozenset(stem(word) for word in WORD.findall(body.casefold()))
         return _Alternative(fields=fields, tags=frozenset(tags), words=words, refs=refs)
 
     def _compile(self, text: str, refs: list[_Choice]) -> list[_Part]:
@@ -348,7 +257,7 @@ class _Grammar:
 
 
 def _is_plural(word: str) -> bool:
-    if word in _singular_of():
+    if word in singular_of():
         return True
     return word.endswith("s") and not word.endswith(("ss", "us", "is", "ics")) and word != "news"
 
@@ -360,7 +269,7 @@ def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
         return " ".join(words), _is_plural(head)
     if before == "the":
         return "the " + " ".join(words), False
-    if before in ("a", "an") or head in _words_of("countable"):
+    if before in ("a", "an") or head in words_of("countable"):
         return " ".join([*words[:-1], plural(head)]), True
     return " ".join(words), False
 
@@ -369,9 +278,9 @@ def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
     """Cuts off what cannot head a topic: "brave", the work of "how clocks work", the soup of "okra soup"."""
     while run and (
         run[-1].endswith("ly")
-        or run[-1] in _words_of("adjectives")
+        or run[-1] in words_of("adjectives")
         or stem(run[-1]) in dull
-        or (len(run) > 1 and run[-1] in _words_of("verbs"))
+        or (len(run) > 1 and run[-1] in words_of("verbs"))
     ):
         run = run[:-1]
     return run[-_TOPIC_WORDS:]
@@ -379,7 +288,7 @@ def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
 
 def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool]]:
     """The noun phrases of a prompt; where it says what it is about, only those behind that word."""
-    found = _WORD_OR_MARK.findall(_normalise(prompt))
+    found = _WORD_OR_MARK.findall(normalise(prompt))
     headline = sum(word[0].isupper() for word in found) * 2 > len(found) + 1
     # A form (poem) parts phrases; a general subject may end a phrase (quantum computers) but not begin it.
     weights = domain_stems(domain)
@@ -390,23 +299,23 @@ def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool
     for i, word in enumerate([*found, "the"]):
         low = word.casefold()
         weight = weights.get(stem(low), 0) - (stem(low) in grammar.known)
-        if _LATIN.fullmatch(low) and low not in _words_of("stop") and weight <= bool(run):
-            run.append(_proper().get(low) or (low if i == 0 or headline else word))
+        if _LATIN.fullmatch(low) and low not in words_of("stop") and weight <= bool(run):
+            run.append(proper_names().get(low) or (low if i == 0 or headline else word))
             continue
         if head := _head_last(run, dull):
             phrases.append(_noun_phrase(head, before))
         run, before = [], low
-        if low in _words_of("about") and not about:
+        if low in words_of("about") and not about:
             phrases, about = [], True
     return list(dict.fromkeys(phrases))[:_TOPICS]
 
 
 def _excluded(prompt: str, diets: dict[str, str]) -> frozenset[str]:
     """The stems that a prompt rules out: by a diet of the domain, "no eggs", "without nuts" or "nut-free"."""
-    text = " ".join(_WORD.findall(_normalise(prompt).casefold()))
+    text = " ".join(WORD.findall(normalise(prompt).casefold()))
     names = [name for diet, tags in diets.items() if f" {diet} " in f" {text} " for name in tags.split()]
     names += re.findall(r"\b(?:no|without) (\w+)", text) + re.findall(r"\b(\w+) free\b", text)
-    return frozenset(stem(name) for name in names if name not in _words_of("stop"))
+    return frozenset(stem(name) for name in names if name not in words_of("stop"))
 
 
 def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -> Iterator[str]:
@@ -418,7 +327,7 @@ def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
-    excluded = _excluded(prompt, _read(domain).get("excludes", {}))
+    excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
     root = _steered(prompt, domain, excluded)
     # A prompt may rule out everything; then it is better to say too much than to say nothing.
     return _stream(root if root.allowed else _steered(prompt, domain, frozenset()), Random(seed_text))
@@ -428,7 +337,7 @@ def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> _Choice:
     """The root of a domain's grammar, compiled and steered by the prompt."""
     grammar = _Grammar(domain)
     for phrase, many in _topics(prompt, domain, grammar):
-        stems = frozenset(stem(word) for word in _WORD.findall(phrase)) - {"the"}
+        stems = frozenset(stem(word) for word in WORD.findall(phrase)) - {"the"}
         known = stem(phrase.split()[-1]) in grammar.known
         if not stems & excluded and not (known and grammar.topics == "unknown"):
             grammar.add_topic(phrase, {_ASIDE} if grammar.topics == "aside" else stems, many)

@@ -12,7 +12,8 @@ from zlib import crc32
 
 import numpy as np
 
-from fusedgpt.train.data.generate import choose_domain, content_stems, domain_stems, stem
+from fusedgpt.train.data.generate import choose_domain
+from fusedgpt.train.data.words import content_stems, domain_stems, stem
 
 _MIN_WORDS, _GOOD_WORDS, _LONG_WORDS, _MAX_WORDS = 5, 12, 250, 600
 _MAX_CHARS = 12_000  # longer samples are dropped unread
