@@ -73,7 +73,7 @@ class TrainConfig(_Frozen):
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; goes before --epochs.")
     epochs: int = Field(default=20, ge=1, description="Passes over the training text.")
     batch_size: int = Field(default=2, ge=1, description="Windows a step.")
-    learning_rate: float = Field(default=3e-4, gt=0.0, description="Peak learning rate.")
+    learning_rate: float = Field(default=3e-4, gt=0.0, description="Peak learning rate (create: 0.0006).")
     min_learning_rate: float | None = Field(
         default=None, ge=0.0, description="Where the cosine ends (default: a tenth of --learning-rate)."
     )

@@ -24,7 +24,7 @@ from fusedgpt.train.monitor import Monitor
 from fusedgpt.train.trainer import TrainingSummary, train
 
 GENERATION_METHODS = ("template",)
-CREATE_DEFAULTS: dict[str, Any] = {"max_length": 128}
+CREATE_DEFAULTS: dict[str, Any] = {"max_length": 128, "learning_rate": 6e-4}
 TEST_PROMPTS = ("", "The", "Today")
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
 # GPT-2 tokens to generate and to keep, by preset; larger presets take the last.
