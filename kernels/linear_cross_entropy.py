@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.linear import matmul_nt
+
 _ROWS_PER_MATMUL = 512  # measured: docs/experiments.md, "rows per chunk"
 _ROWS_PER_SOFTMAX = 8  # 8 rows of 50k fp32 logits stay in a core's cache
 
@@ -97,18 +99,18 @@ def linear_cross_entropy_fwd(
     N, compute_weight = len(hidden), weight.to(hidden.dtype)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(N, dtype=wide)
-    buffer = hidden.new_empty(min(N, _ROWS_PER_MATMUL), len(weight))
     dhidden = torch.empty_like(hidden) if row_scale is not None else hidden.new_empty(0)
     dweight = weight.new_empty(0)
     for i in range(0, N, _ROWS_PER_MATMUL):
         rows = slice(i, min(i + _ROWS_PER_MATMUL, N))
-        logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: rows.stop - i])
+        logits = matmul_nt(hidden[rows], compute_weight)
         scale = None if row_scale is None else row_scale[rows]
         _softmax_chunk(logits, targets[rows], scale, losses[rows], options)
         if scale is not None:
-            torch.mm(logits, compute_weight, out=dhidden[rows])
-            part = logits.T @ hidden[rows]
+            dhidden[rows] = matmul_nt(logits, compute_weight.T)
+            part = matmul_nt(logits.T, hidden[rows].T)
             dweight = part.to(wide) if i == 0 else dweight.add_(part)
+        del logits  # before the next chunk's are made
     if row_scale is not None:
         dweight = dweight.to(weight.dtype) if N else torch.zeros_like(weight)
     return losses, dhidden, dweight

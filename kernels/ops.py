@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels import linear as linear_
 from fusedgpt.kernels import linear_cross_entropy as lce
 from fusedgpt.kernels import reference
 
@@ -177,6 +178,22 @@ def dropout_add_layer_norm(
     _check_dropout(dropout_p, seed, offset)
     backend("dropout_add_layer_norm", x.device)
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in x's dtype: (..., C) -> (..., K).
+
+    weight: (K, C); bias: (K,) or None; both of any floating dtype, cast to x's. Raises ValueError.
+    """
+    _check_floating(x=x, weight=weight)
+    _expect(
+        weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", f"(K, {x.shape[-1]})", weight.shape
+    )
+    if bias is not None:
+        _check_floating(x=x, bias=bias)
+        _expect(bias.shape == weight.shape[:1], "bias", f"{tuple(weight.shape[:1])}", tuple(bias.shape))
+        bias = bias.to(x.dtype)
+    return linear_.linear(x, weight.to(x.dtype), bias)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -132,6 +132,11 @@ def dropout_add_layer_norm(
     return layer_norm(residual, weight, bias, eps), residual
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in x's dtype; x (..., C), weight (K, C), bias (K,)."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, any shape."""
     return F.gelu(x, approximate="tanh")

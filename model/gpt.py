@@ -57,7 +57,7 @@ class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return ops.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):
@@ -118,7 +118,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = F.linear(x, self.c_fc.weight.to(x.dtype))  # (B, T, 4C)
+        wide = ops.linear(x, self.c_fc.weight)  # (B, T, 4C)
         out: Tensor = self.c_proj(ops.bias_gelu(wide, self.c_fc.bias))
         return out
 
@@ -230,7 +230,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
-        return F.linear(hidden, self.wte.weight[: self.config.vocab_size].to(hidden.dtype))
+        return ops.linear(hidden, self.wte.weight[: self.config.vocab_size])
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.linear import HAS_ONEDNN
 from fusedgpt.train.trainer import cpu_has_bf16, resolve_device, resolve_precision
 
 _PACKAGES = ("fusedgpt", "torch", "triton", "transformers", "tiktoken", "tokenizers", "safetensors")
@@ -24,6 +25,7 @@ def examine() -> dict[str, dict[str, str]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cpu cores": f"{os.cpu_count()}, {torch.get_num_threads()} used by torch",
             "cpu bf16": "native" if cpu_has_bf16() else "no",
+            "cpu fp32 matmul": "oneDNN" if HAS_ONEDNN else "torch's default",
             **_gpus(),
         },
         "packages": {name: _version(name) for name in _PACKAGES},
