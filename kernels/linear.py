@@ -1,8 +1,8 @@
 """x W^T + b, with fp32 on a CPU computed by oneDNN.
 
-torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512 oneDNN, which torch carries too, is twice as
-fast (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway. torch.compile sees the plain
-op and chooses by itself.
+torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512 oneDNN, which torch carries too, is twice
+as fast (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway. torch.compile sees the
+plain op and chooses by itself.
 """
 
 from __future__ import annotations
