@@ -73,6 +73,7 @@ def test_split_holds_out_whole_documents() -> None:
     texts = documents(50, 20)
     dataset = build_dataset(texts, eot_id=EOT, max_length=8, val_fraction=0.1, seed=0)
     assert (dataset.train_documents, dataset.val_documents) == (45, 5)
+    assert str(dataset) == ("945 training tokens in 45 documents, 105 validation tokens in 5, windows of 8")
     for stream in (dataset.train, dataset.val):
         pieces = np.split(stream, np.flatnonzero(stream == EOT) + 1)[:-1]
         assert all(piece[:-1].tolist() in texts for piece in pieces)

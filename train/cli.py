@@ -99,7 +99,7 @@ def _report(result: Any, as_json: bool) -> None:
         _print_json(result.as_dict())
         return
     for prompt, text in result.samples.items():
-        typer.echo(f"--- sample for {prompt!r}\n{printable(text)}\n")
+        typer.echo(f"--- sample for {prompt!r}\n{printable(text).rstrip()}\n")
     summary = result.summary
     typer.echo(
         f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "

@@ -30,6 +30,12 @@ class TokenDataset:
     train_documents: int
     val_documents: int
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.train):,} training tokens in {self.train_documents:,} documents, "
+            f"{len(self.val):,} validation tokens in {self.val_documents:,}, windows of {self.max_length}"
+        )
+
     @property
     def windows_per_epoch(self) -> int:
         """Windows an epoch of the training stream has."""
