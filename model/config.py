@@ -16,6 +16,7 @@ class GPTConfig(BaseModel):
 
     vocab_size: int = Field(default=50257, ge=1, le=1 << 20)
     block_size: int = Field(default=512, ge=1, le=1 << 20)  # the longest context, in tokens
+    trained_length: int | None = Field(default=None, ge=1)  # tokens of a training window; None: block_size
     n_layer: int = Field(default=6, ge=1, le=1024)
     n_head: int = Field(default=6, ge=1, le=1024)
     n_embd: int = Field(default=384, ge=1, le=1 << 16)
@@ -27,6 +28,17 @@ class GPTConfig(BaseModel):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         return self
+
+    @model_validator(mode="after")
+    def _trained_length_fits(self) -> Self:
+        if self.window > self.block_size:
+            raise ValueError(f"trained_length {self.window} is longer than block_size {self.block_size}")
+        return self
+
+    @property
+    def window(self) -> int:
+        """The longest context that training has seen, in tokens."""
+        return self.trained_length or self.block_size
 
     @property
     def padded_vocab_size(self) -> int:

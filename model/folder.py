@@ -67,6 +67,7 @@ def hf_config(config: GPTConfig, eot_id: int) -> dict[str, Any]:
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
+        "trained_length": config.window,
         "n_inner": 4 * config.n_embd,
         "vocab_size": config.vocab_size,
         "activation_function": "gelu_new",
@@ -195,6 +196,7 @@ def read_config(folder: Path) -> GPTConfig:
         config = GPTConfig(
             vocab_size=raw["vocab_size"],
             block_size=raw["n_positions"],
+            trained_length=raw.get("trained_length"),
             n_layer=raw["n_layer"],
             n_head=raw["n_head"],
             n_embd=raw["n_embd"],
@@ -214,7 +216,7 @@ def read_config(folder: Path) -> GPTConfig:
 def list_folders(root: Path) -> list[dict[str, Any]]:
     """name, path, saved (local time) and parameters of every model folder in `root`, newest first."""
     found = []
-    for weights in root.glob(f"*/{WEIGHTS}"):
+    for weights in root.glob(f"[!.]*/{WEIGHTS}"):  # a leading dot: a save that was cut off
         try:
             config = read_config(weights.parent)
         except ModelFolderError:

@@ -53,18 +53,18 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield up to max_new_tokens next tokens, (B,) each; the same arguments give the same tokens.
 
-    When the context is full its older half is dropped and the rest read anew. Raises ValueError for an empty
-    prompt or settings out of range.
+    When the context that training has seen is full, its older half is dropped and the rest read anew.
+    Raises ValueError for an empty prompt or settings out of range.
     """
     _check_settings(prompt, max_new_tokens, temperature, top_k, top_p)
     model.eval()
-    block_size = model.config.block_size
+    window = model.config.window
     generator = torch.Generator().manual_seed(seed)
-    context = prompt[:, -block_size:]
+    context = prompt[:, -window:]
     cache: KVCache | None = None
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == block_size:
-            context = context[:, -block_size:] if cache is None else context[:, -(block_size // 2 + 1) :]
+        if cache is None or cache.length == window:
+            context = context if cache is None else context[:, -(window // 2 + 1) :]
             cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
             fresh = context
         hidden = model.hidden(fresh, cache=cache)[:, -1]

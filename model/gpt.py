@@ -36,18 +36,18 @@ class DropoutState:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: (n_layer, B, T_max, H, D) each, `length` rows filled."""
+    """Keys and values of the tokens seen so far: (n_layer, B, window, H, D) each, `length` rows filled."""
 
     def __init__(
         self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.n_layer, batch_size, config.block_size, config.n_head, config.head_dim)
+        shape = (config.n_layer, batch_size, config.window, config.n_head, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, H, D) behind what is there; returns the layer's whole cache (B, T_max, H, D)."""
+        """Store k, v (B, T, H, D) behind what is there; returns the layer's whole cache (B, window, H, D)."""
         end = self.length + k.shape[1]
         self.k[layer, :, self.length : end], self.v[layer, :, self.length : end] = k, v
         return self.k[layer], self.v[layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -143,6 +144,18 @@ def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
     done = fusedgpt(*arguments.split())
     assert done.returncode == 2
     assert "Usage: fusedgpt" in done.stdout + done.stderr
+
+
+def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:
+    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--output-dir", tmp_path, *TINY]
+    with subprocess.Popen([*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "steps | Loss" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        last = process.stderr.readlines()[-1]
+    assert (process.returncode, last) == (130, "fusedgpt: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_the_traceback() -> None:

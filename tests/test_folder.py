@@ -82,7 +82,7 @@ def test_a_folder_of_transformers_loads_with_equal_logits(tmp_path: Path, prefix
 def test_ours_loads_again_bit_for_bit(saved: tuple[GPT, Tokenizer, Path]) -> None:
     gpt, tokenizer, path = saved
     again, its_tokenizer = load_folder(path)
-    assert again.config == gpt.config
+    assert again.config == gpt.config.model_copy(update={"trained_length": 64})
     assert its_tokenizer.kind == tokenizer.kind
     assert its_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
     for name, p in gpt.state_dict().items():
@@ -206,6 +206,7 @@ LN_F = "transformer.ln_f.weight"
         (edit_config(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
         (edit_config(activation_function="relu"), "activation_function is 'relu'"),
         (edit_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (edit_config(trained_length=65), "trained_length 65 is longer than block_size 64"),
         (edit_config(n_inner=17), "n_inner is 17, expected 96"),
         (edit_config(vocab_size=5), "the tokenizer has .* ids, the model only 5"),
         (edit_config(n_positions=65), "wpe.weight has shape"),
@@ -228,6 +229,7 @@ def test_list_folders_newest_first_and_only_models(char_folder: Path) -> None:
     newer = root / "newer"
     shutil.copytree(char_folder, newer)
     os.utime(char_folder / "model.safetensors", (1_000_000, 1_000_000))
+    shutil.copytree(char_folder, root / ".saving-x")
     (root / "other").mkdir()
     (root / "broken").mkdir()
     (root / "broken" / "model.safetensors").write_text("")

@@ -57,20 +57,23 @@ def test_greedy_is_the_argmax_of_the_whole_text(tiny_gpt: GPT) -> None:
         context = torch.cat((context, token[:, None]), dim=1)
 
 
-def test_goes_on_beyond_the_context(tiny_gpt: GPT) -> None:
-    """Context 16: at 16 tokens the last 8 + 1 are kept; a prompt longer than it is cut to its end."""
+@pytest.mark.parametrize("trained_length", [None, 10])
+def test_goes_on_beyond_the_context(tiny_config: GPTConfig, trained_length: int | None) -> None:
+    """Window 16: at 16 tokens the last 8 + 1 are kept; a prompt longer than it is cut to its end."""
+    window = trained_length or 16
+    tiny_gpt = GPT(tiny_config.model_copy(update={"trained_length": trained_length}), seed=1).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # logits that depend on every token of the context
         for p in tiny_gpt.parameters():
             p.add_(torch.randn(p.shape, generator=generator))
     context = list(range(40))
     steps = list(generate(tiny_gpt, torch.tensor([context]), max_new_tokens=20, temperature=0.0))
-    kept = context[-16:]
+    kept = context[-window:]
     for step in steps:
         assert step.item() == tiny_gpt(torch.tensor([kept]))[0, -1].argmax().item()
         kept = [*kept, step.item()]
-        if len(kept) > 16:
-            kept = kept[-9:]
+        if len(kept) > window:
+            kept = kept[-(window // 2 + 1) :]
 
 
 @pytest.mark.parametrize(

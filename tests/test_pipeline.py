@@ -15,7 +15,7 @@ from fusedgpt.train import pipeline
 from fusedgpt.train.config import RunConfig, build_config
 from fusedgpt.train.pipeline import CREATE_DEFAULTS, generate_texts, run_full_pipeline, train_on_files
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "max_length": 32, "steps": 4}
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
 FILES = {
     "model.safetensors",
     "config.json",
@@ -41,7 +41,8 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
     assert result.model_path.name.startswith("poetry_")
     assert list(result.samples) == ["", "The", "Today"]
     assert all(text.startswith(p) for p, text in result.samples.items())
-    load_folder(result.model_path)
+    model, _ = load_folder(result.model_path)
+    assert (model.config.block_size, model.config.window) == (48, 32)
 
     info = json.loads((result.model_path / "generation_info.json").read_text())
     dataset = json.loads((result.model_path / "dataset.json").read_text())
@@ -95,7 +96,7 @@ def test_train_on_files(tmp_path: Path, tokenizer: str) -> None:
     assert model.config.vocab_size == loaded.vocab_size
     assert result.model_path.name.startswith("custom_")
     assert json.loads((result.model_path / "generation_info.json").read_text())["data"] == [str(text)]
-    assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 32
+    assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 48
 
 
 def test_test_prompts_outside_a_character_vocabulary_are_left_out(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trains small GPTs fast: a prompt or text goes in, a model folder that other tools open comes out.",
 )
+_INTERRUPTED = 130
 _SYNONYMS = {"preset": ["--size"]}
 
 OutputDir = Annotated[Path, typer.Option(help="Where finished model folders go.")]
@@ -118,15 +119,19 @@ def sample(
     top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: among all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach p.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Generate text from a model folder."""
     from fusedgpt.model.folder import load_folder
     from fusedgpt.model.generate import sample_texts
+    from fusedgpt.train.trainer import resolve_device
 
+    gpt, tokenizer = load_folder(model)
     texts = sample_texts(
-        *load_folder(model),
+        gpt.to(resolve_device(device)),
+        tokenizer,
         prompt,
         n_samples=n_samples,
         max_new_tokens=max_new_tokens,
@@ -187,8 +192,10 @@ def main() -> None:
     spin_briefly()
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was saved", 130)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer turns the first into the second
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
+        _fail("interrupted", _INTERRUPTED)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

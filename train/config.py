@@ -36,11 +36,12 @@ class ModelConfig(_Frozen):
             raise ValueError(f"no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         return self
 
-    def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The GPTConfig these settings mean for a vocabulary. Raises ConfigError."""
+    def gpt_config(self, vocab_size: int, trained_length: int | None = None) -> GPTConfig:
+        """The GPTConfig these settings mean for a vocabulary and a training window. Raises ConfigError."""
         changed = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        known = {"vocab_size": vocab_size, "trained_length": trained_length}
         try:
-            return GPTConfig(**{**PRESETS[self.preset].model_dump(), **changed, "vocab_size": vocab_size})
+            return GPTConfig(**{**PRESETS[self.preset].model_dump(), **changed, **known})
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
 

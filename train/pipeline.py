@@ -114,7 +114,7 @@ def _train_and_save(
     started = datetime.now(UTC)
     dataset = tokenise(texts, tokenizer, config)
     monitor.note(f"dataset: {dataset}")
-    gpt_config = config.model.gpt_config(tokenizer.vocab_size)
+    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
     total, without_embeddings = gpt_config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
     model = GPT(gpt_config, seed=config.train.seed)

@@ -130,6 +130,7 @@ class _Validation:
         self.seconds = 0.0
 
     def run_if_due(self, model: GPT, step: int, monitor: Monitor) -> None:
+        """Evaluate after step `step` (from 0) if it is time to, and say the loss."""
         done = step + 1
         if len(self.dataset.val) < 2 or (done % self.every and done != self.steps):
             return
@@ -148,6 +149,7 @@ class _DivergenceGuard:
         self.in_a_row = 0
 
     def check(self, skipped: bool, step: int, monitor: Monitor) -> None:
+        """Take in whether step `step` (from 0) was skipped. Raises TrainingDiverged."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if skipped:
             monitor.note(f"step {step + 1}: gradient not finite, update skipped")
