@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Tell malloc to keep what is freed, for the rest of the process; False where it is not glibc's.
 
     glibc hands large blocks back to the kernel on every free and faults each of their pages in again, zeroed,
-    on the next allocation: half of a CPU training step (docs/experiments.md, "page faults").
+    on the next allocation: half of a CPU training step (docs/experiments.md, "Page faults").
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -28,7 +28,7 @@ def spin_briefly() -> None:
     """Let OpenMP threads sleep soon when they wait for each other. Call before torch is imported.
 
     By default they spin for milliseconds on cores that another process could use: two trainings at once on
-    two cores ran 50 times slower (docs/experiments.md, "spinning"). The user's own setting stands.
+    two cores ran 50 times slower (docs/experiments.md, "Spinning"). The user's own setting stands.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -19,6 +19,7 @@ from fusedgpt.train.schedule import learning_rate
 from fusedgpt.train.step import evaluate, train_step
 
 _EVALUATIONS_PER_RUN = 10
+_EVALUATION_TOKENS = 8192  # a batch: without gradients there is room for more than a training step's
 _MAX_SKIPPED_STEPS = 10  # in a row, before a run with non-finite gradients is given up
 
 
@@ -123,7 +124,8 @@ class _Validation:
     """Evaluates the held-out stream every so often and after the last step, and keeps the time it took."""
 
     def __init__(self, dataset: TokenDataset, config: TrainConfig, steps: int) -> None:
-        self.dataset, self.batch_size, self.steps = dataset, config.batch_size, steps
+        self.dataset, self.steps = dataset, steps
+        self.batch_size = max(config.batch_size, _EVALUATION_TOKENS // dataset.max_length)
         self.every = config.eval_every or max(1, steps // _EVALUATIONS_PER_RUN)
         self.last: float | None = None
         self.best: float | None = None
