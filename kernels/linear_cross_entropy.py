@@ -24,7 +24,7 @@ from torch import Tensor
 from fusedgpt.kernels.linear import matmul_nt
 
 _ROWS_PER_MATMUL = 512  # measured: docs/experiments.md, "Chunked linear + cross-entropy"
-_ROWS_PER_SOFTMAX = 8  # 8 rows of 50k fp32 logits stay in a core's cache
+_SOFTMAX_LOGITS = 1 << 19  # so many at a time, 2 MiB in fp32, stay in a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,9 @@ def _softmax_chunk(
     safe_targets = torch.where(counted, targets, 0)
     if row_scale is not None:
         row_scale = torch.where(counted, row_scale, 0.0)
-    for i in range(0, len(logits), _ROWS_PER_SOFTMAX):
-        rows = slice(i, i + _ROWS_PER_SOFTMAX)
+    step = max(1, _SOFTMAX_LOGITS // o.vocab_size)
+    for i in range(0, len(logits), step):
+        rows = slice(i, i + step)
         wide = logits[rows, : o.vocab_size].to(loss.dtype)  # of fp32 logits a view, so written in place
         loss[rows], lse = _row_losses(wide, safe_targets[rows], counted[rows], o)
         if row_scale is not None:

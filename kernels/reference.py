@@ -73,12 +73,15 @@ def attention(
     T, D = q.shape[1], q.shape[3]
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    if dropout_p == 0.0 and documents is None:
+    # SDPA's bf16 backward on a CPU is slow: docs/experiments.md, "SDPA in bf16 on a CPU".
+    slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T < 256
+    if dropout_p == 0.0 and documents is None and not slow_sdpa:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
-    scores = (at_least_fp32(q @ k.transpose(-2, -1)) * scale).masked_fill(~visible, float("-inf"))
+    scores = at_least_fp32(q) @ at_least_fp32(k).transpose(-2, -1) * scale  # bf16 scores would cost precision
+    scores = scores.masked_fill(~visible, float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(q.dtype)  # (B, H, T, T)
     if dropout_p > 0.0:
         assert seed is not None
