@@ -95,6 +95,7 @@ class Attention(nn.Module):
         documents: Tensor | None,  # (B, T)
         cache: KVCache | None,
     ) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a filled cache, T is 1."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
         if cache is not None:

@@ -12,8 +12,8 @@ import pytest
 from fusedgpt.model.folder import load_folder
 from fusedgpt.model.tokenizer import gpt2_tokenizer
 from fusedgpt.train import pipeline
-from fusedgpt.train.config import RunConfig, build_config
-from fusedgpt.train.pipeline import CREATE_DEFAULTS, generate_texts, run_full_pipeline, train_on_files
+from fusedgpt.train.config import ConfigError, RunConfig, build_config
+from fusedgpt.train.pipeline import create_config, generate_texts, run_full_pipeline, train_on_files
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
 FILES = {
@@ -30,7 +30,16 @@ FILES = {
 
 
 def tiny(**changes: object) -> RunConfig:
-    return build_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes}, CREATE_DEFAULTS)
+    return create_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes})
+
+
+def test_create_has_short_windows_that_fit_the_context() -> None:
+    assert create_config({}).max_length == 128
+    assert create_config({"block_size": 64}).max_length == 64
+    assert create_config({"block_size": 64, "max_length": 32}).max_length == 32
+    assert create_config({"block_size": None}).train.learning_rate == 6e-4
+    with pytest.raises(ConfigError, match="block_size"):
+        create_config({"block_size": 0})
 
 
 def test_create_makes_the_whole_folder(tmp_path: Path) -> None:

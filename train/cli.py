@@ -67,9 +67,9 @@ def create(
 ) -> None:
     """Make a GPT from a prompt: data, refinement, training, test samples, model folder."""
     from fusedgpt.train.monitor import Monitor
-    from fusedgpt.train.pipeline import CREATE_DEFAULTS, run_full_pipeline
+    from fusedgpt.train.pipeline import create_config, run_full_pipeline
 
-    config = build_config(options, CREATE_DEFAULTS)
+    config = create_config(options)
     _report(run_full_pipeline(prompt, config, output_dir, monitor=Monitor(quiet=quiet)), as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,7 +24,6 @@ from fusedgpt.train.monitor import Monitor
 from fusedgpt.train.trainer import TrainingSummary, train
 
 GENERATION_METHODS = ("template",)
-CREATE_DEFAULTS: dict[str, Any] = {"max_length": 128, "learning_rate": 6e-4}
 TEST_PROMPTS = ("", "The", "Today")
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
 # GPT-2 tokens to generate and to keep, by preset; larger presets take the last.
@@ -45,6 +44,16 @@ class TrainingResult:
         return {"model_path": str(self.model_path), **self.summary.as_dict(), "samples": self.samples}
 
 
+def create_config(options: Mapping[str, Any]) -> RunConfig:
+    """The configuration of `create` for flat options: short windows and a higher rate suit its short texts.
+
+    Raises ConfigError as build_config does.
+    """
+    block_size = options.get("block_size")
+    max_length = min(128, max(1, block_size)) if isinstance(block_size, int) else 128
+    return build_config(options, {"max_length": max_length, "learning_rate": 6e-4})
+
+
 def run_full_pipeline(
     prompt: str,
     config: RunConfig | None = None,
@@ -59,7 +68,7 @@ def run_full_pipeline(
     """
     if generation_method not in GENERATION_METHODS:
         raise ValueError(f"no generation method {generation_method!r}; there is {GENERATION_METHODS[0]}")
-    config = config or build_config({}, CREATE_DEFAULTS)
+    config = config or create_config({})
     monitor = monitor or Monitor(quiet=True)
     check_writable(output_dir)
     raw_tokens, refined_tokens = _token_targets(config)
