@@ -3,13 +3,14 @@
 Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, P padded vocabulary, N rows.
 
 FUSEDGPT_KERNELS=auto (default) takes a Triton kernel where the device has one, `triton` insists on it,
-`reference` never does. Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar
+`reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors. Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar
 tensors, give the same mask; draw a new one by another offset, at least numel / 8 further on.
 """
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,7 +19,12 @@ from fusedgpt.kernels import linear as linear_
 from fusedgpt.kernels import linear_cross_entropy as lce
 from fusedgpt.kernels import reference
 
+HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
+if HAS_TRITON:
+    from fusedgpt.kernels import dropout as dropout_
+
 OPS = (
+    "dropout",
     "attention",
     "decode_attention",
     "layer_norm",
@@ -28,23 +34,41 @@ OPS = (
     "linear_cross_entropy",
     "adamw",
 )
-_TRITON_OPS: frozenset[str] = frozenset()  # filled as the kernels arrive
+_TRITON_OPS = frozenset({"dropout"})  # filled as the kernels arrive
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST_GPU = (8, 0)
 
 
-def backend(op: str, device: torch.device) -> str:
-    """ "triton" or "reference": the path `op` takes for tensors on `device`.
+def backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """ "triton" or "reference": the path `op` takes for tensors of `dtype` on `device`.
 
-    Raises ValueError for an unknown FUSEDGPT_KERNELS, or where it says `triton` and there is no such kernel.
+    Raises ValueError for an unknown FUSEDGPT_KERNELS, or where it says `triton` and that cannot be.
     """
     choice = os.environ.get("FUSEDGPT_KERNELS", "auto")
     if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"FUSEDGPT_KERNELS is {choice!r}, expected auto, triton or reference")
-    available = op in _TRITON_OPS and device.type == "cuda"
-    if choice == "triton" and not available:
-        raise ValueError(
-            f"FUSEDGPT_KERNELS=triton, but {op} has no Triton kernel for {device.type} tensors yet"
-        )
-    return "triton" if available and choice != "reference" else "reference"
+    obstacle = _obstacle(op, device, dtype)
+    if choice == "triton" and obstacle:
+        raise ValueError(f"FUSEDGPT_KERNELS=triton, but {op} {obstacle}")
+    on_gpu = device.type == "cuda"  # on a CPU the interpreter must be asked for
+    return "triton" if not obstacle and (choice == "triton" or (choice == "auto" and on_gpu)) else "reference"
+
+
+def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why `op` cannot take its Triton kernel here; empty if it can."""
+    if op not in _TRITON_OPS:
+        return "has no Triton kernel yet"
+    if not HAS_TRITON:
+        return "needs the package triton"
+    if dtype not in _TRITON_DTYPES:
+        return f"has no Triton kernel for {dtype}"
+    if device.type == "cuda":
+        old = torch.cuda.get_device_capability(device) < _OLDEST_GPU
+        return "needs a GPU of compute capability 8.0 or newer" if old else ""
+    if device.type == "cpu" and _INTERPRETED:
+        return "in bf16 is miscomputed by Triton's interpreter, use fp32" if dtype == torch.bfloat16 else ""
+    return f"has no Triton kernel for {device.type} tensors (TRITON_INTERPRET=1 interprets it on a CPU)"
 
 
 def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -81,6 +105,9 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
         return x
     assert seed is not None
     assert offset is not None
+    if backend("dropout", x.device, x.dtype) == "triton":
+        out: Tensor = dropout_.dropout(x, p, seed, offset)
+        return out
     return reference.dropout(x, p, seed, offset)
 
 

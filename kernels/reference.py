@@ -44,18 +44,33 @@ def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
 def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     """The kept elements (bool, `shape`) of a dropout with probability p in steps of 1/65536.
 
-    Element i takes 16-bit lane i % 8 of Philox block offset + i // 8: the same mask for the same
-    (seed, offset), forward, backward and recomputed. seed, offset: int64 scalars.
+    Each row (last dimension, C) starts a Philox block: element (row, col) takes 16-bit lane col % 8 of block
+    offset + row * ceil(C / 8) + col // 8. The same mask for the same (seed, offset), forward, backward and
+    recomputed. seed, offset: int64 scalars.
     """
-    n = shape.numel()
-    blocks = philox4x32((n + 7) // 8, seed, offset)
-    lanes = (blocks - 2**31).to(torch.int32).view(torch.int16).view(-1)[:n]  # uniform in [-32768, 32767]
-    return (lanes >= round(p * 65536) - 32768).view(shape)
+    C = shape[-1] if shape else 1
+    blocks_per_row = (C + 7) // 8
+    rows = shape.numel() // max(C, 1)
+    blocks = philox4x32(rows * blocks_per_row, seed, offset)
+    lanes = (blocks - 2**31).to(torch.int32).view(torch.int16)  # uniform in [-32768, 32767]
+    return (lanes >= round(p * 65536) - 32768).view(rows, blocks_per_row * 8)[:, :C].reshape(shape)
+
+
+def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """The kept attention weights (bool, `shape` = (B, H, T, T)), drawn as dropout_mask draws them.
+
+    Within each group of 64 keys, key 8 i + j takes lane i of the group's block j: tensor-core tiles keep keys
+    j and j + 1 of every i in one thread, which can so use all eight lanes of two blocks (attention.py).
+    """
+    T = shape[-1]
+    groups = (T + 63) // 64
+    keep = dropout_mask(torch.Size((*shape[:-1], groups * 64)), p, seed, offset)
+    return keep.unflatten(-1, (groups, 8, 8)).transpose(-1, -2).flatten(-3)[..., :T]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     """x with elements dropped with probability p and the rest scaled by 1 / (1 - p). Any shape and dtype."""
-    return x * (dropout_mask(x.shape, p, seed, offset) * (1.0 / (1.0 - p))).to(x.dtype)
+    return (x * (dropout_mask(x.shape, p, seed, offset) * (1.0 / (1.0 - p)))).to(x.dtype)
 
 
 def attention(
@@ -82,12 +97,13 @@ def attention(
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
     scores = at_least_fp32(q) @ at_least_fp32(k).transpose(-2, -1) * scale  # bf16 scores would cost precision
     scores = scores.masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(q.dtype)  # (B, H, T, T)
+    weights = torch.softmax(scores, dim=-1)  # (B, H, T, T)
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None
-        weights = dropout(weights, dropout_p, seed, offset)
-    return (weights @ v).transpose(1, 2)
+        keep = attention_dropout_mask(weights.shape, dropout_p, seed, offset)
+        weights = weights * (keep * (1.0 / (1.0 - dropout_p)))
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 
 def decode_attention(

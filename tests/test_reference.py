@@ -67,7 +67,7 @@ def test_attention_dropout_zeroes_the_masked_weights_and_scales_the_rest() -> No
     v = torch.eye(T, dtype=torch.float64).view(1, T, 1, T).expand(1, T, 2, T)  # the output is the weights
     weights = reference.attention(q, k, v, scale=8**-0.5)
     dropped = reference.attention(q, k, v, scale=8**-0.5, dropout_p=p, seed=SEED, offset=OFFSET)
-    keep = reference.dropout_mask(torch.Size((1, 2, T, T)), p, SEED, OFFSET).transpose(1, 2)
+    keep = reference.attention_dropout_mask(torch.Size((1, 2, T, T)), p, SEED, OFFSET).transpose(1, 2)
     torch.testing.assert_close(dropped, weights * keep / (1 - p))
 
 

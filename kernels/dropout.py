@@ -1,0 +1,101 @@
+"""Dropout: the Philox mask every kernel draws, and the plain elementwise op.
+
+Shape letters: N rows, C channels.
+
+The mask is `reference.dropout_mask`, bit by bit: element (row, col) is kept where the 16-bit lane col % 8 of
+Philox block offset + row * ceil(C / 8) + col // 8 is at least the threshold. One block serves the eight
+neighbours that a thread loads with one 16-byte instruction, and the backward draws it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_C = 1024
+
+
+def keep_threshold(p: float) -> int:
+    """The smallest signed 16-bit lane that is kept; p in steps of 1/65536, as in reference.dropout_mask."""
+    return round(p * 65536) - 32768
+
+
+@triton.jit
+def philox_lanes(seed, block):
+    """The eight signed 16-bit lanes of each Philox-4x32-7 block: int64 (..., n) -> int16 (..., n, 8)."""
+    r0, r1, r2, r3 = tl.randint4x(seed, block, n_rounds=7)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (..., n, 2, 2), in order
+    words = words.to(tl.uint32, bitcast=True) ^ 0x80000000
+    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    lanes = tl.join(low, high)  # (..., n, 2, 2, 2)
+    return tl.reshape(lanes, block.shape + [8])
+
+
+@triton.jit
+def keep_columns(seed, row_block, col_block, threshold, BLOCK: tl.constexpr):
+    """The mask (BLOCK,) of one row's columns from 8 * col_block on, where the row starts at row_block."""
+    blocks = row_block + col_block + tl.arange(0, BLOCK // 8)
+    return tl.reshape(philox_lanes(seed, blocks), (BLOCK,)) >= threshold
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dropout_kernel(
+    x_ptr,  # (N, C) contiguous
+    out_ptr,  # (N, C) contiguous
+    seed_ptr,  # int64 scalar
+    offset_ptr,  # int64 scalar
+    C,
+    threshold,
+    scale,  # 1 / (1 - p)
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    row_block = tl.load(offset_ptr) + row * tl.cdiv(C, 8)
+    keep = keep_columns(tl.load(seed_ptr), row_block, tl.program_id(1) * (BLOCK_C // 8), threshold, BLOCK_C)
+    x = tl.load(x_ptr + row * C + offs_c, mask=mask_c).to(tl.float32)
+    tl.store(out_ptr + row * C + offs_c, tl.where(keep, x * scale, 0.0), mask=mask_c)
+
+
+def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """Launch; see ops.dropout. x of any shape is read as rows of its last dimension."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    C = x.shape[-1] if x.ndim else 1
+    grid = (x.numel() // C, triton.cdiv(C, _BLOCK_C))
+    with torch.cuda.device_of(x):
+        _dropout_kernel[grid](
+            x, out, seed, offset, C, keep_threshold(p), 1.0 / (1.0 - p), BLOCK_C=_BLOCK_C, num_warps=4
+        )
+    return out
+
+
+@torch.library.custom_op("fusedgpt::dropout", mutates_args=())
+def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """The Triton path of ops.dropout; the backward is the same op on the gradient."""
+    return dropout_fwd(x, p, seed, offset)
+
+
+@dropout.register_fake
+def _(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed, offset = inputs
+    ctx.save_for_backward(seed, offset)
+
+
+def _bwd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dx: Tensor = dropout(dout, ctx.p, *ctx.saved_tensors)
+    return dx, None, None, None
+
+
+dropout.register_autograd(_bwd, setup_context=_save)
