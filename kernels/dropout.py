@@ -32,7 +32,7 @@ def philox_lanes(seed, block):
     words = words.to(tl.uint32, bitcast=True) ^ 0x80000000
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     lanes = tl.join(low, high)  # (..., n, 2, 2, 2)
-    return tl.reshape(lanes, block.shape + [8])
+    return tl.reshape(lanes, [*block.shape, 8])
 
 
 @triton.jit

@@ -3,8 +3,10 @@
 Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, P padded vocabulary, N rows.
 
 FUSEDGPT_KERNELS=auto (default) takes a Triton kernel where the device has one, `triton` insists on it,
-`reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors. Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar
-tensors, give the same mask; draw a new one by another offset, at least numel / 8 further on.
+`reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors.
+
+Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar tensors, give the same mask;
+draw a new one by another offset, at least numel / 8 further on.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Te
     T = shape[-1]
     groups = (T + 63) // 64
     keep = dropout_mask(torch.Size((*shape[:-1], groups * 64)), p, seed, offset)
-    return keep.unflatten(-1, (groups, 8, 8)).transpose(-1, -2).flatten(-3)[..., :T]
+    return keep.view(*shape[:-1], groups, 8, 8).transpose(-1, -2).flatten(-3)[..., :T]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shared by all tests: offline Hugging Face, kernels on the GPU or interpreted, and a GPT of a second's training."""
+"""Shared by all tests: offline Hugging Face, kernels on the GPU or interpreted, a tiny GPT."""
 
 from __future__ import annotations
 
