@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,9 @@ from fusedgpt.kernels import ops, reference
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FACTOR = {"forward": 1.5, "backward": 2.0}
+_FLOAT64_NOISE = 1e-12
 SEED, OFFSET = 7, 3 << 40  # of every dropout here
 
 
@@ -52,11 +56,137 @@ class Finding:
     limit: float
     bias: float  # mean signed error towards the truth's sign / rms error
     bias_limit: float
+    exception: str = ""  # what the case raised, in place of all figures
 
     @property
     def ok(self) -> bool:
         """Whether error and bias are within their limits; False where either is NaN."""
         return self.error <= self.limit and abs(self.bias) <= self.bias_limit
+
+    @property
+    def fault(self) -> str:
+        """One line on what is wrong; empty if ok."""
+        what = f"{self.op} {self.shape} {self.dtype} {self.direction} {self.output}".rstrip()
+        if self.exception:
+            return f"{what}: {self.exception}"
+        if not self.error <= self.limit:
+            return f"{what}: error {self.error:.2e}, the limit is {self.limit:.2e}"
+        return "" if self.ok else f"{what}: bias {self.bias:+.3f}, the limit is {self.bias_limit:.3f}"
+
+    def as_dict(self) -> dict[str, str | float | bool | None]:
+        """All fields and `ok`; None for a figure that is infinite or NaN, which JSON has no word for."""
+        fields = asdict(self)
+        odd = {name for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+        return fields | dict.fromkeys(odd) | {"ok": self.ok}
+
+    def cells(self) -> dict[str, str]:
+        """Column -> text, for a table."""
+        return {
+            "op": self.op,
+            "dtype": self.dtype,
+            "shape": self.shape,
+            "direction": self.direction,
+            "worst": self.output,
+            "error": f"{self.error:.2e}",
+            "PyTorch": f"{self.torch_error:.2e}",
+            "limit": f"{self.limit:.2e}",
+            "bias": f"{self.bias:+.3f}",
+            "verdict": "ok" if self.ok else "FAIL",
+        }
+
+
+def cases(device: torch.device) -> list[Case]:
+    """The cases of `fusedgpt kernels check`: the models' shapes on a GPU, small ones for the interpreter."""
+    if device.type == "cuda":
+        return [
+            dropout_case(16384, 768),
+            dropout_case(1000, 1023),
+            attention_case(4, 1024, 12, 64),
+            attention_case(2, 1000, 4, 128),
+            attention_case(2, 1024, 4, 64, dropout_p=0.1, documents=True),
+            decode_attention_case(32, 1024, 12, 64),
+            decode_attention_case(3, 777, 4, 128),
+            layer_norm_case(16384, 768, fp32_weights=True),
+            layer_norm_case(1000, 1500),
+            dropout_add_layer_norm_case(16384, 768, fp32_inputs=("weight", "bias")),
+            dropout_add_layer_norm_case(1000, 1600, p=0.0),
+            gelu_case(4096, 3072),
+            bias_gelu_case(4096, 3072, fp32_bias=True),
+            bias_gelu_case(1000, 1023),
+            linear_cross_entropy_case(2048, 768, 50257, fp32_weight=True),
+            linear_cross_entropy_case(1000, 384, 65, reduction="mean", label_smoothing=0.1, z_loss=1e-4),
+            adamw_case(4096, 768),
+            adamw_case(1000, 1023, max_norm=1.0),
+        ]
+    return [
+        dropout_case(3, 1024),
+        dropout_case(5, 17),
+        attention_case(1, 97, 2, 16),
+        attention_case(1, 70, 1, 40, dropout_p=0.3, documents=True),
+        decode_attention_case(3, 97, 2, 16),
+        layer_norm_case(17, 97, fp32_weights=True),
+        dropout_add_layer_norm_case(9, 200),
+        gelu_case(5, 257),
+        bias_gelu_case(7, 200, fp32_bias=True),
+        linear_cross_entropy_case(17, 24, 65, fp32_weight=True),
+        linear_cross_entropy_case(9, 16, 300, reduction="mean", label_smoothing=0.1, z_loss=1e-3),
+        adamw_case(9, 200),
+        adamw_case(3, 1023, max_norm=1.0),
+    ]
+
+
+def check(
+    device: torch.device,
+    op_names: Iterable[str] = (),
+    dtypes: Iterable[str] = (),
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Finding]:
+    """Findings of all `cases`, or only those of some ops and dtypes; an exception in one is a finding too.
+
+    On a CPU the interpreter runs in fp32 and fp16, which it computes right. Raises ValueError for an op
+    without cases and for a dtype that is unknown or not for this device.
+    """
+    usable = list(DTYPES) if device.type == "cuda" else ["fp32", "fp16"]
+    every = cases(device)
+    wanted, dtypes = tuple(op_names), tuple(dtypes) or usable
+    _refuse_unknown("op", wanted, [case.op for case in every])
+    _refuse_unknown("dtype", dtypes, usable)
+    tasks = [(case, dtype) for case in every for dtype in dtypes if not wanted or case.op in wanted]
+    findings = []
+    for done, (case, dtype) in enumerate(tasks):
+        progress(done, len(tasks))
+        try:
+            with (
+                warnings.catch_warnings()
+            ):  # where a GPU quietly makes inf or NaN, the interpreter's NumPy warns
+                warnings.simplefilter("ignore", RuntimeWarning)
+                findings += measure(case, DTYPES[dtype], device)
+        except Exception as error:  # whatever a kernel raises is a finding
+            findings.append(_failure(case, dtype, error))
+    return findings
+
+
+def _refuse_unknown(what: str, asked: Iterable[str], known: Iterable[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"no {what} {name!r} to check here; there are {', '.join(dict.fromkeys(known))}")
+
+
+def _failure(case: Case, dtype: str, error: Exception) -> Finding:
+    return Finding(
+        op=case.op,
+        shape=case.shape,
+        dtype=dtype,
+        direction="",
+        output="",
+        error=math.nan,
+        torch_error=math.nan,
+        limit=math.nan,
+        bias=math.nan,
+        bias_limit=math.nan,
+        exception=f"{type(error).__name__}: {' '.join(str(error).split())}",
+    )
 
 
 def measure(case: Case, dtype: torch.dtype, device: torch.device, *, seed: int = 0) -> list[Finding]:
@@ -120,19 +250,21 @@ def _run(
 def _compare(
     case: Case, dtype: torch.dtype, direction: str, name: str, ours: Tensor, theirs: Tensor, truth: Tensor
 ) -> Finding:
-    size = truth.norm().item() or math.sqrt(truth.numel()) or 1.0  # all inputs are of unit scale
+    unit = math.sqrt(max(truth.numel(), 1))  # the norm of unit entries, the scale of all inputs
+    vanishes = truth.norm().item() < _FLOAT64_NOISE * unit  # e.g. dq where a row has one key
+    size = unit if vanishes else truth.norm().item()
     error, torch_error = ours.double() - truth, (theirs.double() - truth).norm().item() / size
     one_rounding = (truth.to(ours.dtype).double() - truth).norm().item() / size
-    if truth.norm() == 0.0:
+    if vanishes:
         one_rounding = torch.finfo(ours.dtype).eps
-    rms = error.norm().item() / math.sqrt(max(truth.numel(), 1))
+    rms = error.norm().item() / unit
     bias = (error * truth.sign()).mean().item() / rms if rms else 0.0
     rows = truth.numel() / truth.shape[-1] if truth.ndim else 1.0
     half = ours.dtype in (torch.float16, torch.bfloat16)
     return Finding(
         op=case.op,
         shape=case.shape,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=next(name for name, known in DTYPES.items() if known == dtype),
         direction=direction,
         output=name,
         error=error.norm().item() / size,
@@ -160,4 +292,230 @@ def dropout_case(N: int, C: int, p: float = 0.3) -> Case:
         ours=lambda x: ops.dropout(x, p, **_scalars(x.device)),
         truth=truth,
         torch=truth,
+    )
+
+
+def attention_case(
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    *,
+    dropout_p: float = 0.0,
+    documents: bool
+    | Callable[[int], Tensor] = False,  # token positions -> ids; True: a new one every 50 tokens
+    scale: float | None = None,
+) -> Case:
+    """ops.attention on (B, T, H, D)."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        shape = (B, T, H, D)
+        made = {
+            name: torch.randn(shape, dtype=torch.float64, generator=generator) for name in ("q", "k", "v")
+        }
+        if documents:
+            ids = documents(T) if callable(documents) else torch.arange(T) // 50
+            made["documents"] = torch.stack([ids + b for b in range(B)])
+        return made
+
+    def call(op: Function) -> Function:
+        def run(q: Tensor, **others: Tensor) -> Tensor | tuple[Tensor, ...]:
+            state = _scalars(q.device) if dropout_p else {}
+            return op(q, **others, dropout_p=dropout_p, scale=scale, **state)
+
+        return run
+
+    extras = (f", p {dropout_p}" if dropout_p else "") + (", documents" if documents else "")
+    reference_ = call(reference.attention)
+    return Case(
+        op="attention",
+        shape=f"({B}, {T}, {H}, {D}){extras}",
+        inputs=inputs,
+        ours=call(ops.attention),
+        truth=reference_,
+        torch=reference_,
+    )
+
+
+def decode_attention_case(B: int, T: int, H: int, D: int) -> Case:
+    """ops.decode_attention on a cache (B, T, H, D), sequence b holding between 1 and T tokens."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        cache = (B, T, H, D)
+        shapes = {"q": (B, H, D), "k_cache": cache, "v_cache": cache}
+        made = {name: torch.randn(s, dtype=torch.float64, generator=generator) for name, s in shapes.items()}
+        return {**made, "lengths": torch.linspace(1, T, B).round().long()}
+
+    def ours(**tensors: Tensor) -> Tensor:
+        return ops.decode_attention(*(x.detach() for x in tensors.values()))
+
+    def truth(**tensors: Tensor) -> Tensor:
+        return reference.decode_attention(*(x.detach() for x in tensors.values()))
+
+    return Case(
+        op="decode_attention",
+        shape=f"({B}, {T}, {H}, {D})",
+        inputs=inputs,
+        ours=ours,
+        truth=truth,
+        torch=truth,
+    )
+
+
+def linear_cross_entropy_case(
+    N: int,
+    C: int,
+    V: int,
+    *,
+    reduction: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    fp32_weight: bool = False,
+) -> Case:
+    """ops.linear_cross_entropy on (N, C) with every seventh target ignored and V padded to a multiple of 128.
+
+    "mean" and "sum" are of 16 problems at once: how well a single number is met is chance.
+    """
+    problems = 1 if reduction == "none" else 16
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        P = (V + 127) // 128 * 128
+        targets = torch.randint(V, (problems, N), generator=generator)
+        targets[:, 3::7] = -100
+        return {
+            "hidden": torch.randn(problems, N, C, dtype=torch.float64, generator=generator),
+            "weight": torch.randn(P, C, dtype=torch.float64, generator=generator) / math.sqrt(C),
+            "targets": targets,
+        }
+
+    def call(op: Function) -> Function:
+        def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
+            pairs = zip(hidden, targets, strict=True)
+            return torch.stack([op(h, weight, t, vocab_size=V, **options) for h, t in pairs])
+
+        return run
+
+    extras = "".join(f", {name} {x}" for name, x in (("smoothing", label_smoothing), ("z-loss", z_loss)) if x)
+    return Case(
+        op="linear_cross_entropy",
+        shape=f"({N}, {C}), V {V}, {reduction}{extras}",
+        inputs=inputs,
+        ours=call(ops.linear_cross_entropy),
+        truth=call(reference.linear_cross_entropy),
+        torch=call(reference.linear_cross_entropy),
+        fp32_inputs=frozenset({"weight"} if fp32_weight else ()),
+    )
+
+
+def layer_norm_case(N: int, C: int, *, fp32_weights: bool = False) -> Case:
+    """ops.layer_norm on (N, C)."""
+    return Case(
+        op="layer_norm",
+        shape=f"({N}, {C}){', fp32 weights' if fp32_weights else ''}",
+        inputs=lambda generator: _norm_inputs(N, C, generator),
+        ours=ops.layer_norm,
+        truth=reference.layer_norm,
+        torch=reference.layer_norm,
+        fp32_inputs=frozenset({"weight", "bias"} if fp32_weights else ()),
+    )
+
+
+def dropout_add_layer_norm_case(N: int, C: int, p: float = 0.3, *, fp32_inputs: Iterable[str] = ()) -> Case:
+    """ops.dropout_add_layer_norm on (N, C)."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        residual = torch.randn(N, C, dtype=torch.float64, generator=generator)
+        return {"residual": residual, **_norm_inputs(N, C, generator)}
+
+    def call(op: Function) -> Function:
+        return lambda x, **others: op(x, **others, dropout_p=p, **_scalars(x.device))
+
+    fp32 = sorted(fp32_inputs)
+    return Case(
+        op="dropout_add_layer_norm",
+        shape=f"({N}, {C}), p {p}{', fp32 ' if fp32 else ''}{' '.join(fp32)}",
+        inputs=inputs,
+        ours=call(ops.dropout_add_layer_norm),
+        truth=call(reference.dropout_add_layer_norm),
+        torch=call(reference.dropout_add_layer_norm),
+        fp32_inputs=frozenset(fp32),
+    )
+
+
+def _norm_inputs(N: int, C: int, generator: torch.Generator) -> Inputs:
+    x, weight, bias = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((N, C), (C,), (C,)))
+    return {"x": x + 0.5, "weight": 1.0 + 0.2 * weight, "bias": 0.2 * bias}
+
+
+def gelu_case(N: int, C: int) -> Case:
+    """ops.gelu on (N, C), from where it is 0 to where it is x."""
+    return Case(
+        op="gelu",
+        shape=f"({N}, {C})",
+        inputs=lambda generator: {"x": 2.0 * torch.randn(N, C, dtype=torch.float64, generator=generator)},
+        ours=ops.gelu,
+        truth=reference.gelu,
+        torch=reference.gelu,
+    )
+
+
+def bias_gelu_case(N: int, C: int, *, fp32_bias: bool = False) -> Case:
+    """ops.bias_gelu on (N, C)."""
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        x, bias = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((N, C), (C,)))
+        return {"x": 2.0 * x, "bias": bias}
+
+    return Case(
+        op="bias_gelu",
+        shape=f"({N}, {C}){', fp32 bias' if fp32_bias else ''}",
+        inputs=inputs,
+        ours=ops.bias_gelu,
+        truth=reference.bias_gelu,
+        torch=reference.bias_gelu,
+        fp32_inputs=frozenset({"bias"} if fp32_bias else ()),
+    )
+
+
+def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Case:
+    """The step after `steps` of kernels.adamw on a parameter (N, C), decaying; fp32 moments, no master.
+
+    The learning rate is large, so that a step crosses many of bf16's numbers and rounding shows no bias.
+    """
+    options: dict[str, Any] = {"lr": 0.3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        names = ("param", "grad", "exp_avg", "exp_avg_sq")
+        x = {name: torch.randn(N, C, dtype=torch.float64, generator=generator) for name in names}
+        return x | {"exp_avg": 0.01 * x["exp_avg"], "exp_avg_sq": 0.01 * x["exp_avg_sq"].square()}
+
+    def ours(**inputs: Tensor) -> tuple[Tensor, ...]:
+        from fusedgpt.kernels import adamw  # where there is Triton
+
+        x = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+        norm, skipped = torch.zeros(2, device=x["grad"].device).unbind()
+        step, counter = torch.full_like(norm, steps), torch.zeros_like(norm, dtype=torch.int64)
+        moments = ([x["exp_avg"]], [x["exp_avg_sq"]])
+        batch = adamw.make_batch([x["param"]], [x["grad"]], *moments, [step])
+        partials = torch.empty(adamw.PARTIALS, device=norm.device)
+        hyper = torch.tensor([adamw.hyper_row(**options)], dtype=torch.float64, device=norm.device)
+        adamw.grad_norm(batch, hyper, partials)
+        adamw.adamw(batch, partials, norm, skipped, counter, max_norm=max_norm)
+        return x["param"], x["exp_avg"], x["exp_avg_sq"]
+
+    def truth(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, ...]:
+        wide = grad.detach().to(exp_avg.dtype)
+        clip = max(1.0, reference.grad_norm([wide]).item() / max_norm) if max_norm else 1.0
+        state = (param.detach(), wide / clip, exp_avg.detach(), exp_avg_sq.detach())
+        return reference.adamw(*state, steps + 1, **options)
+
+    return Case(
+        op="adamw",
+        shape=f"({N}, {C}), max_norm {max_norm:g}",
+        inputs=inputs,
+        ours=ours,
+        truth=truth,
+        torch=truth,
+        fp32_inputs=frozenset({"exp_avg", "exp_avg_sq"}),
     )

@@ -26,13 +26,11 @@ def keep_threshold(p: float) -> int:
 
 @triton.jit
 def philox_lanes(seed, block):
-    """The eight signed 16-bit lanes of each Philox-4x32-7 block: int64 (..., n) -> int16 (..., n, 8)."""
+    """The eight signed 16-bit lanes of each Philox-4x32-7 block: int64 (...) -> int16 (..., 2, 2, 2)."""
     r0, r1, r2, r3 = tl.randint4x(seed, block, n_rounds=7)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (..., n, 2, 2), in order
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (..., 2, 2), in order
     words = words.to(tl.uint32, bitcast=True) ^ 0x80000000
-    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-    lanes = tl.join(low, high)  # (..., n, 2, 2, 2)
-    return tl.reshape(lanes, [*block.shape, 8])
+    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
 
 
 @triton.jit

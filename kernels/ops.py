@@ -11,6 +11,7 @@ draw a new one by another offset, at least numel / 8 further on.
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 
@@ -18,12 +19,16 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import linear as linear_
-from fusedgpt.kernels import linear_cross_entropy as lce
-from fusedgpt.kernels import reference
+from fusedgpt.kernels import linear_cross_entropy_torch, reference
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
 if HAS_TRITON:
+    from fusedgpt.kernels import activation as activation_
+    from fusedgpt.kernels import attention as attention_
+    from fusedgpt.kernels import decode_attention as decode_attention_
     from fusedgpt.kernels import dropout as dropout_
+    from fusedgpt.kernels import layer_norm as layer_norm_
+    from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
 
 OPS = (
     "dropout",
@@ -36,10 +41,23 @@ OPS = (
     "linear_cross_entropy",
     "adamw",
 )
-_TRITON_OPS = frozenset({"dropout"})  # filled as the kernels arrive
+_TRITON_OPS = frozenset(
+    {
+        "dropout",
+        "attention",
+        "decode_attention",
+        "layer_norm",
+        "dropout_add_layer_norm",
+        "gelu",
+        "bias_gelu",
+        "linear_cross_entropy",
+        "adamw",
+    }
+)  # filled as the kernels arrive
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_GPU = (8, 0)
+_LARGEST_HEAD = 128
 
 
 def backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -126,8 +144,9 @@ def attention(
 ) -> Tensor:
     """Causal self-attention: softmax(scale * q k^T, causal) v, with dropout on the weights.
 
-    q, k, v: (B, T, H, D), any strides, one floating dtype. scale: 1 / sqrt(D) if None. documents: int ids;
-    tokens see only tokens of their own id. Returns (B, T, H, D) in q's dtype; softmax in fp32.
+    q, k, v: (B, T, H, D), any strides, one floating dtype; D up to 128 on a GPU. scale: > 0, 1 / sqrt(D) if
+    None. documents: int ids; tokens see only tokens of their own id, and blocks left of a row's first (right
+    of a column's last) block with its id cost nothing. Returns (B, T, H, D) in q's dtype; softmax in fp32.
     Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
     """
     _check_floating(q=q, k=k, v=v)
@@ -135,14 +154,66 @@ def attention(
     for name, x in (("k", k), ("v", v)):
         _expect(x.shape == q.shape, name, f"the shape of q, {tuple(q.shape)}", tuple(x.shape))
         _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
-    _check_dropout(dropout_p, seed, offset)
-    if documents is not None:
-        _expect(documents.shape == q.shape[:2], "documents", f"{tuple(q.shape[:2])}", tuple(documents.shape))
-        _expect(not documents.is_floating_point(), "documents", "an integer tensor", documents.dtype)
-    backend("attention", q.device)
+    scale = _check_attention(q, "q", dropout_p, seed, offset, scale, documents)
+    if backend("attention", q.device, q.dtype) == "triton":
+        _check_head_size(q, "q")
+        y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
+        return y
     return reference.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
+
+
+def qkv_attention(
+    qkv: Tensor,  # (B, T, 3, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """`attention` on the fused projection: its gradient is written as one tensor, with no copy to stack it.
+
+    qkv: (B, T, 3, H, D), any strides; q, k, v are its three slices. Everything else as in `attention`.
+    """
+    _check_floating(qkv=qkv)
+    _expect(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv", "(B, T, 3, H, D)", tuple(qkv.shape))
+    scale = _check_attention(qkv, "qkv", dropout_p, seed, offset, scale, documents)
+    if backend("attention", qkv.device, qkv.dtype) == "triton":
+        _check_head_size(qkv, "qkv")
+        y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
+        return y
+    return reference.qkv_attention(
+        qkv, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    )
+
+
+def _check_attention(
+    x: Tensor,
+    name: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    scale: float | None,
+    documents: Tensor | None,
+) -> float:
+    """Raise for what both forms of attention refuse; returns the scale."""
+    _check_dropout(dropout_p, seed, offset)
+    _expect(x.shape[-1] > 0, name, "a head size D above 0", tuple(x.shape))
+    scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else scale
+    _expect(0.0 < scale < math.inf, "scale", "a positive number", scale)
+    if documents is not None:
+        _expect(documents.shape == x.shape[:2], "documents", f"{tuple(x.shape[:2])}", tuple(documents.shape))
+        integer = documents.dtype in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
+        _expect(integer, "documents", "an integer tensor", documents.dtype)
+        _expect(documents.device == x.device, "documents", f"device {x.device}", documents.device)
+    return scale
+
+
+def _check_head_size(x: Tensor, name: str) -> None:
+    remedy = "at most 128 for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
+    _expect(x.shape[-1] <= _LARGEST_HEAD, name, f"a head size D of {remedy}", x.shape[-1])
 
 
 def decode_attention(
@@ -155,7 +226,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one query token a sequence over the first lengths[b] >= 1 rows of its cache.
 
-    Returns (B, H, D) in q's dtype. scale: 1 / sqrt(D) if None. Raises ValueError naming the argument.
+    Row t of a cache (B, T, H, D) belongs to token t; lengths beyond T count as T, a length of 0 gives NaN.
+    Returns (B, H, D) in q's dtype. scale: > 0, 1 / sqrt(D) if None. Raises ValueError naming the argument.
     """
     _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
     _expect(q.ndim == 3, "q", "(B, H, D)", tuple(q.shape))
@@ -164,16 +236,37 @@ def decode_attention(
         fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (B, H, D)
         _expect(fits, name, f"({B}, T, {H}, {D})", tuple(x.shape))
         _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
+    same = k_cache.shape == v_cache.shape
+    _expect(same, "v_cache", f"the shape of k_cache, {tuple(k_cache.shape)}", tuple(v_cache.shape))
     _expect(lengths.shape == (B,), "lengths", f"({B},)", tuple(lengths.shape))
-    backend("decode_attention", q.device)
+    _expect(not lengths.is_floating_point(), "lengths", "an integer tensor", lengths.dtype)
+    _expect(lengths.device == q.device, "lengths", f"device {q.device}", lengths.device)
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    _expect(0.0 < scale < math.inf, "scale", "a positive number", scale)
+    if backend("decode_attention", q.device, q.dtype) == "triton":
+        _check_head_size(q, "q")
+        y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
+        return y
     return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     _check_floating(x=x, weight=weight, bias=bias)
+    _expect(x.ndim > 0 and x.shape[-1] > 0, "x", "(..., C) with C > 0", tuple(x.shape))
     for name, parameter in (("weight", weight), ("bias", bias)):
         _expect(parameter.shape == x.shape[-1:], name, f"{tuple(x.shape[-1:])}", tuple(parameter.shape))
     _expect(eps > 0.0, "eps", "a positive number", eps)
+
+
+def _takes_triton(op: str, *tensors: Tensor) -> bool:
+    """Whether `op` takes its kernel for these tensors of one device; each dtype must allow it."""
+    device = tensors[0].device
+    return all(backend(op, device, dtype) == "triton" for dtype in dict.fromkeys(x.dtype for x in tensors))
+
+
+def _expect_width(x: Tensor, most: int) -> None:
+    width = x.shape[-1]
+    _expect(width <= most, "x", f"rows of at most {most} (FUSEDGPT_KERNELS=reference takes any)", width)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -183,7 +276,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Source: Ba et al. 2016.
     """
     _check_norm(x, weight, bias, eps)
-    backend("layer_norm", x.device)
+    if _takes_triton("layer_norm", x, weight, bias):
+        _expect_width(x, layer_norm_.MAX_C)
+        y: Tensor = layer_norm_.layer_norm(x, weight, bias, eps)[0]
+        return y
     return reference.layer_norm(x, weight, bias, eps)
 
 
@@ -205,7 +301,12 @@ def dropout_add_layer_norm(
     _check_floating(x=x, residual=residual)
     _expect(residual.shape == x.shape, "residual", f"the shape of x, {tuple(x.shape)}", tuple(residual.shape))
     _check_dropout(dropout_p, seed, offset)
-    backend("dropout_add_layer_norm", x.device)
+    if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
+        _expect_width(x, layer_norm_.MAX_C)
+        y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(
+            x, residual, weight, bias, eps, dropout_p, seed, offset
+        )
+        return y, new_residual
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
 
 
@@ -228,15 +329,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, any shape and floating dtype. Source: Hendrycks and Gimpel 2016."""
     _check_floating(x=x)
-    backend("gelu", x.device)
+    if backend("gelu", x.device, x.dtype) == "triton":
+        y: Tensor = activation_.gelu(x)
+        return y
     return reference.gelu(x)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype. Raises ValueError."""
     _check_floating(x=x, bias=bias)
+    _expect(x.ndim > 0, "x", "(..., C)", tuple(x.shape))
     _expect(bias.shape == x.shape[-1:], "bias", f"{tuple(x.shape[-1:])}", tuple(bias.shape))
-    backend("bias_gelu", x.device)
+    if _takes_triton("bias_gelu", x, bias):
+        y: Tensor = activation_.bias_gelu(x, bias)
+        return y
     return reference.bias_gelu(x, bias)
 
 
@@ -264,16 +370,22 @@ def linear_cross_entropy(
     _expect(fits, "weight", f"(P, {hidden.shape[1]})", tuple(weight.shape))
     _expect(targets.shape == hidden.shape[:1], "targets", f"({len(hidden)},)", tuple(targets.shape))
     _expect(targets.dtype == torch.int64, "targets", "int64", targets.dtype)
+    _expect(targets.device == hidden.device, "targets", f"device {hidden.device}", targets.device)
     _expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
     vocab_size = len(weight) if vocab_size is None else vocab_size
     _expect(0 < vocab_size <= len(weight), "vocab_size", f"1 to {len(weight)}", vocab_size)
-    backend("linear_cross_entropy", hidden.device)
-    options = (vocab_size, ignore_index, label_smoothing, z_loss)
-    counted = (targets != ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    row_scale = counted / counted.sum().clamp(min=1) if reduction == "mean" else counted
-    if reduction == "none" or not torch.is_grad_enabled():
-        losses: Tensor = lce.linear_cross_entropy_rows(hidden, weight, targets, *options)
-        return losses if reduction == "none" else losses @ row_scale
-    total: Tensor
-    total, _, _ = lce.linear_cross_entropy_sum(hidden, weight, targets, row_scale, *options)
-    return total
+    _expect(0.0 <= label_smoothing < 1.0, "label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
+    _expect(0.0 <= z_loss < math.inf, "z_loss", "a number >= 0", z_loss)
+    function = linear_cross_entropy_torch.linear_cross_entropy
+    if backend("linear_cross_entropy", hidden.device, hidden.dtype) == "triton":
+        function = linear_cross_entropy_.linear_cross_entropy
+    return function(
+        hidden,
+        weight,
+        targets,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )

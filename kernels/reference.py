@@ -106,6 +106,21 @@ def attention(
     return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 
+def qkv_attention(
+    qkv: Tensor,  # (B, T, 3, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """Causal self-attention on the fused projection; see ops.qkv_attention. Returns (B, T, H, D)."""
+    return attention(
+        *qkv.unbind(2), dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    )
+
+
 def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
@@ -187,3 +202,46 @@ def linear_cross_entropy(
     if reduction == "none":
         return loss
     return loss.sum() / counted.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, a scalar in fp32 (fp64 for fp64 gradients); see adamw.grad_norm."""
+    squares = [at_least_fp32(grad).square().sum() for grad in grads]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,  # from 1
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(param, exp_avg, exp_avg_sq) after one AdamW step; all of one shape, the moments fp32 or fp64.
+
+    Source: Loshchilov and Hutter 2019, algorithm 2, with PyTorch's lr * weight_decay.
+    """
+    wide, grad = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
+    exp_avg = betas[0] * exp_avg + (1.0 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1.0 - betas[1]) * grad.square()
+    mean, mean_sq = exp_avg / (1.0 - betas[0] ** step), exp_avg_sq / (1.0 - betas[1] ** step)
+    wide = wide - lr * (mean / (mean_sq.sqrt() + eps) + weight_decay * wide)
+    return wide.to(param.dtype), exp_avg, exp_avg_sq
+
+
+def stochastic_round(x: Tensor, key: int, step: Tensor) -> Tensor:
+    """fp32 x of any shape in bf16, rounded up or down at random so that the mean is x.
+
+    Element i takes lane i % 8 of Philox block step * 2^40 + i // 8 under `key`: the same bits for the same
+    (key, step), a scalar tensor. Values above bf16's largest may become infinite, as ever.
+    """
+    seed, offset = torch.tensor(key, device=x.device), step.to(torch.int64) << 40
+    lanes = (philox4x32((x.numel() + 7) // 8, seed, offset) - 2**31).to(torch.int32).view(torch.int16)
+    noise = lanes.flatten()[: x.numel()].view(x.shape).to(torch.int32) & 0xFFFF
+    bits = (x.contiguous().view(torch.int32) + noise) >> 16
+    return torch.where(x.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)

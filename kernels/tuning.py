@@ -1,11 +1,23 @@
-"""Which GPU a launch is for."""
+"""Which GPU a launch is for, and the block sizes, warps and stages that suit it there.
+
+The tables hold what compiles without spilling (`fusedgpt kernels report`) in the order of what should be
+fastest; `fusedgpt kernels tune` measures on the GPU at hand and writes a file that goes before them:
+$FUSEDGPT_TUNING, or tuning.json in the user's cache folder. Nothing is tuned while a model runs.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _SAFE_DEFAULT = (8, 0)  # also of the interpreter
 _MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}  # A100, H100, B200
@@ -34,3 +46,143 @@ def multiprocessor_count(device: torch.device) -> int:
     if device.type == "cuda" and not _assumed:
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _MULTIPROCESSORS.get(capability(device), 108)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How one attention kernel is launched."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys; a multiple of 64 where there is dropout
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # read through the tensor memory accelerator (9.0 and newer)
+
+
+_Sizes = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
+_Table = dict[tuple[str, int], tuple[_Sizes, _Sizes, _Sizes]]
+FEATURES = ("plain", "documents", "dropout")  # the columns; dropout with documents takes the last
+
+# (kernel, largest head size) -> sizes. Fits 99 KiB of shared memory, so it is the default of all GPUs.
+_POINTERS: _Table = {
+    ("fwd", 64): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    ("fwd", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+    ("dkdv", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
+    ("dkdv", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    ("dq", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+}
+_AMPERE: _Table = {**_POINTERS, ("dq", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2))}
+_HOPPER: _Table = {
+    ("fwd", 128): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3)),
+    ("dkdv", 64): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+}
+_BLACKWELL: _Table = {
+    ("fwd", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("fwd", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+}
+_FP32 = (16, 64, 8, 1)  # multiplied without tensor cores, to full precision
+_INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
+
+
+def attention(kernel: str, q: Tensor, *, feature: str = "plain", describable: bool = False) -> Tile:
+    """The tile of an attention kernel ("fwd", "dkdv", "dq") for q (B, T, H, D).
+
+    feature: "plain", "documents" or "dropout". describable: whether descriptors can address the tensors.
+    """
+    measured = _measured(attention_key(kernel, q, feature), q.device)
+    if measured and (describable or not measured.descriptors):
+        return measured
+    return default_attention(kernel, q, feature, describable)
+
+
+def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -> Tile:
+    """The tile of the tables, whatever was measured."""
+    architecture = capability(q.device)
+    descriptors = describable and architecture[0] in (9, 10) and q.element_size() == 2
+    if q.device.type == "cpu" and not _assumed:
+        sizes = _INTERPRETED
+    elif q.element_size() == 4:
+        sizes = _FP32
+    else:
+        table = _POINTERS
+        if descriptors:
+            table = _HOPPER if architecture[0] == 9 else _BLACKWELL
+        elif architecture == (8, 0) or architecture[0] in (9, 10):
+            table = _AMPERE
+        small = table.get((kernel, 64)) if q.shape[-1] <= 64 else None
+        sizes = (small or table[kernel, 128])[FEATURES.index(feature)]
+    M, N, warps, stages = sizes
+    return Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
+
+
+def attention_key(kernel: str, q: Tensor, feature: str) -> str:
+    """The name of one entry of a tuning file, e.g. "attention_fwd bf16 64 plain"."""
+    dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[q.dtype]
+    return f"attention_{kernel} {dtype} {q.shape[-1]} {feature}"
+
+
+def tuning_path() -> Path:
+    """Where `fusedgpt kernels tune` writes and every launch reads."""
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FUSEDGPT_TUNING") or cache_folder / "fusedgpt" / "tuning.json")
+
+
+_overrides: dict[str, Tile] = {}
+
+
+@contextmanager
+def override(key: str, tile: Tile) -> Iterator[None]:
+    """Use `tile` for one entry within the block: for measuring it."""
+    _overrides[key] = tile
+    try:
+        yield
+    finally:
+        del _overrides[key]
+
+
+def _measured(key: str, device: torch.device) -> Tile | None:
+    if key in _overrides:
+        return _overrides[key]
+    if device.type != "cuda" or _assumed:
+        return None
+    return load_tiles(tuning_path(), torch.cuda.get_device_name(device)).get(key)
+
+
+@cache
+def load_tiles(path: Path, gpu: str) -> dict[str, Tile]:
+    """The measured tiles of one kind of GPU; empty without a file. Raises ValueError for a bad one."""
+    try:
+        content = json.loads(path.read_text())
+        return {key: _checked(Tile(**tile)) for key, tile in content.get(gpu, {}).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no tuning file ({error}): delete it or run fusedgpt kernels tune"
+        ) from None
+
+
+def _checked(tile: Tile) -> Tile:
+    sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
+    if not all(type(size) is int and 0 < size <= 256 for size in sizes):
+        raise ValueError(f"{tile} has a size that is no number from 1 to 256")
+    if any(size & (size - 1) for size in sizes[:3]) or tile.BLOCK_M < 16 or tile.BLOCK_N < 64:
+        raise ValueError(f"{tile} has a size that is no power of two, or too small")
+    return tile
+
+
+def save_tiles(path: Path, gpu: str, tiles: dict[str, Tile]) -> None:
+    """Add to what `path` holds for this kind of GPU; replaced in one step."""
+    content: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    known = {key: asdict(tile) for key, tile in load_tiles(path, gpu).items()}
+    content[gpu] = {**known, **{key: asdict(tile) for key, tile in tiles.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+    load_tiles.cache_clear()

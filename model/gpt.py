@@ -97,15 +97,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); with a filled cache, T is 1."""
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if cache is not None:
+            q, k, v = qkv.unbind(2)  # (B, T, H, D)
             k_cache, v_cache = cache.append(self.layer, k, v)
         if cache is not None and cache.length:
             lengths = torch.full((B,), cache.length + 1, device=x.device)
             y = ops.decode_attention(q[:, 0], k_cache, v_cache, lengths)  # (B, H, D)
         else:
             p, seed, offset = dropout
-            y = ops.attention(q, k, v, dropout_p=p, seed=seed, offset=offset, documents=documents)
+            y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
         out: Tensor = self.c_proj(y.reshape(B, T, C))
         return out
 

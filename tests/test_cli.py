@@ -101,9 +101,23 @@ def test_doctor_names_the_path_of_every_op() -> None:
     assert "cpu bf16" in fusedgpt("doctor").stdout
 
 
+def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the command's own affair
+    done = fusedgpt("kernels", "check", "--op", "dropout", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    head, *lines = (line.split() for line in done.stdout.splitlines())
+    assert head[:3] == ["op", "dtype", "shape"]
+    assert {(line[0], line[1], line[-1]) for line in lines} == {("dropout", "fp32", "ok")}
+    assert len(lines) == 4  # two shapes, forward and backward
+    findings = json.loads(fusedgpt("kernels", "check", "--op", "dropout", "--json").stdout)
+    assert all(finding["ok"] and finding["error"] <= finding["limit"] for finding in findings)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        ("kernels check --op gulu", 1, "no op 'gulu' to check here; there are dropout"),
+        ("kernels check --dtype fp64", 1, "no dtype 'fp64' to check here; there are fp32, fp16"),
         ("train --data {root}/absent.txt", 1, "there is no file or folder {root}/absent.txt"),
         ("train --data {root}/empty.txt", 1, "{root}/empty.txt is empty"),
         (

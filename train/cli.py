@@ -2,9 +2,14 @@
 
 import inspect
 import json
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -19,6 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trains small GPTs fast: a prompt or text goes in, a model folder that other tools open comes out.",
 )
+kernels = typer.Typer(
+    no_args_is_help=True, help="The Triton kernels: what they compile to, and their errors."
+)
+app.add_typer(kernels, name="kernels")
 _INTERRUPTED = 130
 _SYNONYMS = {"preset": ["--size"]}
 
@@ -175,6 +184,114 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         return
     for section, entries in report.items():
         typer.echo(f"{section}\n" + "\n".join(f"  {name:<24} {value}" for name, value in entries.items()))
+
+
+@kernels.command(name="report")
+def report_kernels(
+    kernel: Annotated[list[str] | None, typer.Option(help="Only this file of kernels; repeatable.")] = None,
+    arch: Annotated[
+        list[int] | None, typer.Option(help="Compute capability, e.g. 90 (default: 80, 90, 100).")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="More dtypes and shapes.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 where a kernel may not ship.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile every kernel, with or without a GPU: registers, spills, shared memory, instructions."""
+    inspection = _triton_module("inspect")
+    with _progress("compiling") as progress:
+        rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        _print_table([row.cells() for row in rows])
+    faults = [
+        f"{row.kernel} ({row.dtype}, {row.label}, sm_{row.arch}) {row.problem}" for row in rows if row.problem
+    ]
+    if check:
+        _exit_with(faults)
+
+
+@kernels.command(name="check")
+def check_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; repeatable.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only fp32, fp16 or bf16; repeatable.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every kernel against float64, interpreted where there is no GPU; exit with 1 on a failure."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are imported
+    checking = _triton_module("check")
+    with _progress("checking") as progress:
+        findings = checking.check(
+            torch.device("cuda" if gpu else "cpu"), op or (), dtype or (), progress=progress
+        )
+    if as_json:
+        _print_json([finding.as_dict() for finding in findings])
+    else:
+        _print_table([finding.cells() for finding in findings])
+    _exit_with([finding.fault for finding in findings if not finding.ok])
+
+
+@kernels.command(name="tune")
+def tune_kernels(
+    head_size: Annotated[
+        list[int] | None, typer.Option(help="Channels of a head; repeatable (default: 64 and 128).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    feature: Annotated[str, typer.Option(help="plain, documents or dropout.")] = "plain",
+    minutes: Annotated[float, typer.Option(help="Stop after that long, with what was found.")] = 20.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Search this GPU's fastest attention tiles and keep them for every later run."""
+    tune = _triton_module("tune")
+    with _progress("tuning") as progress:
+        choices, path = tune.tune(head_size or (64, 128), dtype, feature, minutes, progress=progress)
+    if as_json:
+        _print_json([asdict(choice) for choice in choices])
+        return
+    _print_table([choice.cells() for choice in choices])
+    typer.echo(f"tuning file: {path}")
+
+
+def _triton_module(name: str) -> Any:
+    """The module fusedgpt.kernels.`name`, which needs Triton."""
+    if find_spec("triton") is None:
+        raise ValueError("the kernels need the package triton, which exists for Linux only")
+    return import_module(f"fusedgpt.kernels.{name}")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal: call it with what is done and the total."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
+    """Columns as wide as their widest cell; those that are empty throughout are left out."""
+    columns = [name for name in (rows[0] if rows else []) if any(row[name] for row in rows)]
+    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _exit_with(faults: list[str]) -> None:
+    """Exit with 1 if there are faults, each a line on standard error."""
+    sys.stderr.writelines(f"fusedgpt: {fault}\n" for fault in faults)
+    if faults:
+        sys.exit(1)
 
 
 def printable(text: str) -> str:

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.data.dataset import IGNORE_INDEX, Batch
-from fusedgpt.train.optimizer import clip_and_step
+from fusedgpt.train.optimizer import AdamW
 
 
 def train_step(
-    model: GPT, batch: Batch, optimizer: torch.optim.AdamW, *, lr: float, grad_clip: float
+    model: GPT, batch: Batch, optimizer: AdamW, *, lr: float, grad_clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward, clip, AdamW. batch: inputs and targets (B, T) on the model's device.
 
     Returns (loss, gradient norm, 1.0 if the update was skipped because the gradient was not finite), scalars
-    on the device: nothing here waits for a GPU.
+    on the device, the last two overwritten by the next step: nothing here waits for a GPU.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = model(*batch)
     loss.backward()
-    norm, skipped = clip_and_step(optimizer, grad_clip)
+    optimizer.step(max_norm=grad_clip)
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm, skipped
+    return loss.detach(), optimizer.grad_norm, optimizer.skipped
 
 
 @torch.no_grad()

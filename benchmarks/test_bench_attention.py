@@ -1,0 +1,66 @@
+"""Causal attention against PyTorch's three, at the points of flash-attention's published charts.
+
+16k tokens of width 2048 at every length. FLOPs: 4 B H T^2 D, half of it for the mask, 2.5 times as many
+backward.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch.nn.functional as F
+from kernel_bench import CUDA, DEVICE, DIRECTIONS, Bench, choose, compiled, phases
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from fusedgpt.kernels import check, ops
+
+CASES = {D: check.attention_case(1, *choose((1024, 4), (65, 1)), D) for D in choose((64, 128), (16,))}
+LENGTHS = choose([512, 1024, 2048, 4096, 8192, 16384], [64])
+TOKENS, WIDTH = choose((16384, 2048), (64, 32))
+FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+BACKENDS = {"sdpa_fa2": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """F.scaled_dot_product_attention by `backend` on views, (B, T, H, D) throughout."""
+    with sdpa_kernel(backend):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def flex(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlexAttention under torch.compile, without which it is no contender."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = flex_attention(q, k, v, block_mask=mask)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+@pytest.mark.parametrize("contender", ["ours", "sdpa_fa2", "sdpa_cudnn", "flex"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("D", list(CASES))
+def test_attention(contender: str, D: int, T: int, direction: str, bench: Bench) -> None:
+    if not CUDA and contender == "sdpa_cudnn":
+        pytest.skip("cuDNN needs a GPU")
+    if not CUDA and contender == "flex" and direction != "forward":
+        pytest.skip("FlexAttention has no backward on a CPU")
+    if contender == "flex":
+        mask = create_block_mask(causal, None, None, T, T, device=DEVICE.type)
+        function = compiled(partial(flex, mask))
+    elif contender == "ours":
+        function = bench.contender("ours", "attention", ours=ops.attention)
+    else:
+        function = partial(sdpa, BACKENDS[contender])
+    B, H = TOKENS // T, WIDTH // D
+    inputs = {name: bench.randn(B, T, H, D) for name in ("q", "k", "v")}
+    prepare, call = phases(lambda q, k, v: function(q, k, v), inputs, direction)
+    flops = FACTOR[direction] * 0.5 * 4 * B * H * T * T * D
+    bench.run(CASES[D], contender, direction, f"({B}, {T}, {H}, {D})", prepare, call, flops=flops)

@@ -1,0 +1,31 @@
+"""One token a sequence against its cache: every key and value is read once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_bench import DEVICE, DTYPE, Bench, choose, phases
+
+from fusedgpt.kernels import check, ops, reference
+
+CASE = check.decode_attention_case(*choose((8, 1024, 12, 64), (2, 65, 1, 16)))
+SHAPES = choose(
+    [(1, 1024, 12, 64), (32, 1024, 12, 64), (256, 1024, 12, 64), (8, 8192, 16, 128)], [(2, 64, 2, 16)]
+)
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager", "compiled"])
+@pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)
+def test_decode_attention(contender: str, B: int, T: int, H: int, D: int, bench: Bench) -> None:
+    function = bench.contender(
+        contender, "decode_attention", ours=ops.decode_attention, eager=reference.decode_attention
+    )
+    inputs = {
+        "q": bench.randn(B, H, D),
+        "k_cache": bench.randn(B, T, H, D),
+        "v_cache": bench.randn(B, T, H, D),
+    }
+    inputs["lengths"] = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
+    prepare, call = phases(function, inputs, "forward")
+    size = 2 * B * T * H * D * DTYPE.itemsize
+    bench.run(CASE, contender, "forward", f"({B}, {T}, {H}, {D})", prepare, call, bytes_=size)

@@ -1,0 +1,47 @@
+"""LayerNorm, alone and with residual and dropout, at the widths of the GPT-2s and at 4096."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
+
+from fusedgpt.kernels import check, ops, reference
+
+SHAPES = choose([(65536, 768), (16384, 1024), (16384, 1600), (16384, 4096)], [(8, 64)])
+CHECKED = choose((1024, 768), (3, 64))
+CASE, FUSED_CASE = check.layer_norm_case(*CHECKED), check.dropout_add_layer_norm_case(*CHECKED)
+# Tensors (N, C) read and written: x, y; dy, x, dx. Then x, residual, y, sum; dy, dsum, sum, dx, dresidual.
+PASSES = {"forward": 2, "backward": 3, "both": 5}
+FUSED_PASSES = {"forward": 4, "backward": 5, "both": 9}
+CONTENDERS = ["ours", "eager", "compiled"]
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("N", "C"), SHAPES)
+def test_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
+    function = bench.contender(contender, "layer_norm", ours=ops.layer_norm, eager=reference.layer_norm)
+    inputs = {"x": bench.randn(N, C), "weight": bench.weight(C), "bias": bench.weight(C)}
+    prepare, call = phases(function, inputs, direction)
+    size = PASSES[direction] * N * C * DTYPE.itemsize
+    bench.run(CASE, contender, direction, f"({N}, {C})", prepare, call, bytes_=size)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("N", "C"), SHAPES)
+def test_dropout_add_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
+    function = bench.contender(
+        contender,
+        "dropout_add_layer_norm",
+        ours=ops.dropout_add_layer_norm,
+        eager=reference.dropout_add_layer_norm,
+    )
+    inputs = {"x": bench.randn(N, C), "residual": bench.randn(N, C)}
+    inputs |= {"weight": bench.weight(C), "bias": bench.weight(C)}
+    seed, offset = bench.counters()
+    prepare, call = phases(
+        lambda **tensors: function(**tensors, dropout_p=0.1, seed=seed, offset=offset), inputs, direction
+    )
+    size = FUSED_PASSES[direction] * N * C * DTYPE.itemsize
+    bench.run(FUSED_CASE, contender, direction, f"({N}, {C})", prepare, call, bytes_=size)

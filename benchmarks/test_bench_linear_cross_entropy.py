@@ -1,0 +1,45 @@
+"""The language model's head and loss: 64k tokens against GPT-2's vocabulary, and what it holds in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_bench import DEVICE, Bench, choose, phases
+from torch import Tensor
+
+from fusedgpt.kernels import check, ops
+
+CASE = check.linear_cross_entropy_case(*choose((512, 768, 50257), (5, 16, 65)))
+SHAPES = choose([(65536, 768, 50304), (16384, 1600, 50304), (16384, 4096, 128256)], [(16, 32, 128)])
+
+
+def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once."""
+    return F.cross_entropy((hidden @ weight.to(hidden.dtype).T).float(), targets)
+
+
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch >= 2.13's own, in chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, options=options)
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager", "compiled", "torch_chunked"])
+@pytest.mark.parametrize("direction", ["forward", "both"])  # ours makes its gradients along with the loss
+@pytest.mark.parametrize(("N", "C", "V"), SHAPES)
+def test_linear_cross_entropy(contender: str, N: int, C: int, V: int, direction: str, bench: Bench) -> None:
+    if contender == "torch_chunked" and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("F.linear_cross_entropy needs torch 2.13")
+    function = bench.contender(
+        contender,
+        "linear_cross_entropy",
+        ours=ops.linear_cross_entropy,
+        eager=materialised,
+        torch_chunked=chunked,
+    )
+    inputs = {"hidden": bench.randn(N, C), "weight": bench.weight(V, C)}
+    inputs["targets"] = torch.randint(V, (N,), device=DEVICE)
+    prepare, call = phases(function, inputs, direction)
+    flops = (2 if direction == "forward" else 6) * N * C * V
+    bench.run(CASE, contender, direction, f"({N}, {C}, {V})", prepare, call, flops=flops)

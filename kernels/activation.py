@@ -1,0 +1,257 @@
+"""GELU in its tanh form, alone and with the bias before it; the backward computes it again from its input.
+
+Shape letters: N rows, C channels, P programs of the backward that share a column.
+
+0.5 (1 + tanh u) is sigmoid(2u), so gelu(x) = x sigmoid(s) with s = 2 sqrt(2 / pi) (x + 0.044715 x^3), and
+
+    gelu'(x) = sigmoid(s) + x sigmoid(s) sigmoid(-s) ds/dx.
+
+Both sigmoids come from exp(-|s|), which neither overflows nor, as 1 - sigmoid(s) would, cancels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedgpt.kernels import tuning
+
+_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_CUBIC = tl.constexpr(0.044715)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LARGEST_SQUARE = tl.constexpr(1e12)  # gelu is x or 0 long before: keeps x^2 finite, and so the slope
+_BLOCK = 2048  # elements of a program
+_BLOCK_C = 1024  # columns of it at most
+_PROGRAMS_PER_SM = 4  # of the backward that sums the bias gradient
+
+
+@triton.jit
+def _sigmoids(x):
+    """sigmoid(s), sigmoid(-s) and ds/dx of fp32 x."""
+    square = tl.minimum(x * x, _LARGEST_SQUARE)
+    s = x * (square * _CUBIC + 1.0) * _SLOPE
+    small = tl.exp2(tl.abs(s) * -_LOG2_E)  # in [0, 1]
+    of_abs = 1.0 / (1.0 + small)
+    of_minus_abs = small * of_abs
+    above = s >= 0.0
+    slope = (square * (3.0 * _CUBIC) + 1.0) * _SLOPE
+    return tl.where(above, of_abs, of_minus_abs), tl.where(above, of_minus_abs, of_abs), slope
+
+
+@triton.jit
+def gelu_value(x):
+    """gelu(x) of fp32 x; infinities and NaN as PyTorch's."""
+    sigmoid, _, _ = _sigmoids(x)
+    return x * sigmoid
+
+
+@triton.jit
+def gelu_slope(x):
+    """gelu'(x) of fp32 x."""
+    sigmoid, complement, slope = _sigmoids(x)
+    return sigmoid + x * sigmoid * complement * slope
+
+
+@triton.jit
+def _gelu_fwd_kernel(
+    x_ptr,  # (numel,)
+    out_ptr,  # (numel,)
+    numel,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
+    tl.store(out_ptr + offs, gelu_value(x), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    dout_ptr,  # (numel,)
+    x_ptr,  # (numel,)
+    dx_ptr,  # (numel,)
+    numel,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    dout = tl.load(dout_ptr + offs, mask=mask).to(tl.float32)
+    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
+    tl.store(dx_ptr + offs, dout * gelu_slope(x), mask=mask)
+
+
+@triton.jit
+def _bias_tile(bias_ptr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's columns, which of them exist, and the bias: (ROWS, BLOCK_C) each, in the layout of x."""
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    offs_c = tl.broadcast_to(offs_c, (ROWS, BLOCK_C))
+    return offs_c, offs_c < C, tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _bias_gelu_fwd_kernel(
+    x_ptr,  # (N, C)
+    bias_ptr,  # (C,)
+    out_ptr,  # (N, C)
+    N,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c, mask_c, bias = _bias_tile(bias_ptr, C, ROWS, BLOCK_C)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    mask, offs = mask_c & (rows < N), rows * C + offs_c
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
+    tl.store(out_ptr + offs, gelu_value(x), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _bias_gelu_bwd_kernel(
+    dout_ptr,  # (N, C)
+    x_ptr,  # (N, C)
+    bias_ptr,  # (C,)
+    dx_ptr,  # (N, C)
+    partial_ptr,  # (P, C) fp32, parts of the bias gradient
+    N,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program, P = tl.program_id(0), tl.num_programs(0)
+    offs_c, mask_c, bias = _bias_tile(bias_ptr, C, ROWS, BLOCK_C)
+    dbias = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    for first_row in tl.range(program * ROWS, N, P * ROWS, num_stages=STAGES):
+        rows = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        mask, offs = mask_c & (rows < N), rows * C + offs_c
+        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
+        dx = dout * gelu_slope(x)
+        dbias += dx  # 0 where there is no row: dout is
+        tl.store(dx_ptr + offs, dx, mask=mask)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(partial_ptr + program * C + offs_c, tl.sum(dbias, axis=0), mask=offs_c < C)
+
+
+def gelu_fwd(x: Tensor) -> Tensor:
+    """Launch; x of any shape."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        with torch.cuda.device_of(x):
+            _gelu_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+def gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
+    """Launch; the gradient of x, both of any one shape."""
+    dout, x = dout.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    if x.numel() > 0:
+        with torch.cuda.device_of(x):
+            _gelu_bwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+                dout, x, dx, x.numel(), BLOCK=_BLOCK, num_warps=4
+            )
+    return dx
+
+
+def _blocks(C: int) -> dict[str, int]:
+    """The constants of a launch over rows of C: chosen by the width alone, whatever the number of rows."""
+    BLOCK_C = min(_BLOCK_C, max(16, triton.next_power_of_2(C)))
+    return {"C": C, "ROWS": _BLOCK // BLOCK_C, "BLOCK_C": BLOCK_C, "num_warps": 4}
+
+
+def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
+    """Launch; x (..., C), bias (C,)."""
+    x, bias = x.contiguous(), bias.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        C, blocks = len(bias), _blocks(len(bias))
+        grid = (triton.cdiv(x.numel() // C, blocks["ROWS"]), triton.cdiv(C, blocks["BLOCK_C"]))
+        with torch.cuda.device_of(x):
+            _bias_gelu_fwd_kernel[grid](x, bias, out, x.numel() // C, **blocks)
+    return out
+
+
+def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch; (dx, dbias) for dout and x (..., C), bias (C,)."""
+    dout, x, bias = dout.contiguous(), x.contiguous(), bias.contiguous()
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(bias)
+    N, C, blocks = x.numel() // len(bias), len(bias), _blocks(len(bias))
+    columns = triton.cdiv(C, blocks["BLOCK_C"])
+    programs = triton.cdiv(_PROGRAMS_PER_SM * tuning.multiprocessor_count(x.device), columns)
+    P = min(triton.cdiv(N, blocks["ROWS"]), programs)
+    partial = x.new_empty((P, C), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _bias_gelu_bwd_kernel[(P, columns)](dout, x, bias, dx, partial, N, STAGES=2, **blocks)
+    return dx, partial.sum(0).to(bias.dtype)
+
+
+@torch.library.custom_op("fusedgpt::gelu", mutates_args=())
+def gelu(x: Tensor) -> Tensor:
+    """The Triton path of ops.gelu."""
+    return gelu_fwd(x)
+
+
+@gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return _like(x)
+
+
+@torch.library.custom_op("fusedgpt::gelu_bwd", mutates_args=())
+def _gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
+    return gelu_bwd(dout, x)
+
+
+@_gelu_bwd.register_fake
+def _(dout: Tensor, x: Tensor) -> Tensor:
+    return _like(x)
+
+
+@torch.library.custom_op("fusedgpt::bias_gelu", mutates_args=())
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """The Triton path of ops.bias_gelu."""
+    return bias_gelu_fwd(x, bias)
+
+
+@bias_gelu.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return _like(x)
+
+
+@torch.library.custom_op("fusedgpt::bias_gelu_bwd", mutates_args=())
+def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return bias_gelu_bwd(dout, x, bias)
+
+
+@_bias_gelu_bwd.register_fake
+def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(bias)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dout: Tensor) -> Tensor:
+    dx: Tensor = _gelu_bwd(dout, *ctx.saved_tensors)
+    return dx
+
+
+def _bias_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dbias = _bias_gelu_bwd(dout, *ctx.saved_tensors)
+    return dx, dbias
+
+
+gelu.register_autograd(_backward, setup_context=_save)
+bias_gelu.register_autograd(_bias_backward, setup_context=_save)

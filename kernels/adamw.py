@@ -1,0 +1,365 @@
+"""AdamW over all tensors of a model: one launch for the gradient norm, one for the update.
+
+Shape letters: n tensors, K chunks, G parameter groups.
+
+Both kernels walk a table of addresses, so parameters, gradients and state stay where they are: gradients that
+autograd allocates anew every step, FSDP shards and loaded checkpoints all fit. A fixed number of programs
+share the chunks; every program of the second launch adds the first one's partial sums in the same order,
+so all agree on norm, clip coefficient and finiteness without atomics, a third launch or the host.
+
+Bytes a parameter (bf16 with fp32 master): the gradient is read twice (2 + 2), master, exp_avg and exp_avg_sq
+are read and written (3 x 8), the parameter is written (2): 30.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedgpt.kernels import tuning
+from fusedgpt.kernels.dropout import philox_lanes
+
+PARTIALS = 1024  # programs a launch at most; ranks that add their partial sums up need the same number
+_CHUNK = 8192  # elements one program takes at a time
+_NORM_BLOCK, _BLOCK = 8192, 1024
+_NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as their registers let run at once
+
+# The columns of a table's row, and of a row of scalars.
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in range(4))
+_MASTER, _STEP, _KEY, _SIZE = (tl.constexpr(i) for i in range(4, 8))
+_STEP_SIZE, _DECAY, _INV_SQRT_CORRECTION2, _EPS = (tl.constexpr(i) for i in range(4))
+_WEIGHT1, _WEIGHT2, _NEW_STEP = (tl.constexpr(i) for i in range(4, 7))
+_COLUMNS = tl.constexpr(8)  # of both, and of hyper
+_VECTOR = tl.constexpr(4)
+_FIRST_BITS = tl.constexpr(40)  # each step owns 2^40 Philox blocks, of 8 roundings
+
+
+@triton.jit
+def _prepare(table_ptr, groups_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
+    """What this step needs to know of every tensor; 1 - beta^t in fp64, for fp32 loses it at small t."""
+    for first in tl.range(0, n_tensors, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < n_tensors
+        step_ptr = tl.load(table_ptr + offs * _COLUMNS + _STEP, mask=mask, other=0)
+        step = tl.load(step_ptr.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0) + 1.0
+        hyper = hyper_ptr + tl.load(groups_ptr + offs, mask=mask, other=0) * _COLUMNS
+        lr = tl.load(hyper, mask=mask, other=0.0)
+        correction1 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 1, mask=mask, other=-1.0))
+        correction2 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 2, mask=mask, other=-1.0))
+        row = scalars_ptr + offs * _COLUMNS
+        tl.store(row + _STEP_SIZE, lr / correction1, mask=mask)
+        tl.store(row + _DECAY, lr * tl.load(hyper + 6, mask=mask), mask=mask)
+        tl.store(row + _INV_SQRT_CORRECTION2, 1.0 / tl.sqrt(correction2), mask=mask)
+        tl.store(row + _EPS, tl.load(hyper + 5, mask=mask), mask=mask)
+        tl.store(row + _WEIGHT1, tl.load(hyper + 3, mask=mask), mask=mask)
+        tl.store(row + _WEIGHT2, tl.load(hyper + 4, mask=mask), mask=mask)
+        tl.store(row + _NEW_STEP, step, mask=mask)
+
+
+@triton.jit
+def _block(address, first, mask, dtype: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to BLOCK elements from `first` on of the tensor at `address`, VECTOR at once if no mask."""
+    base = address.to(tl.pointer_type(dtype))
+    if mask is None:  # without the hint they would be loaded one by one
+        base = tl.multiple_of(base, VECTOR * (dtype.primitive_bitwidth // 8))
+    return base + first + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _grad_norm_kernel(
+    table_ptr,  # (n, 8) int64: addresses of parameter, gradient, exp_avg, exp_avg_sq, master, step; key; size
+    chunks_ptr,  # (K, 2) int32: tensor, number of the chunk within it
+    groups_ptr,  # (n,) int32
+    hyper_ptr,  # (G, 8) fp64, see hyper_row
+    scalars_ptr,  # (n, 8) fp32, written: for _adamw_kernel
+    partials_ptr,  # (PARTIALS,) fp32, written: sums of squares, one a program
+    n_tensors,
+    n_chunks,
+    GRAD_DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid == 0:
+        _prepare(table_ptr, groups_ptr, hyper_ptr, scalars_ptr, n_tensors, 128)
+    WIDE: tl.constexpr = 128 // GRAD_DTYPE.primitive_bitwidth  # elements in 16 bytes, summed by one thread
+    PART: tl.constexpr = BLOCK // WIDE
+    total = tl.zeros((PART,), tl.float32)
+    for chunk in tl.range(pid, n_chunks, tl.num_programs(0)):
+        row_ptr = table_ptr + tl.load(chunks_ptr + 2 * chunk) * _COLUMNS
+        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+        address, size = tl.load(row_ptr + _GRAD), tl.load(row_ptr + _SIZE)
+        aligned = address % 16 == 0
+        for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
+            if aligned & (first + BLOCK <= size):
+                grad = tl.load(_block(address, first, None, GRAD_DTYPE, WIDE, BLOCK)).to(tl.float32)
+                total += tl.sum(tl.reshape(grad * grad, (PART, WIDE)), axis=1)
+            else:
+                for part in tl.range(first, tl.minimum(first + BLOCK, size), PART):
+                    mask = tl.arange(0, PART) < size - part
+                    grad_ptrs = _block(address, part, mask, GRAD_DTYPE, 1, PART)
+                    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+                    total += grad * grad
+    tl.store(partials_ptr + pid, tl.sum(total))
+    if pid == 0:
+        offs = tl.arange(0, PARTIALS)
+        tl.store(partials_ptr + offs, 0.0, mask=offs >= tl.num_programs(0))
+
+
+@triton.jit
+def _lerp(a, b, weight):
+    """a + weight * (b - a), exact at both ends."""
+    near_a = weight < 0.5
+    return tl.where(near_a, a, b) + tl.where(near_a, weight, weight - 1.0) * (b - a)
+
+
+@triton.jit
+def _stochastic_bf16(x, key, step, first, BLOCK: tl.constexpr):
+    """fp32 (BLOCK,) -> the bits of bf16, up or down so that the mean is x; see reference.stochastic_round."""
+    blocks = (step.to(tl.int64) << _FIRST_BITS) + first // 8 + tl.arange(0, BLOCK // 8)
+    lanes = tl.reshape(philox_lanes(key, blocks), (BLOCK,)).to(tl.int32) & 0xFFFF
+    bits = (x.to(tl.int32, bitcast=True) + lanes) >> 16
+    return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
+
+
+@triton.jit
+def _update(
+    row_ptr,  # (8,) int64, of the table
+    scalars_ptr,  # (8,) fp32
+    clip,
+    first,
+    mask,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block's step. Decay and update are added up before they meet the parameter: one rounding."""
+    param_ptrs = _block(tl.load(row_ptr + _PARAM), first, mask, PARAM_DTYPE, _VECTOR, BLOCK)
+    grad_ptrs = _block(tl.load(row_ptr + _GRAD), first, mask, GRAD_DTYPE, _VECTOR, BLOCK)
+    exp_avg_ptrs = _block(tl.load(row_ptr + _EXP_AVG), first, mask, tl.float32, _VECTOR, BLOCK)
+    exp_avg_sq_ptrs = _block(tl.load(row_ptr + _EXP_AVG_SQ), first, mask, tl.float32, _VECTOR, BLOCK)
+    wide_ptrs = param_ptrs
+    if MASTER:
+        wide_ptrs = _block(tl.load(row_ptr + _MASTER), first, mask, tl.float32, _VECTOR, BLOCK)
+    grad = tl.load(grad_ptrs, mask=mask).to(tl.float32) * clip
+    wide = tl.load(wide_ptrs, mask=mask).to(tl.float32)
+    exp_avg = _lerp(tl.load(exp_avg_ptrs, mask=mask), grad, tl.load(scalars_ptr + _WEIGHT1))
+    exp_avg_sq = tl.load(exp_avg_sq_ptrs, mask=mask)
+    exp_avg_sq = _lerp(exp_avg_sq, grad * grad, tl.load(scalars_ptr + _WEIGHT2))
+    denominator = tl.sqrt(exp_avg_sq) * tl.load(scalars_ptr + _INV_SQRT_CORRECTION2)
+    update = exp_avg / (denominator + tl.load(scalars_ptr + _EPS)) * tl.load(scalars_ptr + _STEP_SIZE)
+    wide -= wide * tl.load(scalars_ptr + _DECAY) + update
+    tl.store(exp_avg_ptrs, exp_avg, mask=mask)
+    tl.store(exp_avg_sq_ptrs, exp_avg_sq, mask=mask)
+    if MASTER:
+        tl.store(wide_ptrs, wide, mask=mask)
+    if STOCHASTIC:
+        key, step = tl.load(row_ptr + _KEY), tl.load(scalars_ptr + _NEW_STEP)
+        bits_ptrs = _block(tl.load(row_ptr + _PARAM), first, mask, tl.int16, _VECTOR, BLOCK)
+        tl.store(bits_ptrs, _stochastic_bf16(wide, key, step, first, BLOCK), mask=mask)
+    else:
+        tl.store(param_ptrs, wide.to(PARAM_DTYPE), mask=mask)
+
+
+@triton.jit
+def _advance_steps(table_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
+    for first in tl.range(0, n_tensors, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < n_tensors
+        step_ptr = tl.load(table_ptr + offs * _COLUMNS + _STEP, mask=mask, other=0)
+        step = tl.load(scalars_ptr + offs * _COLUMNS + _NEW_STEP, mask=mask)
+        tl.store(step_ptr.to(tl.pointer_type(tl.float32)), step, mask=mask)
+
+
+@triton.jit(do_not_specialize=["report"])
+def _adamw_kernel(
+    table_ptr,  # (n, 8) int64, as in _grad_norm_kernel
+    chunks_ptr,  # (K, 2) int32
+    scalars_ptr,  # (n, 8) fp32
+    partials_ptr,  # (n_partials,) fp32
+    norm_ptr,  # fp32 scalar, written
+    skipped_ptr,  # fp32 scalar, written: 1 if the norm is not finite
+    skipped_steps_ptr,  # int64 scalar, counted up
+    n_tensors,
+    n_chunks,
+    n_partials,
+    max_norm,
+    report,  # 1 in the one launch of a step that writes the three above
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    squares = tl.zeros((PARTIALS,), tl.float64)
+    for segment in tl.range(0, n_partials, PARTIALS):
+        squares += tl.load(partials_ptr + segment + tl.arange(0, PARTIALS))
+    norm = tl.sqrt(tl.sum(squares).to(tl.float32))
+    finite = norm < float("inf")  # false for NaN
+    clip = tl.where((max_norm > 0.0) & (norm > max_norm), max_norm / norm, 1.0)
+    if (pid == 0) & (report != 0):
+        tl.store(norm_ptr, norm)
+        tl.store(skipped_ptr, tl.where(finite, 0.0, 1.0))
+        tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + tl.where(finite, 0, 1))
+    if (pid == 0) & finite:
+        _advance_steps(table_ptr, scalars_ptr, n_tensors, 128)
+    for chunk in tl.range(pid, tl.where(finite, n_chunks, 0), tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + 2 * chunk)
+        row_ptr, tensor_scalars_ptr = table_ptr + tensor * _COLUMNS, scalars_ptr + tensor * _COLUMNS
+        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+        size = tl.load(row_ptr + _SIZE)
+        addresses = tl.load(row_ptr + _PARAM) | tl.load(row_ptr + _GRAD) | tl.load(row_ptr + _MASTER)
+        addresses |= tl.load(row_ptr + _EXP_AVG) | tl.load(row_ptr + _EXP_AVG_SQ)
+        aligned = addresses % 16 == 0
+        for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
+            if aligned & (first + BLOCK <= size):
+                _update(
+                    row_ptr, tensor_scalars_ptr, clip, first, None,
+                    PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, BLOCK,
+                )  # fmt: skip
+            else:
+                for part in tl.range(first, tl.minimum(first + BLOCK, size), BLOCK // 4):
+                    mask = tl.arange(0, BLOCK // 4) < size - part
+                    _update(
+                        row_ptr, tensor_scalars_ptr, clip, part, mask,
+                        PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, BLOCK // 4,
+                    )  # fmt: skip
+
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tensors one launch steps: n of one parameter and one gradient dtype; see make_batch."""
+
+    table: Tensor  # (n, 8) int64, as the kernels document it
+    chunks: Tensor  # (K, 2) int32
+    groups: Tensor  # (n,) int32, rows of hyper
+    scalars: Tensor  # (n, 8) fp32, from one launch to the other
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    master: bool
+    stochastic: bool
+
+
+def make_batch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    masters: Sequence[Tensor] = (),
+    groups: Sequence[int] = (),
+    keys: Sequence[int] = (),
+) -> Batch:
+    """A batch of n >= 1 tensors on one device; each of params, grads, exp_avgs .. has n of the same shapes.
+
+    params: fp32, fp16 or bf16, contiguous, all of one dtype, as are grads; exp_avgs, exp_avg_sqs and masters
+    (if any): fp32; steps: fp32 scalars. groups: rows of hyper (all 0 if none). keys: int64 Philox keys; where
+    given, bf16 parameters without masters are rounded stochastically. The batch does not keep them alive.
+    """
+    device, n = params[0].device, len(params)
+    chunks = [(i, c) for i, p in enumerate(params) for c in range(triton.cdiv(p.numel(), _CHUNK))]
+    batch = Batch(
+        table=torch.zeros(n, 8, dtype=torch.int64, device=device),
+        chunks=torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 2),
+        groups=torch.tensor(list(groups) or [0] * n, dtype=torch.int32, device=device),
+        scalars=torch.zeros(n, 8, dtype=torch.float32, device=device),
+        param_dtype=params[0].dtype,
+        grad_dtype=grads[0].dtype,
+        master=bool(masters),
+        stochastic=bool(keys) and params[0].dtype == torch.bfloat16 and not masters,
+    )
+    columns = [[x.data_ptr() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs, masters, steps)]
+    columns += [list(keys), [p.numel() for p in params]]
+    columns = [column or [0] * n for column in columns]
+    batch.table.copy_(torch.tensor(columns, dtype=torch.int64).T)
+    return batch
+
+
+def hyper_row(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
+    """A parameter group's row of hyper (G, 8) fp64: what the kernels read, lr first."""
+    logs = [math.log2(beta) if beta > 0.0 else -math.inf for beta in betas]
+    return [lr, *logs, 1.0 - betas[0], 1.0 - betas[1], eps, weight_decay, 0.0]
+
+
+def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
+    """Launch: partials (PARTIALS,) fp32 whose sum is the squared norm of the gradients, and adamw's scalars.
+
+    hyper: (G, 8) fp64, see hyper_row. The same bits every time.
+    """
+    n_chunks = len(batch.chunks)
+    programs = tuning.multiprocessor_count(partials.device) * _NORM_PROGRAMS_PER_SM
+    with torch.cuda.device_of(partials):
+        _grad_norm_kernel[(max(1, min(n_chunks, programs, PARTIALS)),)](
+            batch.table,
+            batch.chunks,
+            batch.groups,
+            hyper,
+            batch.scalars,
+            partials,
+            len(batch.table),
+            n_chunks,
+            GRAD_DTYPE=_TRITON_DTYPES[batch.grad_dtype],
+            CHUNK=_CHUNK,
+            BLOCK=_NORM_BLOCK,
+            PARTIALS=PARTIALS,
+            num_warps=8,
+        )
+
+
+def adamw(
+    batch: Batch,
+    partials: Tensor,
+    norm: Tensor,
+    skipped: Tensor,
+    skipped_steps: Tensor,
+    *,
+    max_norm: float = 0.0,
+    report: bool = True,
+) -> None:
+    """Launch, behind grad_norm: one AdamW step with the gradient scaled to a norm of at most max_norm > 0.
+
+    partials: those of every batch of the step, a multiple of PARTIALS. Where their sum is not finite, nothing
+    of the batch changes. Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or
+    0); skipped_steps (int64 scalar) is counted up. Source: Loshchilov and Hutter 2019, algorithm 2.
+    """
+    n_chunks = len(batch.chunks)
+    programs = tuning.multiprocessor_count(partials.device) * _PROGRAMS_PER_SM
+    with torch.cuda.device_of(partials):
+        _adamw_kernel[(max(1, min(n_chunks, programs)),)](
+            batch.table,
+            batch.chunks,
+            batch.scalars,
+            partials,
+            norm,
+            skipped,
+            skipped_steps,
+            len(batch.table),
+            n_chunks,
+            partials.numel(),
+            max_norm,
+            int(report),
+            PARAM_DTYPE=_TRITON_DTYPES[batch.param_dtype],
+            GRAD_DTYPE=_TRITON_DTYPES[batch.grad_dtype],
+            MASTER=batch.master,
+            STOCHASTIC=batch.stochastic,
+            CHUNK=_CHUNK,
+            BLOCK=_BLOCK,
+            PARTIALS=PARTIALS,
+            num_warps=4,
+        )
