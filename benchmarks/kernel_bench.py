@@ -2,12 +2,11 @@
 
     python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE] [--interpreted]
 
-On a GPU: bf16, real sizes, device time between CUDA events, the L2 cache flushed before each call; fractions
-are of a big bf16 matmul and a big copy measured in the same run (again at its end, so that drift shows). On a
-CPU: toy sizes in fp32, which exercise every line and say nothing about speed; there `ours` is what the model
-uses on a CPU, or with --interpreted the Triton kernel in the interpreter. No contender of an op is timed
-unless the op's check against float64 passes. The figures are pytest-benchmark's extra_info; its own
-statistics are of the host's clock, which on a GPU sees the launches only.
+On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a big bf16 matmul and a
+big copy of the same run (measured again at its end: drift shows). On a CPU: toy sizes in fp32 that exercise
+every line and say nothing about speed; `ours` is what the model uses there, with --interpreted the kernel.
+Nothing is timed unless the op's check against float64 passes. Figures are pytest-benchmark's extra_info: its
+own statistics are of the host's clock, which on a GPU sees launches only.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Figures:
 def samples(prepare: Callable[[], Any], call: Call, pedantic: Any = None) -> list[float]:
     """Milliseconds of call(prepare()) without prepare, repeated by pytest-benchmark's `pedantic` if given."""
     flush = torch.empty(_FLUSH_BYTES if CUDA else 0, dtype=torch.uint8, device=DEVICE)
-    spans: list[Any] = []
+    spans: list[tuple[Any, Any]] = []
 
     def set_up() -> tuple[tuple[Any], dict[str, Any]]:
         prepared = prepare()
@@ -118,7 +117,8 @@ def _rounds(prepare: Callable[[], Any], call: Call) -> int:
     begin = time.perf_counter()
     call(prepare())
     torch.cuda.synchronize()
-    return min(max(int(_SECONDS / (time.perf_counter() - begin)), _ROUNDS[0]), _ROUNDS[1])
+    fitting = int(_SECONDS / (time.perf_counter() - begin))
+    return min(max(fitting, _ROUNDS[0]), _ROUNDS[1])
 
 
 def measure_ceilings() -> Ceilings:
@@ -181,7 +181,7 @@ class Bench:
 
     def counters(self) -> tuple[Tensor, Tensor]:
         """seed and offset of a dropout."""
-        return torch.tensor(7, device=DEVICE), torch.tensor(3 << 40, device=DEVICE)
+        return torch.tensor(check.SEED, device=DEVICE), torch.tensor(check.OFFSET, device=DEVICE)
 
     def contender(self, name: str, op: str, **functions: Callable[..., Any]) -> Callable[..., Any]:
         """functions[name]; for "compiled" functions["eager"] compiled. "ours" must be a kernel on a GPU."""

@@ -71,7 +71,7 @@ def _block(address, first, mask, dtype: tl.constexpr, VECTOR: tl.constexpr, BLOC
     return base + first + tl.arange(0, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _grad_norm_kernel(
     table_ptr,  # (n, 8) int64: addresses of parameter, gradient, exp_avg, exp_avg_sq, master, step; key; size
     chunks_ptr,  # (K, 2) int32: tensor, number of the chunk within it
@@ -180,7 +180,7 @@ def _advance_steps(table_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
         tl.store(step_ptr.to(tl.pointer_type(tl.float32)), step, mask=mask)
 
 
-@triton.jit(do_not_specialize=["report"])
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_partials", "report"])
 def _adamw_kernel(
     table_ptr,  # (n, 8) int64, as in _grad_norm_kernel
     chunks_ptr,  # (K, 2) int32
@@ -352,14 +352,14 @@ def adamw(
             len(batch.table),
             n_chunks,
             partials.numel(),
-            max_norm,
+            float(max_norm),
             int(report),
             PARAM_DTYPE=_TRITON_DTYPES[batch.param_dtype],
             GRAD_DTYPE=_TRITON_DTYPES[batch.grad_dtype],
             MASTER=batch.master,
             STOCHASTIC=batch.stochastic,
             CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
+            BLOCK=_BLOCK // 2 if batch.stochastic else _BLOCK,  # Philox needs registers too
             PARTIALS=PARTIALS,
             num_warps=4,
         )

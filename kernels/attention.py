@@ -33,7 +33,7 @@ from fusedgpt.kernels import tuning
 from fusedgpt.kernels.dropout import keep_threshold, philox_lanes
 from fusedgpt.kernels.tuning import Tile
 
-_DELTA = Tile(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=1)  # bytes decide there
+_DELTA = Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1)  # bytes decide there
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _MASKED = tl.constexpr(-1.0e30)  # finite: what a row sums up before its first visible key is then scaled to 0
 
@@ -86,9 +86,18 @@ def _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N:
     seed, offset, threshold, _ = dropout
     rows = tl.cast(bh, tl.int64) * T + start_m + tl.arange(0, BLOCK_M)
     row_blocks = offset + rows * (tl.cdiv(T, 64) * 8)
-    blocks = row_blocks[:, None] + start_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-    lanes = tl.reshape(philox_lanes(seed, blocks), (BLOCK_M, BLOCK_N // 64, 8, 8)).permute(0, 1, 3, 2)
-    return tl.reshape(lanes, (BLOCK_M, BLOCK_N)) >= threshold
+    if BLOCK_N % 64 == 0:
+        blocks = row_blocks[:, None] + start_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+        lanes = tl.reshape(philox_lanes(seed, blocks), (BLOCK_M, BLOCK_N // 64, 8, 8)).permute(0, 1, 3, 2)
+        lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N))
+    else:  # the small tiles of fp32: each key draws its block for itself
+        offs_n = (start_n + tl.arange(0, BLOCK_N))[None, :]
+        r0, r1, r2, r3 = tl.randint4x(seed, row_blocks[:, None] + offs_n // 64 * 8 + offs_n % 8, n_rounds=7)
+        lane = offs_n // 8 % 8
+        word = tl.where(lane < 4, tl.where(lane < 2, r0, r1), tl.where(lane < 6, r2, r3))
+        word = word.to(tl.uint32, bitcast=True) ^ 0x80000000
+        lanes = (word >> (lane % 2 * 16).to(tl.uint32)).to(tl.int16)
+    return lanes >= threshold
 
 
 @triton.jit

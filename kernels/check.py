@@ -197,7 +197,7 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, *, seed: int =
     }
     rounded = {name: x.to(device) for name, x in rounded.items()}
     wide = {name: _cast(x, torch.float64) for name, x in rounded.items()}
-    truth, upstream = _run(case.truth, wide, None)
+    truth, upstream = _run(case.truth, wide, None, dtype)
     with insist_on_triton():
         ours, _ = _run(case.ours, rounded, upstream)
     theirs, _ = _run(case.torch, rounded, upstream)
@@ -231,15 +231,19 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    function: Function, inputs: Inputs, upstream: list[Tensor] | None
+    function: Function,
+    inputs: Inputs,
+    upstream: list[Tensor] | None,
+    upstream_dtype: torch.dtype = torch.float64,
 ) -> tuple[dict[str, Inputs], list[Tensor]]:
-    """Outputs and gradients by name, and the upstream gradients used (drawn if None)."""
+    """Outputs and gradients by name, and the upstream gradients used: drawn if None, exact in upstream_dtype."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if upstream is None:
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+        upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+        upstream = [dy.to(upstream_dtype).to(y) for dy, y in zip(upstream, outputs, strict=True)]
     results = {"forward": {f"out {i}": y.detach() for i, y in enumerate(outputs)}, "backward": {}}
     if any(y.requires_grad for y in outputs):
         torch.autograd.backward(outputs, [d.to(y.dtype) for d, y in zip(upstream, outputs, strict=True)])
@@ -388,7 +392,7 @@ def linear_cross_entropy_case(
             "targets": targets,
         }
 
-    def call(op: Function) -> Function:
+    def call(op: Callable[..., Tensor]) -> Function:
         def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
             pairs = zip(hidden, targets, strict=True)

@@ -303,18 +303,21 @@ def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import attention
 
-    for D in (16, 32, 40, 64, 80, 96, 128) if full else (64, 128):
+    for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
         q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
         out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
-        seed, offset = _counters()
+        state = dict(zip(("seed", "offset"), _counters(), strict=True))
         documents = _meta(8, 1024, dtype=torch.int64)
-        for label, options in {
-            f"D {D}": attention.Options(scale=0.125),
-            f"D {D}, dropout": attention.Options(scale=0.125, dropout_p=0.1, seed=seed, offset=offset),
-            f"D {D}, documents": attention.Options(scale=0.125, documents=documents),
-        }.items():
-            yield label, partial(attention.attention_fwd, q, k, v, options)
-            yield label, partial(attention.attention_bwd, out, q, k, v, out, lse, options)
+        features: dict[str, dict[str, Any]] = {
+            "": {},
+            ", documents": {"documents": documents},
+            ", dropout": {"dropout_p": 0.1, **state},
+            ", documents, dropout": {"documents": documents, "dropout_p": 0.1, **state},
+        }
+        for label, feature in features.items():
+            options = attention.Options(scale=0.125, **feature)
+            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, options)
+            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, options)
 
 
 def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:

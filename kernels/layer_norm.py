@@ -26,7 +26,7 @@ from fusedgpt.kernels.dropout import keep_threshold, philox_lanes
 MAX_C = 8192
 _TILE = 2048  # elements of a program at least: narrow rows share one
 _PER_WARP = 512  # elements: 16 a thread, two 16-byte loads of bf16
-_WARPS_PER_SM = 16  # of the backward: its ~110 registers a thread fit no more
+_WARPS_PER_SM = 16  # of the backward: at its 128 registers a thread no more fit at once
 
 
 @triton.jit
@@ -132,8 +132,6 @@ def _layer_norm_bwd_kernel(
         rows, mask, offs = _tile(first_row, N, C, ROWS, BLOCK_C)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if dnew_residual_ptr is not None:
-            past_norm = tl.load(dnew_residual_ptr + offs, mask=mask, other=0.0)
         mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
         normed = (z - mean) * rstd  # where there is no column dy is 0, and so is all that follows
@@ -143,7 +141,7 @@ def _layer_norm_bwd_kernel(
         mean_g, mean_gn = _row_means(g, g * normed, C)
         dz = (g - mean_g - normed * mean_gn) * rstd
         if dnew_residual_ptr is not None:
-            dz += past_norm.to(tl.float32)
+            dz += tl.load(dnew_residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dz_ptr + offs, dz, mask=mask)
         if seed_ptr is not None:
             keep = _keep_rows(seed, offset, rows, threshold, C, BLOCK_C)
@@ -241,7 +239,7 @@ def layer_norm_bwd(
     counter = (seed, offset) if p > 0.0 else (None, None)
     tensors = (dy, dnew_residual, z, weight, mean, rstd, dz, dx, partial, *counter)
     BLOCK_C = max(16, blocks["BLOCK_C"] // 128)  # the last step: few columns a program, to have many programs
-    stages = 2 if z.element_size() == 2 else 1  # an fp32 tile fills the memory pipe, and the registers
+    stages = 1 if C * z.element_size() % 16 and z.dtype == torch.float32 else 2  # else too many registers
     with torch.cuda.device_of(z):
         _layer_norm_bwd_kernel[(P,)](*tensors, N, keep_threshold(p), 1.0 / (1.0 - p), STAGES=stages, **blocks)
         _sum_partials_kernel[(triton.cdiv(C, BLOCK_C),)](

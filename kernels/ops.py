@@ -103,15 +103,14 @@ def _check_floating(**tensors: Tensor) -> None:
         _expect(x.device == first.device, name, f"device {first.device}", x.device)
 
 
-def _check_dropout(p: float, seed: Tensor | None, offset: Tensor | None) -> None:
+def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
     _expect(0.0 <= p < 1.0, "dropout_p", "0 <= p < 1", p)
-    if p > 0.0:
-        for name, x in (("seed", seed), ("offset", offset)):
-            _expect(x is not None, name, "an int64 scalar tensor when dropout_p > 0", x)
-            assert x is not None
-            _expect(
-                x.dtype == torch.int64 and x.ndim == 0, name, "an int64 scalar tensor", (x.dtype, x.shape)
-            )
+    for name, scalar in (("seed", seed), ("offset", offset)) if p > 0.0 else ():
+        _expect(scalar is not None, name, "an int64 scalar tensor when dropout_p > 0", scalar)
+        assert scalar is not None
+        fits = scalar.dtype == torch.int64 and scalar.ndim == 0
+        _expect(fits, name, "an int64 scalar tensor", (scalar.dtype, scalar.shape))
+        _expect(scalar.device == x.device, name, f"device {x.device}", scalar.device)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -120,7 +119,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
     x: any shape, floating point. seed, offset: int64 scalars, needed when p > 0. Raises ValueError.
     """
     _check_floating(x=x)
-    _check_dropout(p, seed, offset)
+    _check_dropout(x, p, seed, offset)
     if p == 0.0:
         return x
     assert seed is not None
@@ -199,7 +198,7 @@ def _check_attention(
     documents: Tensor | None,
 ) -> float:
     """Raise for what both forms of attention refuse; returns the scale."""
-    _check_dropout(dropout_p, seed, offset)
+    _check_dropout(x, dropout_p, seed, offset)
     _expect(x.shape[-1] > 0, name, "a head size D above 0", tuple(x.shape))
     scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else scale
     _expect(0.0 < scale < math.inf, "scale", "a positive number", scale)
@@ -300,7 +299,7 @@ def dropout_add_layer_norm(
     _check_norm(x, weight, bias, eps)
     _check_floating(x=x, residual=residual)
     _expect(residual.shape == x.shape, "residual", f"the shape of x, {tuple(x.shape)}", tuple(residual.shape))
-    _check_dropout(dropout_p, seed, offset)
+    _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
         _expect_width(x, layer_norm_.MAX_C)
         y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(

@@ -53,7 +53,7 @@ class Tile:
     """How one attention kernel is launched."""
 
     BLOCK_M: int  # queries
-    BLOCK_N: int  # keys; a multiple of 64 where there is dropout
+    BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
     descriptors: bool = False  # read through the tensor memory accelerator (9.0 and newer)
@@ -85,7 +85,7 @@ _BLACKWELL: _Table = {
     ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
-_FP32 = (16, 64, 8, 1)  # multiplied without tensor cores, to full precision
+_FP32 = {"fwd": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 16, 8, 2)}  # without tensor cores
 _INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
 
 
@@ -107,7 +107,7 @@ def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -
     if q.device.type == "cpu" and not _assumed:
         sizes = _INTERPRETED
     elif q.element_size() == 4:
-        sizes = _FP32
+        sizes = _FP32[kernel]
     else:
         table = _POINTERS
         if descriptors:
@@ -171,7 +171,7 @@ def _checked(tile: Tile) -> Tile:
     sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
     if not all(type(size) is int and 0 < size <= 256 for size in sizes):
         raise ValueError(f"{tile} has a size that is no number from 1 to 256")
-    if any(size & (size - 1) for size in sizes[:3]) or tile.BLOCK_M < 16 or tile.BLOCK_N < 64:
+    if any(size & (size - 1) for size in sizes[:3]) or min(sizes[:2]) < 16:
         raise ValueError(f"{tile} has a size that is no power of two, or too small")
     return tile
 

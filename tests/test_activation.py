@@ -74,6 +74,16 @@ def test_an_fp32_bias(device: torch.device) -> None:
     assert [x.dtype for x in results(ops.bias_gelu, inputs)] == [HALF, HALF, SINGLE]
 
 
+def test_an_fp32_bias_gets_its_gradient_in_fp32(device: torch.device) -> None:
+    inputs = {"x": leaves(device, 41, 97, dtype=HALF)["x"], "bias": leaves(device, 41, 97)["bias"]}
+    _, _, dbias = results(ops.bias_gelu, inputs)
+    upstream = torch.linspace(-1, 1, 41 * 97, device=device).view(41, 97).half().double()
+    wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    reference.bias_gelu(**wide).backward(upstream)
+    error = (dbias - wide["bias"].grad).norm() / wide["bias"].grad.norm()
+    assert error < 1e-6  # a few roundings of fp32; one of fp16 is 3e-4
+
+
 @pytest.mark.parametrize("C", [40, 3072])
 def test_programs_that_walk_over_many_rows(
     C: int, device: torch.device, monkeypatch: pytest.MonkeyPatch

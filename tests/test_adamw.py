@@ -259,6 +259,16 @@ def test_bias_corrections_at_any_step(step: int, betas: tuple[float, float], dev
     assert (decay, eps, new_step) == (0.0, pytest.approx(1e-8), step)
 
 
+def test_a_small_beta_keeps_small_gradients_after_large_ones(device: torch.device) -> None:
+    hyper = (PLAIN | {"betas": (0.0, 0.25)},)
+    model, truth = Model([torch.ones(9, device=device)], hyper=hyper), Truth([torch.ones(9)], hyper * 2)
+    for size in (1e4, 1e-4):
+        model.step([torch.full((9,), size, device=device)])
+        truth.step([torch.full((9,), size)])
+    assert torch.equal(model.exp_avgs[0], torch.full((9,), 1e-4, device=device))
+    assert error(model.exp_avg_sqs[0].cpu(), truth.state[0][2]) <= 1e-6
+
+
 def test_all_batches_share_one_norm(device: torch.device) -> None:
     """Two dtypes are two batches: clipped together, skipped together, reported once."""
     models = [Model([torch.ones(3000, device=device, dtype=d)]) for d in (torch.float32, torch.float16)]

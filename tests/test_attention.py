@@ -64,7 +64,7 @@ def test_dropout_and_documents_against_float64(
     )
 
 
-@pytest.mark.parametrize(("M", "N"), [(16, 128), (64, 64), (128, 64)])
+@pytest.mark.parametrize(("M", "N"), [(16, 128), (64, 64), (128, 64), (16, 32), (32, 16)])
 @pytest.mark.parametrize("feature", ["plain", "documents", "dropout"])
 def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, device: torch.device) -> None:
     tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1)

@@ -63,6 +63,10 @@ def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ops.dropout_add_layer_norm(X, X[:1], W, W), "residual: expected the shape of x"),
         (lambda: ops.bias_gelu(X, W[:7]), r"bias: expected \(8,\)"),
         (lambda: ops.dropout(X, -0.1), "dropout_p: expected"),
+        (
+            lambda: ops.dropout(X, 0.1, torch.tensor(1), torch.tensor(1, device="meta")),
+            "offset: expected device cpu, got meta",
+        ),
         (lambda: ops.layer_norm(X, W.to("meta"), W), "weight: expected device cpu"),
     ],
 )

@@ -27,7 +27,6 @@ def test_every_gpu_has_a_tile(capability: tuple[int, int], kernel: str, D: int, 
                 tile = tuning.attention(kernel, q, feature=feature, describable=describable)
                 may_describe = describable and capability[0] in (9, 10) and dtype == torch.bfloat16
                 assert tile.descriptors == may_describe
-                assert tile.BLOCK_N % 64 == 0  # what a dropout mask needs
 
 
 def test_hopper_takes_larger_tiles_than_the_default() -> None:
@@ -63,7 +62,7 @@ def test_saved_tiles_come_back_and_add_up(tuning_file: Path) -> None:
         "[]",
         '{"A": {"one": {"BLOCK_M": 64}}}',
         '{"A": {"one": {"BLOCK_M": 96, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
-        '{"A": {"one": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}}}',
+        '{"A": {"one": {"BLOCK_M": 64, "BLOCK_N": 8, "num_warps": 4, "num_stages": 1}}}',
         '{"A": {"one": {"BLOCK_M": "64", "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
     ],
 )

@@ -1,0 +1,78 @@
+"""What the chunked loss alone gains in a CPU training step: against the same step with all logits in memory.
+
+    python benchmarks/chunked_loss.py [--preset 12M] [--batch-sizes 2 16] [--length 128] [--rounds 3]
+
+One process, one model; the loss alternates chunked, reference, reference, chunked (one round), `--steps`
+steps each after one that is not counted. A JSON line a shape has the median steps of both. No speed is
+printed unless both losses agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from fusedgpt.kernels import ops, reference
+from fusedgpt.model.config import PRESETS
+from train import LOSS_TOLERANCE, ours, tokens  # benchmarks/train.py
+
+LOSSES = {"chunked": ops.linear_cross_entropy, "reference": reference.linear_cross_entropy}
+
+
+def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> dict[str, Any]:
+    """Both losses in one training step, as one row."""
+    torch.set_num_threads(arguments.threads)
+    loss, step = ours(PRESETS[arguments.preset], tokens(batch_size, arguments.length), precision)
+    first = {}
+    for name, function in LOSSES.items():
+        ops.linear_cross_entropy = function
+        first[name] = loss()
+    if abs(first["chunked"] - first["reference"]) > LOSS_TOLERANCE[precision]:
+        raise SystemExit(f"no speed: the losses differ, {first}")
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for name in ("chunked", "reference", "reference", "chunked") * arguments.rounds:
+        ops.linear_cross_entropy = LOSSES[name]
+        step()
+        for _ in range(arguments.steps):
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "preset": arguments.preset,
+        "precision": precision,
+        "batch": f"{batch_size} x {arguments.length}",
+        "chunked_ms": round(1e3 * median["chunked"], 1),
+        "reference_ms": round(1e3 * median["reference"], 1),
+        "speedup": round(median["reference"] / median["chunked"], 2),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": arguments.threads,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="12M", choices=PRESETS)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    for precision in arguments.precisions:
+        for batch_size in arguments.batch_sizes:
+            print(json.dumps(compare(arguments, batch_size, precision)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
