@@ -245,7 +245,7 @@ def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
 def table(results: list[Figures]) -> list[str]:
     """Lines; the last column is how many times faster ours is than the contender."""
     lines = [
-        f"{'op, shape, direction':<58}{'contender':<14}{'ms (p20, p80)':<26}{'rate':<15}ceiling     MB  ours"
+        f"{'op, shape, direction':<58}{'contender':<14}{'ms (p20, p80)':<32}{'rate':<15}ceiling     MB  ours"
     ]
     ours = {(f.op, f.shape, f.direction): f.ms for f in results if f.contender == "ours"}
     for f in results:
@@ -253,7 +253,7 @@ def table(results: list[Figures]) -> list[str]:
         mine = ours.get((f.op, f.shape, f.direction))
         lines.append(
             f"{f'{f.op} {f.shape} {f.direction}':<58}{f.contender:<14}"
-            f"{f'{f.ms:.4f} ({f.p20:.4f}, {f.p80:.4f})':<26}{rate:<15}{f.of_ceiling:>6.1%}"
+            f"{f'{f.ms:.4f} ({f.p20:.4f}, {f.p80:.4f})':<32}{rate:<15}{f.of_ceiling:>6.1%}"
             f"{'' if f.peak_mb is None else f'{f.peak_mb:.0f}':>7}  {f'{f.ms / mine:.2f}x' if mine else ''}"
         )
     return lines

@@ -236,7 +236,7 @@ def _run(
     upstream: list[Tensor] | None,
     upstream_dtype: torch.dtype = torch.float64,
 ) -> tuple[dict[str, Inputs], list[Tensor]]:
-    """Outputs and gradients by name, and the upstream gradients used: drawn if None, exact in upstream_dtype."""
+    """Outputs and gradients by name, and the upstream gradients: drawn if None, exact in upstream_dtype."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
