@@ -85,7 +85,12 @@ _BLACKWELL: _Table = {
     ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
-_FP32 = {"fwd": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 16, 8, 2)}  # without tensor cores
+_FP32: dict[tuple[str, int], _Sizes] = {  # without tensor cores
+    ("fwd", 128): (16, 32, 4, 1),
+    ("dkdv", 64): (16, 32, 4, 1),
+    ("dkdv", 128): (16, 32, 8, 1),
+    ("dq", 128): (16, 16, 8, 2),
+}
 _INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
 
 
@@ -104,18 +109,19 @@ def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -
     """The tile of the tables, whatever was measured."""
     architecture = capability(q.device)
     descriptors = describable and architecture[0] in (9, 10) and q.element_size() == 2
+    small = q.shape[-1] <= 64
     if q.device.type == "cpu" and not _assumed:
         sizes = _INTERPRETED
     elif q.element_size() == 4:
-        sizes = _FP32[kernel]
+        sizes = _FP32.get((kernel, 64 if small else 128), _FP32[kernel, 128])
     else:
         table = _POINTERS
         if descriptors:
             table = _HOPPER if architecture[0] == 9 else _BLACKWELL
         elif architecture == (8, 0) or architecture[0] in (9, 10):
             table = _AMPERE
-        small = table.get((kernel, 64)) if q.shape[-1] <= 64 else None
-        sizes = (small or table[kernel, 128])[FEATURES.index(feature)]
+        row = table.get((kernel, 64 if small else 128), table[kernel, 128])
+        sizes = row[FEATURES.index(feature)]
     M, N, warps, stages = sizes
     return Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
 
