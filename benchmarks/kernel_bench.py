@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels import check, ops
+from fusedgpt.kernels import cases, check, ops
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -133,7 +133,7 @@ def measure_ceilings() -> Ceilings:
 
 
 @functools.cache
-def faults(case: check.Case) -> list[str]:
+def faults(case: cases.Case) -> list[str]:
     """What is wrong with the op at `case`."""
     return [finding.fault for finding in check.measure(case, DTYPE, DEVICE) if not finding.ok]
 
@@ -181,7 +181,7 @@ class Bench:
 
     def counters(self) -> tuple[Tensor, Tensor]:
         """seed and offset of a dropout."""
-        return torch.tensor(check.SEED, device=DEVICE), torch.tensor(check.OFFSET, device=DEVICE)
+        return torch.tensor(cases.SEED, device=DEVICE), torch.tensor(cases.OFFSET, device=DEVICE)
 
     def contender(self, name: str, op: str, **functions: Callable[..., Any]) -> Callable[..., Any]:
         """functions[name]; for "compiled" functions["eager"] compiled. "ours" must be a kernel on a GPU."""
@@ -191,7 +191,7 @@ class Bench:
 
     def run(
         self,
-        case: check.Case,
+        case: cases.Case,
         contender: str,
         direction: str,
         shape: str,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, ops, reference
 
 SHAPES = choose([(65536, 3072), (16384, 6400)], [(8, 64)])
 CHECKED = choose((1024, 3072), (3, 64))
-CASE, BIAS_CASE = check.gelu_case(*CHECKED), check.bias_gelu_case(*CHECKED)
+CASE, BIAS_CASE = cases.gelu_case(*CHECKED), cases.bias_gelu_case(*CHECKED)
 PASSES = {"forward": 2, "backward": 3, "both": 5}  # tensors (N, C) read and written: x, y; dy, x, dx
 CONTENDERS = ["ours", "eager", "compiled"]
 

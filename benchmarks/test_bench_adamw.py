@@ -14,12 +14,12 @@ import torch
 from kernel_bench import DEVICE, Bench, choose
 from torch import nn
 
-from fusedgpt.kernels import check
+from fusedgpt.kernels import cases
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.optimizer import AdamW
 
-CASE = check.adamw_case(*choose((1000, 768), (9, 200)))
+CASE = cases.adamw_case(*choose((1000, 768), (9, 200)))
 TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=16)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
 MAX_NORM = 1.0

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from fusedgpt.kernels import check, ops
+from fusedgpt.kernels import cases, ops
 
-CASES = {D: check.attention_case(1, *choose((1024, 4), (65, 1)), D) for D in choose((64, 128), (16,))}
+CASES = {D: cases.attention_case(1, *choose((1024, 4), (65, 1)), D) for D in choose((64, 128), (16,))}
 LENGTHS = choose([512, 1024, 2048, 4096, 8192, 16384], [64])
 TOKENS, WIDTH = choose((16384, 2048), (64, 32))
 FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}

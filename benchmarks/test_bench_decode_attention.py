@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_bench import DEVICE, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, ops, reference
 
-CASE = check.decode_attention_case(*choose((8, 1024, 12, 64), (2, 65, 1, 16)))
+CASE = cases.decode_attention_case(*choose((8, 1024, 12, 64), (2, 65, 1, 16)))
 SHAPES = choose(
     [(1, 1024, 12, 64), (32, 1024, 12, 64), (256, 1024, 12, 64), (8, 8192, 16, 128)], [(2, 64, 2, 16)]
 )

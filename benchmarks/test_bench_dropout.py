@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, ops, reference
 
-CASE = check.dropout_case(*choose((1024, 768), (3, 64)))
+CASE = cases.dropout_case(*choose((1024, 768), (3, 64)))
 PASSES = {"forward": 2, "backward": 2, "both": 4}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, ops, reference
 
 SHAPES = choose([(65536, 768), (16384, 1024), (16384, 1600), (16384, 4096)], [(8, 64)])
 CHECKED = choose((1024, 768), (3, 64))
-CASE, FUSED_CASE = check.layer_norm_case(*CHECKED), check.dropout_add_layer_norm_case(*CHECKED)
+CASE, FUSED_CASE = cases.layer_norm_case(*CHECKED), cases.dropout_add_layer_norm_case(*CHECKED)
 # Tensors (N, C) read and written: x, y; dy, x, dx. Then x, residual, y, sum; dy, dsum, sum, dx, dresidual.
 PASSES = {"forward": 2, "backward": 3, "both": 5}
 FUSED_PASSES = {"forward": 4, "backward": 5, "both": 9}

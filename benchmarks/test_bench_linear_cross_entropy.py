@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from kernel_bench import DEVICE, Bench, choose, phases
 from torch import Tensor
 
-from fusedgpt.kernels import check, ops
+from fusedgpt.kernels import cases, ops
 
-CASE = check.linear_cross_entropy_case(*choose((512, 768, 50257), (5, 16, 65)))
+CASE = cases.linear_cross_entropy_case(*choose((512, 768, 50257), (5, 16, 65)))
 SHAPES = choose([(65536, 768, 50304), (16384, 1600, 50304), (16384, 4096, 128256)], [(16, 32, 128)])
 
 

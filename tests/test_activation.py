@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
-from fusedgpt.kernels import activation, check, ops, reference, tuning
+from fusedgpt.kernels import activation, cases, check, ops, reference, tuning
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -39,7 +39,7 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-def assert_ok(case: check.Case, dtype: torch.dtype, device: torch.device) -> None:
+def assert_ok(case: cases.Case, dtype: torch.dtype, device: torch.device) -> None:
     for finding in check.measure(case, dtype, device):
         assert finding.ok, finding
 
@@ -47,13 +47,13 @@ def assert_ok(case: check.Case, dtype: torch.dtype, device: torch.device) -> Non
 @pytest.mark.parametrize(("N", "C"), SHAPES[::3])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_gelu_against_float64(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert_ok(check.gelu_case(N, C), dtype, device)
+    assert_ok(cases.gelu_case(N, C), dtype, device)
 
 
 @pytest.mark.parametrize(("N", "C"), SHAPES)
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_bias_gelu_against_float64(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert_ok(check.bias_gelu_case(N, C), dtype, device)
+    assert_ok(cases.bias_gelu_case(N, C), dtype, device)
 
 
 @pytest.mark.gpu
@@ -61,15 +61,15 @@ def test_bias_gelu_against_float64(N: int, C: int, dtype: torch.dtype, device: t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, SINGLE])
 def test_against_float64_on_a_gpu(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
     for case in (
-        check.gelu_case(N, C),
-        check.bias_gelu_case(N, C),
-        check.bias_gelu_case(N, C, fp32_bias=True),
+        cases.gelu_case(N, C),
+        cases.bias_gelu_case(N, C),
+        cases.bias_gelu_case(N, C, fp32_bias=True),
     ):
         assert_ok(case, dtype, device)
 
 
 def test_an_fp32_bias(device: torch.device) -> None:
-    assert_ok(check.bias_gelu_case(17, 97, fp32_bias=True), HALF, device)
+    assert_ok(cases.bias_gelu_case(17, 97, fp32_bias=True), HALF, device)
     inputs = {"x": leaves(device, 3, 16, dtype=HALF)["x"], "bias": leaves(device, 3, 16)["bias"]}
     assert [x.dtype for x in results(ops.bias_gelu, inputs)] == [HALF, HALF, SINGLE]
 
@@ -90,7 +90,7 @@ def test_programs_that_walk_over_many_rows(
 ) -> None:
     monkeypatch.setattr(tuning, "multiprocessor_count", lambda device: 1)
     N = 9 * activation._blocks(C)["ROWS"] + 1  # the last tile is partial
-    assert_ok(check.bias_gelu_case(N, C), SINGLE, device)
+    assert_ok(cases.bias_gelu_case(N, C), SINGLE, device)
 
 
 def test_every_value_is_exact_to_fp32(device: torch.device) -> None:

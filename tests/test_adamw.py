@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusedgpt.kernels import adamw, check, reference
+from fusedgpt.kernels import adamw, cases, check, reference
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -340,11 +340,11 @@ def test_stochastic_rounding_has_no_bias_and_keeps_what_is_exact(device: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 def test_one_step_against_float64(max_norm: float, dtype: torch.dtype, device: torch.device) -> None:
-    (finding,) = check.measure(check.adamw_case(301, 47, max_norm=max_norm), dtype, device)
+    (finding,) = check.measure(cases.adamw_case(301, 47, max_norm=max_norm), dtype, device)
     assert finding.ok, finding
 
 
 @pytest.mark.gpu
 def test_one_step_against_float64_in_bf16(device: torch.device) -> None:
-    for finding in check.measure(check.adamw_case(512, 1023, max_norm=1.0), torch.bfloat16, device):
+    for finding in check.measure(cases.adamw_case(512, 1023, max_norm=1.0), torch.bfloat16, device):
         assert finding.ok, finding

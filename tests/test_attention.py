@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import attention as kernels
-from fusedgpt.kernels import check, ops, reference, tuning
+from fusedgpt.kernels import cases, check, ops, reference, tuning
 from fusedgpt.kernels.tuning import Tile
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -32,7 +32,7 @@ def dropout(device: torch.device, p: float = 0.3, step: int = 3) -> dict[str, An
     }
 
 
-def assert_standard(case: check.Case, dtype: torch.dtype, device: torch.device) -> None:
+def assert_standard(case: cases.Case, dtype: torch.dtype, device: torch.device) -> None:
     findings = check.measure(case, dtype, device)
     assert len(findings) == 2
     for finding in findings:
@@ -45,12 +45,12 @@ LENGTHS = [1, 2, 5, 17, 97, 128, 200, 257]
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_length_against_float64(T: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert_standard(check.attention_case(2, T, 2, 32), dtype, device)
+    assert_standard(cases.attention_case(2, T, 2, 32), dtype, device)
 
 
 @pytest.mark.parametrize("D", [8, 16, 24, 40, 64, 72, 80, 96, 128])
 def test_every_head_size_against_float64(D: int, device: torch.device) -> None:
-    assert_standard(check.attention_case(1, 70, 2, D), torch.float32, device)
+    assert_standard(cases.attention_case(1, 70, 2, D), torch.float32, device)
 
 
 @pytest.mark.parametrize("T", [5, 130, 200])
@@ -60,7 +60,7 @@ def test_dropout_and_documents_against_float64(
     T: int, p: float, documents: bool, device: torch.device
 ) -> None:
     assert_standard(
-        check.attention_case(2, T, 2, 16, dropout_p=p, documents=documents), torch.float32, device
+        cases.attention_case(2, T, 2, 16, dropout_p=p, documents=documents), torch.float32, device
     )
 
 
@@ -73,7 +73,7 @@ def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, devic
     with ExitStack() as stack:
         for kernel in ("fwd", "dkdv", "dq"):
             stack.enter_context(tuning.override(tuning.attention_key(kernel, q, feature), tile))
-        assert_standard(check.attention_case(1, 200, 2, 16, **options[feature]), torch.float32, device)
+        assert_standard(cases.attention_case(1, 200, 2, 16, **options[feature]), torch.float32, device)
 
 
 @pytest.mark.gpu
@@ -85,7 +85,7 @@ def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, devic
 def test_long_sequences_against_float64(
     T: int, D: int, p: float, documents: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    assert_standard(check.attention_case(2, T, 4, D, dropout_p=p, documents=documents), dtype, device)
+    assert_standard(cases.attention_case(2, T, 4, D, dropout_p=p, documents=documents), dtype, device)
 
 
 @pytest.mark.gpu
@@ -182,7 +182,7 @@ def test_documents_change_nothing_beyond_their_borders(device: torch.device) -> 
 
 def test_a_document_may_come_back(device: torch.device) -> None:
     assert_standard(
-        check.attention_case(1, 300, 1, 16, documents=lambda T: torch.arange(T) // 70 % 2),
+        cases.attention_case(1, 300, 1, 16, documents=lambda T: torch.arange(T) // 70 % 2),
         torch.float32,
         device,
     )
@@ -209,7 +209,7 @@ def test_the_document_ranges_reach_from_first_to_last(device: torch.device) -> N
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 def test_any_scale(scale: float, device: torch.device) -> None:
-    assert_standard(check.attention_case(1, 70, 2, 16, scale=scale), torch.float32, device)
+    assert_standard(cases.attention_case(1, 70, 2, 16, scale=scale), torch.float32, device)
 
 
 def test_large_scores_neither_overflow_nor_vanish(device: torch.device) -> None:
@@ -240,7 +240,7 @@ def test_the_same_bits_twice(device: torch.device) -> None:
 
 def test_no_rounding_bias(device: torch.device) -> None:
     """fp16 rounds the weights before they meet v; over 65,536 outputs nothing may lean towards 0."""
-    case = check.attention_case(2, 256, 4, 32)
+    case = cases.attention_case(2, 256, 4, 32)
     forward, backward = check.measure(case, torch.float16, device)
     assert abs(forward.bias) < 0.02
     assert abs(backward.bias) < 0.05

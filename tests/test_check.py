@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fusedgpt.kernels import check, ops
+from fusedgpt.kernels import cases, check, ops
 from fusedgpt.train.cli import app
 
 
-def squares(ours: Callable[[torch.Tensor], torch.Tensor]) -> check.Case:
+def squares(ours: Callable[[torch.Tensor], torch.Tensor]) -> cases.Case:
     """x -> x^2 at (4096, 64), computed by `ours`."""
-    return check.Case(
+    return cases.Case(
         op="square",
         shape="(4096, 64)",
         inputs=lambda g: {"x": torch.randn(4096, 64, dtype=torch.float64, generator=g)},
@@ -85,7 +85,7 @@ def test_an_exception_fails_its_own_case_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_op_with_a_kernel_has_cases(device: torch.device) -> None:
-    assert {case.op for case in check.cases(device)} == ops._TRITON_OPS
+    assert {case.op for case in cases.cases(device)} == ops._TRITON_OPS
 
 
 @pytest.mark.usefixtures("dropout_is_wrong")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, check, ops, reference
 from fusedgpt.kernels.decode_attention import decode_attention_fwd, split_count
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -22,7 +22,7 @@ def inputs(B: int, T: int, H: int, D: int, device: torch.device) -> list[torch.T
 @pytest.mark.parametrize(("T", "D"), [(1, 16), (2, 64), (17, 40), (97, 128), (128, 80), (257, 64), (1025, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_against_float64(T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
-    (finding,) = check.measure(check.decode_attention_case(3, T, 2, D), dtype, device)
+    (finding,) = check.measure(cases.decode_attention_case(3, T, 2, D), dtype, device)
     assert finding.ok, finding
 
 
@@ -31,7 +31,7 @@ def test_decode_against_float64(T: int, D: int, dtype: torch.dtype, device: torc
 @pytest.mark.parametrize("T", [1024, 16384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_long_caches_against_float64(T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
-    (finding,) = check.measure(check.decode_attention_case(4, T, 12, D), dtype, device)
+    (finding,) = check.measure(cases.decode_attention_case(4, T, 12, D), dtype, device)
     assert finding.ok, finding
 
 

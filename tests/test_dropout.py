@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, check, ops, reference
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -20,13 +20,13 @@ def state(device: torch.device, step: int = 3) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize(("N", "C"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dropout_against_float64(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    for finding in check.measure(check.dropout_case(N, C), dtype, device):
+    for finding in check.measure(cases.dropout_case(N, C), dtype, device):
         assert finding.ok, finding
 
 
 @pytest.mark.gpu
 def test_dropout_against_float64_in_bf16(device: torch.device) -> None:
-    for finding in check.measure(check.dropout_case(512, 1023), torch.bfloat16, device):
+    for finding in check.measure(cases.dropout_case(512, 1023), torch.bfloat16, device):
         assert finding.ok, finding
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
-from fusedgpt.kernels import check, layer_norm, ops, reference, tuning
+from fusedgpt.kernels import cases, check, layer_norm, ops, reference, tuning
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -57,7 +57,7 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-def assert_ok(case: check.Case, dtype: torch.dtype, device: torch.device) -> None:
+def assert_ok(case: cases.Case, dtype: torch.dtype, device: torch.device) -> None:
     for finding in check.measure(case, dtype, device):
         assert finding.ok, finding
 
@@ -71,7 +71,7 @@ def assert_ok(case: check.Case, dtype: torch.dtype, device: torch.device) -> Non
     ],
 )
 def test_layer_norm_against_float64(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert_ok(check.layer_norm_case(N, C), dtype, device)
+    assert_ok(cases.layer_norm_case(N, C), dtype, device)
 
 
 @pytest.mark.parametrize(("N", "C"), SHAPES)
@@ -79,7 +79,7 @@ def test_layer_norm_against_float64(N: int, C: int, dtype: torch.dtype, device: 
 def test_dropout_add_layer_norm_against_float64(
     N: int, C: int, dtype: torch.dtype, p: float, device: torch.device
 ) -> None:
-    assert_ok(check.dropout_add_layer_norm_case(N, C, p), dtype, device)
+    assert_ok(cases.dropout_add_layer_norm_case(N, C, p), dtype, device)
 
 
 @pytest.mark.parametrize(("N", "C"), FEW_ROWS)
@@ -92,7 +92,7 @@ def test_dropout_add_layer_norm_against_float64(
     ],
 )
 def test_few_rows(N: int, C: int, dtype: torch.dtype, limit: float | None, device: torch.device) -> None:
-    for case in (check.layer_norm_case(N, C), check.dropout_add_layer_norm_case(N, C)):
+    for case in (cases.layer_norm_case(N, C), cases.dropout_add_layer_norm_case(N, C)):
         for finding in check.measure(case, dtype, device):
             assert (finding if limit is None else replace(finding, limit=limit)).ok, finding
 
@@ -100,7 +100,7 @@ def test_few_rows(N: int, C: int, dtype: torch.dtype, limit: float | None, devic
 @pytest.mark.parametrize("fp32_inputs", [WEIGHTS, {"residual", "bias"}, {"x", "weight"}], ids=sorted)
 @pytest.mark.parametrize("p", [0.0, P])
 def test_mixed_dtypes(fp32_inputs: frozenset[str], p: float, device: torch.device) -> None:
-    assert_ok(check.dropout_add_layer_norm_case(17, 97, p, fp32_inputs=fp32_inputs), HALF, device)
+    assert_ok(cases.dropout_add_layer_norm_case(17, 97, p, fp32_inputs=fp32_inputs), HALF, device)
     inputs = leaves(device, 3, 16, dtype=HALF)
     inputs = {n: (x.detach().float() if n in fp32_inputs else x.detach()) for n, x in inputs.items()}
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -110,7 +110,7 @@ def test_mixed_dtypes(fp32_inputs: frozenset[str], p: float, device: torch.devic
 
 
 def test_layer_norm_with_fp32_weights(device: torch.device) -> None:
-    assert_ok(check.layer_norm_case(17, 97, fp32_weights=True), HALF, device)
+    assert_ok(cases.layer_norm_case(17, 97, fp32_weights=True), HALF, device)
 
 
 def test_fp32_weights_get_their_gradients_in_fp32(device: torch.device) -> None:
@@ -132,25 +132,25 @@ def test_programs_that_walk_over_many_rows(
 ) -> None:
     monkeypatch.setattr(tuning, "multiprocessor_count", lambda device: 1)
     N = 9 * layer_norm._blocks(C)["ROWS"] + 1  # the last tile is partial
-    assert_ok(check.dropout_add_layer_norm_case(N, C), SINGLE, device)
+    assert_ok(cases.dropout_add_layer_norm_case(N, C), SINGLE, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "C"), [*SHAPES, *BIG])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, SINGLE])
 def test_against_float64_on_a_gpu(N: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert_ok(check.layer_norm_case(N, C, fp32_weights=True), dtype, device)
-    assert_ok(check.layer_norm_case(N, C), dtype, device)
+    assert_ok(cases.layer_norm_case(N, C, fp32_weights=True), dtype, device)
+    assert_ok(cases.layer_norm_case(N, C), dtype, device)
     for p in (0.0, P):
-        assert_ok(check.dropout_add_layer_norm_case(N, C, p), dtype, device)
-        assert_ok(check.dropout_add_layer_norm_case(N, C, p, fp32_inputs=WEIGHTS), dtype, device)
+        assert_ok(cases.dropout_add_layer_norm_case(N, C, p), dtype, device)
+        assert_ok(cases.dropout_add_layer_norm_case(N, C, p, fp32_inputs=WEIGHTS), dtype, device)
 
 
 @pytest.mark.parametrize("offset", [100.0, 3000.0])
 def test_a_mean_far_from_zero_costs_no_more_than_it_costs_pytorch(
     offset: float, device: torch.device
 ) -> None:
-    case = check.layer_norm_case(17, 384)
+    case = cases.layer_norm_case(17, 384)
     shifted = replace(case, inputs=lambda g: {**(made := case.inputs(g)), "x": made["x"] + offset})
     assert_ok(shifted, SINGLE, device)
 

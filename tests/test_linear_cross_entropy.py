@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from fusedgpt.kernels import check, ops, reference
+from fusedgpt.kernels import cases, check, ops, reference
 from fusedgpt.kernels import linear_cross_entropy as lce
 from fusedgpt.kernels import linear_cross_entropy_torch as plain
 
@@ -150,7 +150,7 @@ def test_against_float64(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    case = check.linear_cross_entropy_case(N, C, V, reduction=reduction, **options)
+    case = cases.linear_cross_entropy_case(N, C, V, reduction=reduction, **options)
     for finding in check.measure(case, dtype, device):
         assert finding.ok, finding.fault
 
@@ -160,7 +160,7 @@ def test_against_float64(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("fp32_weight", [False, True])
 def test_against_float64_in_bf16(V: int, reduction: str, fp32_weight: bool, device: torch.device) -> None:
-    case = check.linear_cross_entropy_case(1024, 768, V, reduction=reduction, fp32_weight=fp32_weight)
+    case = cases.linear_cross_entropy_case(1024, 768, V, reduction=reduction, fp32_weight=fp32_weight)
     for finding in check.measure(case, torch.bfloat16, device):
         assert finding.ok, finding.fault
 

@@ -1,0 +1,158 @@
+"""Runs the parts of gpu_check.py: processes with time limits, their output, rows and verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent
+GRACE, RESERVE = 10.0, 3.0  # seconds from SIGINT to SIGKILL, and for the summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Commands that pass if all of them exit with 0; skipped if there are none."""
+
+    name: str
+    share: float  # of the time left, against the shares of the parts to come
+    commands: list[list[str]]
+    jobs: int = 1  # how many run at once
+    needs_gpu: bool = True
+    keeps_rows: bool = False  # its JSON lines in DIR/<name>.json as well
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Command:
+    """One running command of a part, in a process group of its own; its output in DIR until it ends."""
+
+    def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
+        self.part, self.out, self.stopped, self.code = part, out, False, 0
+        self.arguments = [a.format(minutes=0.8 * seconds / 60) for a in part.commands[index]]
+        self.output = out / f"{part.name}-{index}.out"
+        path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        extra = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_CHECK_RESULTS": str(out / "results.jsonl")}
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                self.arguments,
+                cwd=BENCHMARKS.parent,
+                env={**os.environ, **extra, **part.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self, sign: signal.Signals) -> None:
+        """Signal the whole group: SIGINT once, for pytest still to write what it has, or SIGKILL."""
+        if sign == signal.SIGKILL or not self.stopped:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
+        self.stopped = True
+
+    def finish(self) -> None:
+        """Log the output, keep its JSON lines as rows, and end what the command left running."""
+        self.code = self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
+        stopped, text = self.stopped, self.output.read_text(errors="replace")
+        self.stop(signal.SIGKILL)
+        self.stopped = stopped
+        self.rows = [row for line in text.splitlines() for row in json_rows(line)]
+        lines = [line for line in text.splitlines() if line.strip()]
+        self.last_line = lines[-1].strip(" =")[:150] if lines else f"exit code {self.code}"
+        with (self.out / "log.txt").open("a") as log:
+            log.write(f"\n=== {self.part.name}, exit code {self.code}: {' '.join(self.arguments)}\n{text}")
+        self.output.unlink()
+        append(self.out / "results.jsonl", ({"part": self.part.name, **row} for row in self.rows))
+
+
+def json_rows(line: str) -> list[dict[str, Any]]:
+    """The objects on a line of JSON; [] for any other line."""
+    with suppress(ValueError):
+        found = json.loads(line) if line.startswith(("{", "[")) else []
+        return [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]
+    return []
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add JSON lines to a file that other processes add to as well."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with path.open("a") as file:
+        file.write(text)
+
+
+def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    """Run the part's commands, `jobs` at once, and stop all of them after `seconds`."""
+    start = now = time.monotonic()
+    end, waiting = start + seconds, list(range(len(part.commands)))
+    interrupt = end - min(GRACE, seconds / 4)
+    running: list[Command] = []
+    done: list[Command] = []
+    try:
+        while (running or (waiting and now < interrupt)) and now < end + 1.0:  # some hangs outlive SIGKILL
+            while waiting and len(running) < part.jobs and now < interrupt:
+                running.append(Command(part, waiting.pop(0), out, seconds))
+            time.sleep(0.05)
+            now = time.monotonic()
+            for command in running if now > interrupt else []:
+                command.stop(signal.SIGKILL if now > end else signal.SIGINT)
+            for command in [command for command in running if command.process.poll() is not None]:
+                running.remove(command)
+                done.append(command)
+                command.finish()
+                if part.keeps_rows:
+                    rows = [row for each in done for row in each.rows]
+                    (out / f"{part.name}.json").write_text(json.dumps(rows, indent=1))
+    finally:
+        for command in running:
+            command.stop(signal.SIGKILL)
+            command.finish()
+    return judge(part, [*done, *running], time.monotonic() - start)
+
+
+def judge(part: Part, commands: Sequence[Command], seconds: float) -> dict[str, Any]:
+    """A row of the summary: verdict, counts, and the last line of the first command that failed."""
+    failed = [command for command in commands if command.code or command.stopped]
+    late = len(commands) < len(part.commands) or any(command.stopped for command in commands)
+    verdict = "skip" if not part.commands else "TIMEOUT" if late else "FAIL" if failed else "pass"
+    findings = [bool(row["ok"]) for command in commands for row in command.rows if "ok" in row]
+    words = [f"{sum(findings)} of {len(findings)} findings ok"] if findings else []
+    if len(part.commands) > 1:
+        words.append(f"{len(commands) - len(failed)} of {len(part.commands)} commands passed")
+    words += [command.last_line for command in (failed or commands[-1:])[:1] if failed or not words]
+    return {"part": part.name, "verdict": verdict, "seconds": round(seconds), "line": "; ".join(words)}
+
+
+def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
+    """Run all within `seconds`; the exit code."""
+    end = time.monotonic() + seconds - min(RESERVE, seconds / 10)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.jsonl", "log.txt"):
+        (out / name).write_text("")
+    verdicts, lines = set(), []
+    for i, part in enumerate(parts):
+        share = part.share / sum(later.share for later in parts[i:])
+        row = run_part(part, out, max(0.0, end - time.monotonic()) * share)
+        append(out / "results.jsonl", [{**row, "gpu_after": gpu_state()}])
+        lines.append(f"{row['part']:<12}{row['verdict']:<9}{row['seconds']:>5} s  {row['line']}")
+        (out / "summary.txt").write_text("\n".join(lines) + "\n")
+        print(f"{row['part']}: {row['verdict']}", flush=True)
+        verdicts.add(row["verdict"])
+    print("", *lines, sep="\n", flush=True)
+    return 0 if verdicts <= {"pass", "skip"} else 1
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and so on, as nvidia-smi has them; {} without it."""
+    names = "name,driver_version,pstate,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(names.split(","), text.splitlines()[0].split(", "), strict=False))
+    return {}
