@@ -4,7 +4,8 @@
 
 One process, one model; the loss alternates chunked, materialised, materialised, chunked (a round),
 `--steps` steps each after one that is not counted. A JSON line a shape has the median steps of both. No speed
-is printed unless both losses agree.
+is printed unless both losses agree. With --plain-malloc the page faults of 50 MB logits count, too, which
+train/runtime.py saves every loss.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train  # benchmarks/train.py
 from fusedgpt.kernels import ops
 from fusedgpt.model.config import PRESETS
-from train import LOSS_TOLERANCE, ours, tokens  # benchmarks/train.py
 
 
 def materialised(
@@ -39,12 +40,12 @@ LOSSES = {"chunked": ops.linear_cross_entropy, "materialised": materialised}
 def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> dict[str, Any]:
     """Both losses in one training step, as one row."""
     torch.set_num_threads(arguments.threads)
-    loss, step = ours(PRESETS[arguments.preset], tokens(batch_size, arguments.length), precision)
+    loss, step = train.ours(PRESETS[arguments.preset], train.tokens(batch_size, arguments.length), precision)
     first = {}
     for name, function in LOSSES.items():
         ops.linear_cross_entropy = function
         first[name] = loss()
-    if abs(first["chunked"] - first["materialised"]) > LOSS_TOLERANCE[precision]:
+    if abs(first["chunked"] - first["materialised"]) > train.LOSS_TOLERANCE[precision]:
         raise SystemExit(f"no speed: the losses differ, {first}")
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for name in ("chunked", "materialised", "materialised", "chunked") * arguments.rounds:
@@ -62,7 +63,8 @@ def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> d
     }
     row |= {f"{name}_ms": round(1e3 * x, 1) for name, x in median.items()}
     row |= {"speedup": round(median["materialised"] / median["chunked"], 2), "threads": arguments.threads}
-    return row | {"torch": torch.__version__, "machine": platform.machine()}
+    malloc = "glibc" if arguments.plain_malloc else "ours"
+    return row | {"malloc": malloc, "torch": torch.__version__, "machine": platform.machine()}
 
 
 def main() -> None:
@@ -76,7 +78,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plain-malloc", action="store_true", help="leave malloc as glibc sets it")
     arguments = parser.parse_args()
+    if arguments.plain_malloc:
+        train.keep_freed_memory = lambda: None
     for precision in arguments.precisions:
         for batch_size in arguments.batch_sizes:
             print(json.dumps(compare(arguments, batch_size, precision)), flush=True)
