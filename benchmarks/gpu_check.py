@@ -48,9 +48,9 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = Fa
     """Every part in its order; tuning, which is long and no check, only if asked for."""
     import torch
 
-    from fusedgpt.kernels import check
+    from fusedgpt.kernels import cases
 
-    ops = list(dict.fromkeys(case.op for case in check.cases(torch.device("cuda"))))
+    ops = list(dict.fromkeys(case.op for case in cases.cases(torch.device("cuda"))))
     dtypes = ("bf16", "fp16", "fp32") if gpu else ("fp32", "fp16")
     checks = [[*CLI, "kernels", "check", "--json", "--op", op, "--dtype", d] for op in ops for d in dtypes]
     jobs = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -96,8 +96,8 @@ def small_check(op: str) -> list[str]:
 
     from fusedgpt.kernels import cases, check
 
-    cases = [case for case in cases.cases(torch.device("cpu")) if case.op == op]
-    findings = [f for case in cases for f in check.measure(case, torch.bfloat16, torch.device("cuda"))]
+    small = [case for case in cases.cases(torch.device("cpu")) if case.op == op]
+    findings = [f for case in small for f in check.measure(case, torch.bfloat16, torch.device("cuda"))]
     return [finding.fault for finding in findings if not finding.ok]
 
 

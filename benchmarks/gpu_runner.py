@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,8 @@ class Command:
     """One running command of a part, in a process group of its own; its output in DIR until it ends."""
 
     def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
-        self.part, self.out, self.stopped, self.code = part, out, False, 0
-        self.arguments = [a.format(minutes=0.8 * seconds / 60) for a in part.commands[index]]
+        self.part, self.out, self.stopped, self.finished = part, out, False, False
+        self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
         self.output = out / f"{part.name}-{index}.out"
         path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
         extra = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_CHECK_RESULTS": str(out / "results.jsonl")}
@@ -50,19 +50,24 @@ class Command:
                 start_new_session=True,
             )
 
-    def stop(self, sign: signal.Signals) -> None:
-        """Signal the whole group: SIGINT once, for pytest still to write what it has, or SIGKILL."""
-        if sign == signal.SIGKILL or not self.stopped:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sign)
-        self.stopped = True
+    def signal_group(self, sign: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, sign)
+
+    def enforce(self, now: float, interrupt: float, end: float) -> None:
+        """Ask the command to stop, so that pytest still writes what it has; after `end` kill it."""
+        if now > end:
+            self.signal_group(signal.SIGKILL)
+        elif now > interrupt and not self.stopped:
+            self.signal_group(signal.SIGINT)
+        self.stopped = self.stopped or now > interrupt
 
     def finish(self) -> None:
-        """Log the output, keep its JSON lines as rows, and end what the command left running."""
-        self.code = self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
-        stopped, text = self.stopped, self.output.read_text(errors="replace")
-        self.stop(signal.SIGKILL)
-        self.stopped = stopped
+        """End what the command has left running, log its output and keep its JSON lines as rows."""
+        self.signal_group(signal.SIGKILL)
+        returned = self.process.poll()
+        self.code = -signal.SIGKILL if returned is None else returned
+        text = self.output.read_text(errors="replace")
         self.rows = [row for line in text.splitlines() for row in json_rows(line)]
         lines = [line for line in text.splitlines() if line.strip()]
         self.last_line = lines[-1].strip(" =")[:150] if lines else f"exit code {self.code}"
@@ -70,6 +75,7 @@ class Command:
             log.write(f"\n=== {self.part.name}, exit code {self.code}: {' '.join(self.arguments)}\n{text}")
         self.output.unlink()
         append(self.out / "results.jsonl", ({"part": self.part.name, **row} for row in self.rows))
+        self.finished = True
 
 
 def json_rows(line: str) -> list[dict[str, Any]]:
@@ -88,53 +94,68 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run the part's commands, `jobs` at once, and stop all of them after `seconds`."""
+    """Run the part's commands, `jobs` at once, and stop all of them after `seconds`: a row of the summary."""
     start = now = time.monotonic()
-    end, waiting = start + seconds, list(range(len(part.commands)))
-    interrupt = end - min(GRACE, seconds / 4)
+    end, interrupt = start + seconds, start + seconds - min(GRACE, seconds / 4)
+    waiting = list(range(len(part.commands)))
+    begun: list[Command] = []
     running: list[Command] = []
-    done: list[Command] = []
     try:
         while (running or (waiting and now < interrupt)) and now < end + 1.0:  # some hangs outlive SIGKILL
             while waiting and len(running) < part.jobs and now < interrupt:
-                running.append(Command(part, waiting.pop(0), out, seconds))
+                begun.append(Command(part, waiting.pop(0), out, seconds))
+                running.append(begun[-1])
             time.sleep(0.05)
             now = time.monotonic()
-            for command in running if now > interrupt else []:
-                command.stop(signal.SIGKILL if now > end else signal.SIGINT)
-            for command in [command for command in running if command.process.poll() is not None]:
-                running.remove(command)
-                done.append(command)
-                command.finish()
-                if part.keeps_rows:
-                    rows = [row for each in done for row in each.rows]
-                    (out / f"{part.name}.json").write_text(json.dumps(rows, indent=1))
+            for command in running:
+                command.enforce(now, interrupt, end)
+            running = settle(part, out, begun)
     finally:
-        for command in running:
-            command.stop(signal.SIGKILL)
-            command.finish()
-    return judge(part, [*done, *running], time.monotonic() - start)
+        settle(part, out, begun, abandon=True)
+    return judge(part, begun, now - start)
+
+
+def settle(part: Part, out: Path, begun: Sequence[Command], *, abandon: bool = False) -> list[Command]:
+    """Finish what has ended, and with `abandon` all the rest; what is still running."""
+    open_ = [command for command in begun if not command.finished]
+    ended = [command for command in open_ if abandon or command.process.poll() is not None]
+    for command in ended:
+        command.finish()
+    if ended and part.keeps_rows:
+        rows = [row for command in begun if command.finished for row in command.rows]
+        (out / f"{part.name}.json").write_text(json.dumps(rows, indent=1))
+    return [command for command in open_ if not command.finished]
 
 
 def judge(part: Part, commands: Sequence[Command], seconds: float) -> dict[str, Any]:
-    """A row of the summary: verdict, counts, and the last line of the first command that failed."""
+    """The row of the summary: verdict, counts, and the last line of the first command that failed."""
     failed = [command for command in commands if command.code or command.stopped]
     late = len(commands) < len(part.commands) or any(command.stopped for command in commands)
     verdict = "skip" if not part.commands else "TIMEOUT" if late else "FAIL" if failed else "pass"
-    findings = [bool(row["ok"]) for command in commands for row in command.rows if "ok" in row]
+    findings = [row["ok"] for command in commands for row in command.rows if "ok" in row]
     words = [f"{sum(findings)} of {len(findings)} findings ok"] if findings else []
     if len(part.commands) > 1:
         words.append(f"{len(commands) - len(failed)} of {len(part.commands)} commands passed")
     words += [command.last_line for command in (failed or commands[-1:])[:1] if failed or not words]
-    return {"part": part.name, "verdict": verdict, "seconds": round(seconds), "line": "; ".join(words)}
+    line = "; ".join(words) or ("no time left" if part.commands else "nothing to run here")
+    return {"part": part.name, "verdict": verdict, "seconds": round(seconds), "line": line}
+
+
+def finding_lines(path: Path) -> Iterator[str]:
+    """The table of the findings that check.json holds."""
+    for row in json.loads(path.read_text()) if path.exists() else []:
+        error, limit = (row[name] or float("nan") for name in ("error", "limit"))
+        what = f"{row['op']:<23}{row['dtype']:<6}{row['shape']:<52}{row['direction']:<9}{row['output']:<8}"
+        verdict = "ok" if row["ok"] else f"FAIL {row['exception'][:150]}"
+        yield f"{what}{error:9.2e} of {limit:.2e}  {verdict}\n"
 
 
 def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
     """Run all within `seconds`; the exit code."""
     end = time.monotonic() + seconds - min(RESERVE, seconds / 10)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "log.txt"):
-        (out / name).write_text("")
+    for name in ("results.jsonl", "log.txt", "check.json", "environment.json", "kernels.json", "summary.txt"):
+        (out / name).unlink(missing_ok=True)
     verdicts, lines = set(), []
     for i, part in enumerate(parts):
         share = part.share / sum(later.share for later in parts[i:])
@@ -144,6 +165,8 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
         print(f"{row['part']}: {row['verdict']}", flush=True)
         verdicts.add(row["verdict"])
+    with (out / "log.txt").open("a") as log:
+        log.writelines(["\n=== findings\n", *finding_lines(out / "check.json")])
     print("", *lines, sep="\n", flush=True)
     return 0 if verdicts <= {"pass", "skip"} else 1
 

@@ -5,7 +5,11 @@
 Each measurement is a process of its own (ours changes its allocator's settings for good), in the order ours,
 peer, peer, ours; a JSON line on standard output has the median step of both runs of a side. Both start from
 the same weights and see the same tokens, and no speed is printed unless their losses without dropout agree.
-nanoGPT's own loop knows bf16 on CUDA only; its bf16 line here is the same loop under torch.autocast.
+Without --peer the other side is ours on the reference ops, plain PyTorch.
+
+On a GPU, which is taken where there is one, steps are timed between events and nothing waits for the device;
+nanoGPT runs there as its train.py runs it: TF32 allowed, compiled, bf16 autocast, fused AdamW. Its own loop
+knows bf16 on CUDA only; its bf16 line on a CPU is the same loop under torch.autocast.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +40,8 @@ from fusedgpt.train.step import train_step
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
 GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
-Side = tuple[Callable[[], float], Callable[[], float]]  # (loss without dropout, one training step)
+WARM_UPS = 3
+Side = tuple[Callable[[], float], Callable[[], object]]  # (loss without dropout, one training step)
 
 
 def tokens(batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -47,8 +54,10 @@ def tokens(batch_size: int, length: int) -> tuple[Tensor, Tensor]:
 
 def ours(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
     """fusedgpt's step, as its trainer runs it."""
-    keep_freed_memory()
-    model = GPT(config, seed=0)
+    device = batch[0].device
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = GPT(config, seed=0).to(device)
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = build_optimizer(model, TrainConfig(learning_rate=LEARNING_RATE))
 
@@ -57,9 +66,9 @@ def ours(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Sid
         with torch.no_grad():
             return float(model(*batch))
 
-    def step() -> float:
+    def step() -> None:
         model.train()
-        return train_step(model, batch, optimizer, lr=LEARNING_RATE, grad_clip=GRAD_CLIP)[0].item()
+        train_step(model, batch, optimizer, lr=LEARNING_RATE, grad_clip=GRAD_CLIP)
 
     return loss, step
 
@@ -79,8 +88,12 @@ def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision:
     assert set(missing) <= {"lm_head.weight"}  # tied
     with torch.no_grad():  # ours leaves the padding out of the softmax; here it must lose by itself
         model.lm_head.weight[config.vocab_size :] = 0.0
-    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), "cpu")
-    context: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    device = batch[0].device.type
+    model.to(device)
+    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), device)
+    context: Any = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
+    forward = torch.compile(model) if device == "cuda" else model
 
     def loss() -> float:
         model.eval()
@@ -88,65 +101,87 @@ def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision:
             logits = model(*batch)[0][..., : config.vocab_size].float()
         return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()))
 
-    def step() -> float:
+    def step() -> None:
         model.train()
         with context:
-            _, step_loss = model(*batch)
+            _, step_loss = forward(*batch)
         step_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return step_loss.item()
 
     return loss, step
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One side, in this process: its loss before training and the seconds of each step after two warm-ups."""
-    torch.set_num_threads(arguments.threads)
-    config, batch = PRESETS[arguments.preset], tokens(arguments.batch_sizes[0], arguments.length)
-    precision = arguments.precisions[0]
-    loss, step = (
-        ours(config, batch, precision)
-        if arguments.side == "ours"
-        else peer(arguments.peer, config, batch, precision)
-    )
-    first_loss = loss()
-    seconds = []
-    for _ in range(arguments.steps + 2):
-        start = time.perf_counter()
+def step_seconds(step: Callable[[], object], steps: int, device: str) -> list[float]:
+    """Of each step after the warm-ups, on the device's own clock."""
+    if device == "cpu":
+        moments = [time.perf_counter()]
+        for _ in range(WARM_UPS + steps):
+            step()
+            moments.append(time.perf_counter())
+        return [end - begin for begin, end in pairwise(moments)][WARM_UPS:]
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UPS + steps + 1)]
+    events[0].record()
+    for event in events[1:]:
         step()
-        seconds.append(time.perf_counter() - start)
-    return {"loss": first_loss, "seconds": seconds[2:]}
+        event.record()
+    torch.cuda.synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)][WARM_UPS:]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side, in this process: its loss before training, the seconds of each step and the peak memory."""
+    torch.set_num_threads(arguments.threads)
+    config = PRESETS[arguments.preset].model_copy(update={"dropout": arguments.dropout})
+    inputs, targets = (x.to(arguments.device) for x in tokens(arguments.batch_sizes[0], arguments.length))
+    precision, batch = arguments.precisions[0], (inputs, targets)
+    if arguments.side == "peer":
+        loss, step = peer(arguments.peer, config, batch, precision)
+    else:
+        loss, step = ours(config, batch, precision)
+    first_loss = loss()
+    seconds = step_seconds(step, arguments.steps, arguments.device)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if arguments.device == "cuda" else None
+    return {"loss": first_loss, "seconds": seconds, "peak_mb": peak}
 
 
 def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> dict[str, Any]:
-    """Ours and the peer in the order A B B A, as one row."""
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for side in ("ours", "peer", "peer", "ours"):
-        command = [sys.executable, __file__, "--side", side, "--peer", str(arguments.peer)]
+    """Ours and the other side in the order A B B A, as one row."""
+    other = "peer" if arguments.peer else "reference"
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], other: []}
+    for side in ("ours", other, other, "ours"):
+        command = [sys.executable, __file__, "--side", side, "--device", arguments.device]
         command += ["--preset", arguments.preset, "--length", str(arguments.length)]
         command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
         command += ["--batch-sizes", str(batch_size), "--precisions", precision]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        command += ["--dropout", str(arguments.dropout)]
+        command += ["--peer", str(arguments.peer)] if arguments.peer else []
+        environment = {**os.environ, **({"FUSEDGPT_KERNELS": "reference"} if side == "reference" else {})}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-    losses = [runs[side][0]["loss"] for side in ("ours", "peer")]
-    if abs(losses[0] - losses[1]) > LOSS_TOLERANCE[precision]:
-        raise SystemExit(f"no speed: the losses differ, ours {losses[0]:.5f}, peer {losses[1]:.5f}")
-    median = {
-        side: statistics.median(s for run in both for s in run["seconds"]) for side, both in runs.items()
-    }
-    return {
+    losses = {side: both[0]["loss"] for side, both in runs.items()}
+    if not abs(losses["ours"] - losses[other]) <= LOSS_TOLERANCE[precision]:
+        raise SystemExit(
+            f"no speed: the losses differ, ours {losses['ours']:.5f}, {other} {losses[other]:.5f}"
+        )
+    row = {
         "preset": arguments.preset,
         "precision": precision,
         "batch": f"{batch_size} x {arguments.length}",
-        "ours_ms": round(1e3 * median["ours"], 1),
-        "peer_ms": round(1e3 * median["peer"], 1),
-        "ours_tokens_per_second": round(batch_size * arguments.length / median["ours"]),
-        "peer_tokens_per_second": round(batch_size * arguments.length / median["peer"]),
-        "speedup": round(median["peer"] / median["ours"], 2),
+        "dropout": arguments.dropout,
+    }
+    median = {
+        side: statistics.median(s for run in both for s in run["seconds"]) for side, both in runs.items()
+    }
+    for side, both in runs.items():
+        row[f"{side}_ms"] = round(1e3 * median[side], 1)
+        row[f"{side}_tokens_per_second"] = round(batch_size * arguments.length / median[side])
+        row |= {f"{side}_peak_mb": round(both[0]["peak_mb"])} if both[0]["peak_mb"] else {}
+    return row | {
+        "speedup": round(median[other] / median["ours"], 2),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
         "threads": arguments.threads,
     }
 
@@ -155,14 +190,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--preset", default="12M", choices=PRESETS)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "peer", "reference"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments)))

@@ -103,13 +103,15 @@ def _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N:
 @triton.jit
 def _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale):
     """(seed, offset, threshold, 1 / (1 - p)), or None where there is no dropout."""
-    return None if seed_ptr is None else (tl.load(seed_ptr), tl.load(offset_ptr), threshold, keep_scale)
+    if seed_ptr is not None:
+        return tl.load(seed_ptr), tl.load(offset_ptr), threshold, keep_scale  # noqa: RET503  # see _load_ids
 
 
 @triton.jit
 def _load_ids(ids_ptr, b, offs, T):
     """The document ids of tokens `offs`; None without documents."""
-    return None if ids_ptr is None else tl.load(ids_ptr + tl.cast(b, tl.int64) * T + tl.minimum(offs, T - 1))
+    if ids_ptr is not None:  # Triton 3.6 does not compile a `return None`
+        return tl.load(ids_ptr + tl.cast(b, tl.int64) * T + tl.minimum(offs, T - 1))  # noqa: RET503
 
 
 @triton.jit
