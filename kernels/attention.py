@@ -100,18 +100,18 @@ def _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N:
     return lanes >= threshold
 
 
-@triton.jit
+@triton.jit  # noqa: RET503  # Triton 3.6 does not compile a `return None`
 def _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale):
     """(seed, offset, threshold, 1 / (1 - p)), or None where there is no dropout."""
     if seed_ptr is not None:
-        return tl.load(seed_ptr), tl.load(offset_ptr), threshold, keep_scale  # noqa: RET503  # see _load_ids
+        return tl.load(seed_ptr), tl.load(offset_ptr), threshold, keep_scale
 
 
-@triton.jit
+@triton.jit  # noqa: RET503
 def _load_ids(ids_ptr, b, offs, T):
     """The document ids of tokens `offs`; None without documents."""
-    if ids_ptr is not None:  # Triton 3.6 does not compile a `return None`
-        return tl.load(ids_ptr + tl.cast(b, tl.int64) * T + tl.minimum(offs, T - 1))  # noqa: RET503
+    if ids_ptr is not None:
+        return tl.load(ids_ptr + tl.cast(b, tl.int64) * T + tl.minimum(offs, T - 1))
 
 
 @triton.jit
