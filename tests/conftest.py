@@ -13,7 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,41 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # this is what fills torch.empty with NaN
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def begins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[int]]:
+    """begins(kernel, program, *arguments): where loads and stores of one interpreted program would begin.
+
+    Nothing is loaded or stored, so the program may be one whose tensors no memory could hold.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def run(kernel: Any, program: int, *args: Any, **constants: Any) -> set[int]:
+        found: set[int] = set()
+
+        def skip(access: Callable[..., Any], mask_position: int) -> Callable[..., Any]:
+            def recorded(pointers: Any, *rest: Any) -> Any:
+                found.add(int(pointers.data.min()))
+                rest[mask_position].data = rest[mask_position].data & False
+                return access(pointers, *rest)
+
+            return recorded
+
+        def set_grid_idx(x: int, y: int, z: int) -> None:
+            builder.grid_idx = (program, y, z)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_idx", set_grid_idx)
+            patch.setattr(builder, "create_masked_load", skip(load, 0))
+            patch.setattr(builder, "create_masked_store", skip(store, 1))
+            kernel[(1,)](*args, **constants)
+        return found
+
+    return run
 
 
 @pytest.fixture

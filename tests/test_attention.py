@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -86,6 +87,27 @@ def test_long_sequences_against_float64(
     T: int, D: int, p: float, documents: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_standard(cases.attention_case(2, T, 4, D, dropout_p=p, documents=documents), dtype, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+@pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq"])
+def test_far_sequences_are_addressed_in_64_bits(kernel: str, begins: Callable[..., set[int]]) -> None:
+    """Sequence 2^26 of 64 tokens: 2^36 elements into every tensor."""
+    T, D, sequence = 64, 16, 2**26
+    tensors = {name: torch.zeros(T, D) for name in ("q", "k", "v", "dout", "out", "dk", "dv", "dq")}
+    strides = {f"{name}_strides": (T * D, D, D, 1) for name in tensors}
+    rows = {name: torch.zeros(T) for name in ("lse_ptr", "delta_ptr")}
+    absent = dict.fromkeys(("ids_ptr", "ranges_ptr", "seed_ptr", "offset_ptr"))
+    known = {**tensors, **strides, **rows, **absent, "threshold": 0, "keep_scale": 1.0, "scale": 1.0}
+    known |= {f"{name}_ptr": x for name, x in tensors.items()} | {"H": 1, "T": T, "D": D}
+    known |= {"BLOCK_D": D, "BLOCK_M": 64, "BLOCK_N": 64}
+    jit = {"fwd": kernels._attention_fwd_kernel, "dkdv": kernels._attention_dkdv_kernel}
+    function = jit.get(kernel, kernels._attention_dq_kernel)
+    arguments = {name: known[name] for name in function.arg_names}
+    written = {"fwd": ["out"], "dkdv": ["dout", "dk", "dv"], "dq": ["dout", "dq"]}[kernel]
+    found = begins(function, sequence, **arguments)
+    assert {tensors[name].data_ptr() + sequence * T * D * 4 for name in ["q", "k", "v", *written]} <= found
+    assert rows["lse_ptr"].data_ptr() + sequence * T * 4 in found
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from triton.runtime import interpreter
 
 from fusedgpt.kernels import cases, check, layer_norm, ops, reference, tuning
 
@@ -352,31 +351,8 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-def begins(
-    kernel: Any, program: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **constants: int
-) -> set[int]:
-    """The addresses where loads and stores of `program` would begin; nothing is loaded or stored."""
-    builder, found = interpreter.interpreter_builder, set()
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def skip(access: Callable[..., Any], mask_position: int) -> Callable[..., Any]:
-        def recorded(pointers: Any, *rest: Any) -> Any:
-            found.add(int(pointers.data.min()))
-            rest[mask_position].data = rest[mask_position].data & False
-            return access(pointers, *rest)
-
-        return recorded
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (program, y, z)))
-        patch.setattr(builder, "create_masked_load", skip(load, 0))
-        patch.setattr(builder, "create_masked_store", skip(store, 1))
-        kernel[(1,)](*args, **constants)
-    return found
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
-def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits(device: torch.device, begins: Callable[..., set[int]]) -> None:
     C, program = 100, 2**26
     row = torch.zeros(C, dtype=HALF)
     blocks = layer_norm._blocks(C)
@@ -390,11 +366,11 @@ def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.Monkey
     fp32 = [row.float() for _ in range(3)]
     state = (seed, offset, N)
     forward = (read[0], read[1], read[2], read[3], *written, fp32[0], fp32[1], *state, EPS, 0, 1.0)
-    found = begins(layer_norm._layer_norm_fwd_kernel, program, monkeypatch, *forward, **blocks)
+    found = begins(layer_norm._layer_norm_fwd_kernel, program, *forward, **blocks)
     assert {x.data_ptr() + far for x in (read[0], read[1], *written)} <= found
     backward = (*read, fp32[0], fp32[1], *written, fp32[2], *state, 0, 1.0)
     kernel = layer_norm._layer_norm_bwd_kernel
-    found = begins(kernel, program, monkeypatch, *backward, STAGES=1, **blocks)
+    found = begins(kernel, program, *backward, STAGES=1, **blocks)
     assert {x.data_ptr() + far for x in (*read[:3], *written)} <= found
 
 
