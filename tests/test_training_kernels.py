@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,3 +37,38 @@ def test_fifty_steps_on_kernels_follow_the_reference(
     assert reference[-1] < 0.5 * reference[0]  # it learns
     torch.testing.assert_close(ours[:10], reference[:10], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
+
+
+def byte_losses(
+    backend: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """2,000 steps of a character-sized model in bf16 on this project's own documentation."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", backend)
+    documents = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, documents))), dtype=torch.uint8).long()
+    config = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
+    model = GPT(config, seed=1).to(device).train()
+    model.seed_dropout(seed)
+    model.compute_dtype = torch.bfloat16
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-3))
+    generator = torch.Generator().manual_seed(0)
+    history = []
+    for _ in range(2000):
+        starts = torch.randint(len(text) - 257, (32, 1), generator=generator)
+        windows = text[starts + torch.arange(257)].to(device)
+        loss, _, _ = train_step(model, (windows[:, :-1], windows[:, 1:]), optimizer, lr=1e-3, grad_clip=1.0)
+        history.append(loss)
+    return torch.stack(history)
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_in_bf16_do_not_drift(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 200 steps the mean losses lie as close as those of two dropout seeds on the reference."""
+    runs = (("triton", 1), ("reference", 1), ("reference", 2))
+    ours, reference, other = (
+        byte_losses(backend, seed, device, monkeypatch).view(10, 200).mean(dim=1) for backend, seed in runs
+    )
+    noise = (other - reference).abs().max().clamp(min=0.005)
+    assert (ours - reference).abs().max() <= 2 * noise
