@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
 from typing import Any
+
+os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
 
 import torch
 import torch.nn.functional as F

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,10 @@ def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
 
 def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:
     command = [FUSEDGPT, "train", "--data", root / "book.txt", "--output-dir", tmp_path, *TINY]
-    with subprocess.Popen([*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+    with subprocess.Popen(
+        [*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         assert process.stderr is not None
         while "steps | Loss" not in process.stderr.readline():
             pass
