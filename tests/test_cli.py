@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedgpt.train.cli import printable
+from fusedgpt.train.cli_common import printable
 from fusedgpt.train.config import option_fields
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
