@@ -29,12 +29,13 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     generated = []
     for name, field in option_fields().items():
-        flags = [f"--{name.replace('_', '-')}", *_SYNONYMS.get(name, [])]
+        kind = _option_type(field.annotation)
+        flag = name.replace("_", "-")
+        flags = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}", *_SYNONYMS.get(name, [])]
         default = "" if field.default is None else f" (default: {field.default})"
         option = typer.Option(None, *flags, help=f"{field.description}{default}")
-        kind = _option_type(field.annotation) | None
         generated.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
         )
     parameters = [*own, *generated]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -43,9 +44,9 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option_type(annotation: Any) -> Any:
-    """int, float or str for a field's annotation; pydantic knows what values it may have."""
+    """bool, int, float or str for a field's annotation; pydantic knows what values it may have."""
     kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in (int, float) if kind in kinds), str)
+    return next((kind for kind in (bool, int, float) if kind in kinds), str)
 
 
 @contextmanager

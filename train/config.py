@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from fusedgpt.model.config import PRESETS, GPTConfig
@@ -73,24 +77,71 @@ class TrainConfig(_Frozen):
 
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; goes before --epochs.")
     epochs: int = Field(default=20, ge=1, description="Passes over the training text.")
-    batch_size: int = Field(default=2, ge=1, description="Windows a step.")
+    batch_size: int = Field(
+        default=2, ge=1, description="Windows a forward pass; without --batch-tokens a step."
+    )
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens a step, gathered from as many forward passes as it takes."
+    )
     learning_rate: float = Field(default=3e-4, gt=0.0, description="Peak learning rate (create: 0.0006).")
     min_learning_rate: float | None = Field(
-        default=None, ge=0.0, description="Where the cosine ends (default: a tenth of --learning-rate)."
+        default=None, ge=0.0, description="Where the schedule ends (default: a tenth of --learning-rate)."
     )
     warmup: float = Field(
         default=0.05, ge=0.0, description="Warm-up: a share of the run below 1, steps from 1 on."
     )
-    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="cosine or constant.")
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
+        default="cosine", description="constant, linear, cosine, wsd (trapezoid) or inverse_sqrt."
+    )
+    decay: float = Field(
+        default=0.2,
+        ge=0.0,
+        description="wsd's last, falling part: a share of the run below 1, steps from 1 on.",
+    )
     weight_decay: float = Field(default=0.01, ge=0.0, description="AdamW's, on matrices only.")
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="AdamW's first moment.")
     beta2: float = Field(default=0.999, ge=0.0, lt=1.0, description="AdamW's second moment.")
     eps: float = Field(default=1e-8, gt=0.0, description="AdamW's epsilon.")
     grad_clip: float = Field(default=1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="Of the training loss.")
+    z_loss: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Weight of logsumexp^2 in the training loss, against drifting logits.",
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="Steps between validations (default: a tenth of the run)."
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="auto, bf16 or fp32.")
+    eval_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of a validation, the first held out (default: all)."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many validations without improvement (default: never)."
+    )
+    min_improvement: float = Field(
+        default=0.0, ge=0.0, description="How much lower a validation loss must be to be an improvement."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="auto, bf16, fp16 (with loss scaling) or fp32."
+    )
+    compile: Literal["auto", "off", "block", "model"] = Field(
+        default="auto", description="torch.compile: off, block by block, the whole model, or auto."
+    )
+    cuda_graphs: Literal["auto", "off", "on"] = Field(
+        default="auto", description="Replay the whole step as one CUDA graph: auto, off or on."
+    )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="Gradient checkpointing: none, selective or full; less memory, more time."
+    )
+    log_every: int | None = Field(
+        default=None, ge=1, description="Steps between looks at the loss (default: 10 on a GPU, 1 on a CPU)."
+    )
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="Skipped steps in a row (loss or gradient not finite) that end the run."
+    )
+    deterministic: bool = Field(
+        default=False, description="On a GPU, keep torch's own ops deterministic too (ours always are)."
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of data, weights, order and dropout.")
 
@@ -102,6 +153,46 @@ class TrainConfig(_Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        phases = [self.warmup, self.decay] if self.schedule == "wsd" else [self.warmup]
+        shares, counted = sum(x for x in phases if x < 1), sum(x for x in phases if x >= 1)
+        if shares > 1 or (self.steps and counted + shares * self.steps > self.steps):
+            what = "warmup and decay together are" if len(phases) > 1 else "warmup is"
+            raise ValueError(f"{what} longer than the run ({' and '.join(f'{x:g}' for x in phases)})")
+        return self
+
+
+class SavingConfig(_Frozen):
+    """What a run leaves on disk while it is going on."""
+
+    save_every: str = Field(
+        default="10m", description="Between checkpoints: steps (500) or a time (90s, 10m, 2h)."
+    )
+    keep_last: int = Field(
+        default=1, ge=0, description="Checkpoints kept; 0: none once the run is done (create: 0)."
+    )
+    tensorboard: bool = Field(default=False, description="Write TensorBoard files into the run directory.")
+
+    @field_validator("save_every")
+    @classmethod
+    def _steps_or_time(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+[smh]", value):
+            raise ValueError(f"save_every: expected steps (500) or a time (90s, 10m, 2h), got {value!r}")
+        return value
+
+    @property
+    def save_steps(self) -> int | None:
+        """Steps between checkpoints, None where they are made by the clock."""
+        return int(self.save_every) if self.save_every.isdigit() else None
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds between checkpoints, None where they are counted in steps."""
+        if self.save_steps is not None:
+            return None
+        return float(self.save_every[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.save_every[-1]]
+
 
 class RunConfig(_Frozen):
     """Everything one run needs."""
@@ -109,6 +200,7 @@ class RunConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    saving: SavingConfig = SavingConfig()
 
     @property
     def max_length(self) -> int:
@@ -120,10 +212,41 @@ class RunConfig(_Frozen):
         block_size = self.model.gpt_config(1).block_size
         if self.max_length > block_size:
             raise ValueError(f"max_length {self.max_length} is longer than block_size {block_size}")
+        batch_tokens = self.train.batch_tokens
+        if batch_tokens is not None and batch_tokens < self.max_length:
+            raise ValueError(f"batch_tokens {batch_tokens} is less than one window of {self.max_length}")
         return self
 
+    @model_validator(mode="after")
+    def _patience_has_something_to_watch(self) -> Self:
+        if self.train.patience and not self.data.val_fraction:
+            raise ValueError("patience needs held-out text: set val_fraction above 0")
+        return self
 
-_SECTIONS: dict[str, type[_Frozen]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    def windows_per_step(self) -> int:
+        """Windows an optimizer step takes."""
+        return windows_per_step(self.train, self.max_length)
+
+    def to_toml(self) -> str:
+        """What --config reads back; settings without a value are left out."""
+        lines = []
+        for section, values in self.model_dump(exclude_none=True).items():
+            lines += [f"[{section}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items()), ""]
+        return "\n".join(lines)
+
+
+def windows_per_step(config: TrainConfig, max_length: int) -> int:
+    """Windows of max_length tokens that an optimizer step takes."""
+    return config.batch_tokens // max_length if config.batch_tokens else config.batch_size
+
+
+Sections = dict[str, dict[str, Any]]
+_SECTIONS: dict[str, type[_Frozen]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "saving": SavingConfig,
+}
 
 
 def option_fields() -> dict[str, FieldInfo]:
@@ -131,23 +254,71 @@ def option_fields() -> dict[str, FieldInfo]:
     return {name: field for kind in _SECTIONS.values() for name, field in kind.model_fields.items()}
 
 
-def build_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> RunConfig:
-    """A RunConfig from flat option names; None means not given.
+def build_config(
+    options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, *, layers: Iterable[Sections] = ()
+) -> RunConfig:
+    """A RunConfig from flat option names, where None means not given.
 
+    defaults come first, then each of layers (section -> name -> value, as read_toml gives them), then options.
     Raises ConfigError for an unknown name, a value out of range, or values at odds.
     """
-    values = {**(defaults or {}), **{name: value for name, value in options.items() if value is not None}}
-    for name in values.keys() - option_fields().keys():
-        close = difflib.get_close_matches(name, option_fields(), n=1)
-        raise ConfigError(f"unknown option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    sections = {
-        section: {name: values[name] for name in kind.model_fields if name in values}
-        for section, kind in _SECTIONS.items()
-    }
+    merged: Sections = {section: {} for section in _SECTIONS}
+    for layer in (_by_section(defaults or {}), *layers, _by_section(options)):
+        for section, values in layer.items():
+            merged[_known(section, _SECTIONS, "section")] |= values
+    for section, values in merged.items():
+        for name in values:
+            _known(name, _SECTIONS[section].model_fields, f"option in [{section}]")
     try:
-        return RunConfig.model_validate(sections)
+        return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _by_section(options: Mapping[str, Any]) -> Sections:
+    section_of = {name: section for section, kind in _SECTIONS.items() for name in kind.model_fields}
+    layer: Sections = {}
+    for name, value in options.items():
+        if value is not None:
+            layer.setdefault(section_of[_known(name, section_of, "option")], {})[name] = value
+    return layer
+
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    """`name`; raises ConfigError, with the nearest of `names`, if it is none of them."""
+    names = list(names)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(f"unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return name
+
+
+def read_toml(path: Path) -> Sections:
+    """The sections of a --config file. Raises ConfigError where it is no such file."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for section, values in content.items():
+        _known(section, _SECTIONS, f"section in {path}:")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: [{section}] is no section but {values!r}")
+    return content
+
+
+def parse_set(assignment: str) -> Sections:
+    """A --set "section.name=value", the value as in TOML or plain text. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", assignment, re.DOTALL)
+    if match is None:
+        raise ConfigError(f"--set {assignment!r}: expected section.name=value, such as train.beta2=0.99")
+    section, name, text = match[1], match[2], match[3].strip()
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return {section: {name: value}}
 
 
 def explain(error: ValidationError) -> str:
