@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusedgpt.train.config import ConfigError, build_config, option_fields
+from fusedgpt.train.config import ConfigError, build_config, option_fields, parse_set, read_toml
 
 
 def test_options_land_in_their_section() -> None:
@@ -43,7 +44,15 @@ def test_name_of_a_model(changes: dict[str, Any], name: str) -> None:
         ({"n_head": 5}, "n_embd 384 is not a multiple of n_head 5"),
         ({"n_layer": 0}, "n_layer: Input should be greater than"),
         ({"max_length": 513}, "max_length 513 is longer than block_size 512"),
-        ({"schedule": "linear"}, "schedule: Input should be 'cosine' or 'constant'"),
+        ({"schedule": "cosin"}, "schedule: Input should be 'constant', 'linear', 'cosine', 'wsd' or"),
+        ({"warmup": 11, "steps": 10}, "warmup is longer than the run"),
+        ({"warmup": 0.9, "decay": 0.2, "schedule": "wsd"}, "warmup and decay together are longer"),
+        ({"warmup": 60, "decay": 0.5, "schedule": "wsd", "steps": 100}, "warmup and decay together"),
+        ({"batch_tokens": 511}, "batch_tokens 511 is less than one window of 512"),
+        ({"patience": 2, "val_fraction": 0.0}, "patience needs held-out text"),
+        ({"save_every": "0"}, "save_every: expected steps"),
+        ({"save_every": "ten minutes"}, "save_every: expected steps"),
+        ({"z_loss": float("inf")}, "z_loss"),
         ({"learning_rate": 1e-4, "min_learning_rate": 1e-3}, "min_learning_rate 0.001 is above"),
         ({"val_fraction": 1.0}, "val_fraction"),
         ({"learning_rate": float("nan")}, "learning_rate"),
@@ -56,3 +65,59 @@ def test_impossible_options_say_why(options: dict[str, Any], message: str) -> No
 
 def test_every_option_is_described() -> None:
     assert all(field.description for field in option_fields().values())
+
+
+def test_file_then_flags_then_set(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nn_layer = 3\n[train]\nbeta2 = 0.95\nsteps = 7\nlearning_rate = 1e-3\n")
+    flags = {"steps": 9, "learning_rate": None}
+    config = build_config(flags, {"learning_rate": 5.0, "epochs": 4}, layers=[read_toml(file)])
+    assert (config.model.n_layer, config.train.beta2, config.train.steps) == (3, 0.95, 9)
+    assert (config.train.learning_rate, config.train.epochs) == (1e-3, 4)
+    layers = [read_toml(file), parse_set("train.steps=11"), parse_set("data.tokenizer = byte")]
+    config = build_config({}, layers=layers)
+    assert (config.train.steps, config.data.tokenizer) == (11, "byte")
+
+
+def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
+    options = {"n_layer": 3, "eps": 1e-10, "save_every": "500", "tensorboard": True, "tokenizer": 'a "b"\\'}
+    config = build_config(options)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert build_config({}, layers=[read_toml(tmp_path / "config.toml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[tran]\nsteps = 1", "unknown section in .*run.toml: 'tran'; did you mean 'train'?"),
+        ("[train]\nstep = 1", r"unknown option in \[train\] 'step'; did you mean 'steps'?"),
+        ("[train]\nn_layer = 1", r"unknown option in \[train\] 'n_layer'"),
+        ("train = 3", "train.* is no section but 3"),
+        ("[train", "run.toml is not TOML"),
+        ("a = " + "[" * 10_000, "run.toml is not TOML"),
+    ],
+)
+def test_a_wrong_file_says_what(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        build_config({}, layers=[read_toml(tmp_path / "run.toml")])
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.toml: No such file"):
+        read_toml(tmp_path / "absent.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_toml(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize("assignment", ["steps=3", "train.steps", "train.steps.x=3", "=3"])
+def test_a_wrong_set_shows_the_form(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected section.name=value, such as"):
+        parse_set(assignment)
+
+
+def test_save_every_is_steps_or_time() -> None:
+    steps, minutes = (build_config({"save_every": x}).saving for x in ("500", "1.5m"))
+    assert (steps.save_steps, steps.save_seconds) == (500, None)
+    assert (minutes.save_steps, minutes.save_seconds) == (None, 90.0)

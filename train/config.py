@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):
@@ -259,7 +259,7 @@ def build_config(
 ) -> RunConfig:
     """A RunConfig from flat option names, where None means not given.
 
-    defaults come first, then each of layers (section -> name -> value, as read_toml gives them), then options.
+    Later ones win: defaults, each of layers (section -> name -> value, as read_toml gives them), options.
     Raises ConfigError for an unknown name, a value out of range, or values at odds.
     """
     merged: Sections = {section: {} for section in _SECTIONS}
