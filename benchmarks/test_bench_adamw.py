@@ -34,6 +34,13 @@ def parameters(config: GPTConfig, dtype: torch.dtype) -> list[nn.Parameter]:
     return made
 
 
+def flat(made: list[nn.Parameter]) -> list[nn.Parameter]:
+    """As many parameters in one tensor: what is gained by it is what the table of addresses costs."""
+    one = nn.Parameter(torch.cat([p.detach().flatten() for p in made]))
+    one.grad = torch.randn_like(one)
+    return [one]
+
+
 def ours(made: list[nn.Parameter]) -> Callable[[], object]:
     optimizer = AdamW(made, **OPTIONS)
     return lambda: optimizer.step(max_norm=MAX_NORM)
@@ -49,13 +56,14 @@ def torchs(made: list[nn.Parameter], **kind: bool) -> Callable[[], object]:
     return step
 
 
-@pytest.mark.parametrize("contender", ["ours", "torch_fused", "torch_foreach"])
+@pytest.mark.parametrize("contender", ["ours", "ours_flat", "torch_fused", "torch_foreach"])
 @pytest.mark.parametrize("dtype", choose([torch.float32, torch.bfloat16], [torch.float32]), ids=str)
 @pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium"], ["tiny", "12M"]))
 def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> None:
     made = parameters(PRESETS.get(size, TINY), dtype)
-    if contender == "ours":
-        step = bench.contender("ours", "adamw", ours=ours)(made)
+    if contender.startswith("ours"):
+        tensors = flat(made) if contender == "ours_flat" else made
+        step = bench.contender("ours", "adamw", ours=ours)(tensors)
     else:
         step = torchs(made, **{contender.removeprefix("torch_"): True})
     traffic = BYTES[dtype] * sum(p.numel() for p in made)

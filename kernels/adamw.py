@@ -9,6 +9,10 @@ so all agree on norm, clip coefficient and finiteness without atomics, a third l
 
 Bytes a parameter (bf16 with fp32 master): the gradient is read twice (2 + 2), master, exp_avg and exp_avg_sq
 are read and written (3 x 8), the parameter is written (2): 30.
+
+Every access of a full block is 16 bytes a thread and without gaps in a warp: 8 neighbours of a 16-bit tensor,
+4 of an fp32 one. So a warp takes rows of 256 elements, in fp32 as two halves of 128, one behind the other in
+its registers; between the two layouts elements change threads, but never warps, which needs no shared memory.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ PARTIALS = 1024  # programs a launch at most; ranks that add their partial sums 
 _CHUNK = 8192  # elements one program takes at a time
 _NORM_BLOCK, _BLOCK = 8192, 1024
 _NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as their registers let run at once
+_REGISTERS = 72  # a thread of the update: 7 programs of 128 threads have 65,536
 
 # The columns of a table's row, and of a row of scalars.
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in range(4))
@@ -36,7 +41,7 @@ _MASTER, _STEP, _KEY, _SIZE = (tl.constexpr(i) for i in range(4, 8))
 _STEP_SIZE, _DECAY, _INV_SQRT_CORRECTION2, _EPS = (tl.constexpr(i) for i in range(4))
 _WEIGHT1, _WEIGHT2, _NEW_STEP = (tl.constexpr(i) for i in range(4, 7))
 _COLUMNS = tl.constexpr(8)  # of both, and of hyper
-_VECTOR = tl.constexpr(4)
+_ROW = tl.constexpr(256)  # elements of a 16-bit tensor that a warp accesses at once
 _FIRST_BITS = tl.constexpr(40)  # each step owns 2^40 Philox blocks, of 8 roundings
 
 
@@ -63,12 +68,12 @@ def _prepare(table_ptr, groups_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl
 
 
 @triton.jit
-def _block(address, first, mask, dtype: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to BLOCK elements from `first` on of the tensor at `address`, VECTOR at once if no mask."""
+def _base(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address as a pointer; without the hint its elements would be accessed one by one."""
     base = address.to(tl.pointer_type(dtype))
-    if mask is None:  # without the hint they would be loaded one by one
-        base = tl.multiple_of(base, VECTOR * (dtype.primitive_bitwidth // 8))
-    return base + first + tl.arange(0, BLOCK)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
@@ -99,12 +104,13 @@ def _grad_norm_kernel(
         aligned = address % 16 == 0
         for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
             if aligned & (first + BLOCK <= size):
-                grad = tl.load(_block(address, first, None, GRAD_DTYPE, WIDE, BLOCK)).to(tl.float32)
+                grad_ptrs = _base(address, GRAD_DTYPE, True) + first + tl.arange(0, BLOCK)
+                grad = tl.load(grad_ptrs).to(tl.float32)
                 total += tl.sum(tl.reshape(grad * grad, (PART, WIDE)), axis=1)
             else:
                 for part in tl.range(first, tl.minimum(first + BLOCK, size), PART):
                     mask = tl.arange(0, PART) < size - part
-                    grad_ptrs = _block(address, part, mask, GRAD_DTYPE, 1, PART)
+                    grad_ptrs = _base(address, GRAD_DTYPE, False) + part + tl.arange(0, PART)
                     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
                     total += grad * grad
     tl.store(partials_ptr + pid, tl.sum(total))
@@ -121,10 +127,45 @@ def _lerp(a, b, weight):
 
 
 @triton.jit
+def _to_halves(x, BLOCK: tl.constexpr):
+    """The BLOCK elements of x in order -> (2, BLOCK / 256, 128): all first halves of rows, all second."""
+    return tl.permute(tl.reshape(x, (BLOCK // _ROW, 2, _ROW // 2)), (1, 0, 2))
+
+
+@triton.jit
+def _offsets(BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block's elements: rows (BLOCK / 256, 256) in 16 bits, else halves (2, BLOCK / 256, 128)."""
+    rows = _ROW * tl.arange(0, BLOCK // _ROW)[:, None]
+    if BITS == 16:
+        offs = rows + tl.arange(0, _ROW)
+    else:
+        offs = _ROW // 2 * tl.arange(0, 2)[:, None, None] + rows + tl.arange(0, _ROW // 2)
+    return offs
+
+
+@triton.jit
+def _load(address_ptr, first, offs, mask, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 (2, BLOCK / 256, 128) from element `first` on; without a mask the tensor is 16-byte aligned."""
+    x = tl.load(_base(tl.load(address_ptr), dtype, mask is None) + first + offs, mask=mask)
+    if dtype.primitive_bitwidth == 16:
+        x = _to_halves(x, BLOCK)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(address_ptr, first, offs, mask, x, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """The way back. The address is loaded again, for registers are scarcer than the cache's bandwidth."""
+    x = x.to(dtype)
+    if dtype.primitive_bitwidth == 16:
+        x = tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK // _ROW, _ROW))
+    tl.store(_base(tl.load(address_ptr), dtype, mask is None) + first + offs, x, mask=mask)
+
+
+@triton.jit
 def _stochastic_bf16(x, key, step, first, BLOCK: tl.constexpr):
-    """fp32 (BLOCK,) -> the bits of bf16, up or down so that the mean is x; see reference.stochastic_round."""
+    """fp32 -> the bits of bf16, up or down so that the mean is x; see reference.stochastic_round."""
     blocks = (step.to(tl.int64) << _FIRST_BITS) + first // 8 + tl.arange(0, BLOCK // 8)
-    lanes = tl.reshape(philox_lanes(key, blocks), (BLOCK,)).to(tl.int32) & 0xFFFF
+    lanes = _to_halves(philox_lanes(key, blocks), BLOCK).to(tl.int32) & 0xFFFF
     bits = (x.to(tl.int32, bitcast=True) + lanes) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
 
@@ -135,39 +176,46 @@ def _update(
     scalars_ptr,  # (8,) fp32
     clip,
     first,
-    mask,
+    size,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block's step. Decay and update are added up before they meet the parameter: one rounding."""
-    param_ptrs = _block(tl.load(row_ptr + _PARAM), first, mask, PARAM_DTYPE, _VECTOR, BLOCK)
-    grad_ptrs = _block(tl.load(row_ptr + _GRAD), first, mask, GRAD_DTYPE, _VECTOR, BLOCK)
-    exp_avg_ptrs = _block(tl.load(row_ptr + _EXP_AVG), first, mask, tl.float32, _VECTOR, BLOCK)
-    exp_avg_sq_ptrs = _block(tl.load(row_ptr + _EXP_AVG_SQ), first, mask, tl.float32, _VECTOR, BLOCK)
-    wide_ptrs = param_ptrs
+    offs = _offsets(32, BLOCK)
+    offs_param, offs_grad = offs, offs
+    if PARAM_DTYPE.primitive_bitwidth == 16:
+        offs_param = _offsets(16, BLOCK)
+    if GRAD_DTYPE.primitive_bitwidth == 16:
+        offs_grad = _offsets(16, BLOCK)
+    mask = None if FULL else offs < size - first
+    mask_param = None if FULL else offs_param < size - first
+    mask_grad = None if FULL else offs_grad < size - first
+    grad = _load(row_ptr + _GRAD, first, offs_grad, mask_grad, GRAD_DTYPE, BLOCK) * clip
     if MASTER:
-        wide_ptrs = _block(tl.load(row_ptr + _MASTER), first, mask, tl.float32, _VECTOR, BLOCK)
-    grad = tl.load(grad_ptrs, mask=mask).to(tl.float32) * clip
-    wide = tl.load(wide_ptrs, mask=mask).to(tl.float32)
-    exp_avg = _lerp(tl.load(exp_avg_ptrs, mask=mask), grad, tl.load(scalars_ptr + _WEIGHT1))
-    exp_avg_sq = tl.load(exp_avg_sq_ptrs, mask=mask)
+        wide = _load(row_ptr + _MASTER, first, offs, mask, tl.float32, BLOCK)
+    else:
+        wide = _load(row_ptr + _PARAM, first, offs_param, mask_param, PARAM_DTYPE, BLOCK)
+    exp_avg = _load(row_ptr + _EXP_AVG, first, offs, mask, tl.float32, BLOCK)
+    exp_avg_sq = _load(row_ptr + _EXP_AVG_SQ, first, offs, mask, tl.float32, BLOCK)
+    exp_avg = _lerp(exp_avg, grad, tl.load(scalars_ptr + _WEIGHT1))
     exp_avg_sq = _lerp(exp_avg_sq, grad * grad, tl.load(scalars_ptr + _WEIGHT2))
     denominator = tl.sqrt(exp_avg_sq) * tl.load(scalars_ptr + _INV_SQRT_CORRECTION2)
     update = exp_avg / (denominator + tl.load(scalars_ptr + _EPS)) * tl.load(scalars_ptr + _STEP_SIZE)
     wide -= wide * tl.load(scalars_ptr + _DECAY) + update
-    tl.store(exp_avg_ptrs, exp_avg, mask=mask)
-    tl.store(exp_avg_sq_ptrs, exp_avg_sq, mask=mask)
+    _store(row_ptr + _EXP_AVG, first, offs, mask, exp_avg, tl.float32, BLOCK)
+    _store(row_ptr + _EXP_AVG_SQ, first, offs, mask, exp_avg_sq, tl.float32, BLOCK)
     if MASTER:
-        tl.store(wide_ptrs, wide, mask=mask)
+        _store(row_ptr + _MASTER, first, offs, mask, wide, tl.float32, BLOCK)
     if STOCHASTIC:
         key, step = tl.load(row_ptr + _KEY), tl.load(scalars_ptr + _NEW_STEP)
-        bits_ptrs = _block(tl.load(row_ptr + _PARAM), first, mask, tl.int16, _VECTOR, BLOCK)
-        tl.store(bits_ptrs, _stochastic_bf16(wide, key, step, first, BLOCK), mask=mask)
+        bits = _stochastic_bf16(wide, key, step, first, BLOCK)
+        _store(row_ptr + _PARAM, first, offs_param, mask_param, bits, tl.int16, BLOCK)
     else:
-        tl.store(param_ptrs, wide.to(PARAM_DTYPE), mask=mask)
+        _store(row_ptr + _PARAM, first, offs_param, mask_param, wide, PARAM_DTYPE, BLOCK)
 
 
 @triton.jit
@@ -189,6 +237,7 @@ def _adamw_kernel(
     norm_ptr,  # fp32 scalar, written
     skipped_ptr,  # fp32 scalar, written: 1 if the norm is not finite
     skipped_steps_ptr,  # int64 scalar, counted up
+    grad_scale_ptr,  # fp32 scalar, by which the gradients are too large
     n_tensors,
     n_chunks,
     n_partials,
@@ -206,9 +255,10 @@ def _adamw_kernel(
     squares = tl.zeros((PARTIALS,), tl.float64)
     for segment in tl.range(0, n_partials, PARTIALS):
         squares += tl.load(partials_ptr + segment + tl.arange(0, PARTIALS))
-    norm = tl.sqrt(tl.sum(squares).to(tl.float32))
+    grad_scale = tl.load(grad_scale_ptr)
+    norm = tl.sqrt(tl.sum(squares).to(tl.float32)) / grad_scale
     finite = norm < float("inf")  # false for NaN
-    clip = tl.where((max_norm > 0.0) & (norm > max_norm), max_norm / norm, 1.0)
+    clip = tl.where((max_norm > 0.0) & (norm > max_norm), max_norm / norm, 1.0) / grad_scale
     if (pid == 0) & (report != 0):
         tl.store(norm_ptr, norm)
         tl.store(skipped_ptr, tl.where(finite, 0.0, 1.0))
@@ -226,15 +276,14 @@ def _adamw_kernel(
         for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
             if aligned & (first + BLOCK <= size):
                 _update(
-                    row_ptr, tensor_scalars_ptr, clip, first, None,
-                    PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, BLOCK,
+                    row_ptr, tensor_scalars_ptr, clip, first, size,
+                    PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, True, BLOCK,
                 )  # fmt: skip
             else:
-                for part in tl.range(first, tl.minimum(first + BLOCK, size), BLOCK // 4):
-                    mask = tl.arange(0, BLOCK // 4) < size - part
+                for part in tl.range(first, tl.minimum(first + BLOCK, size), _ROW):
                     _update(
-                        row_ptr, tensor_scalars_ptr, clip, part, mask,
-                        PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, BLOCK // 4,
+                        row_ptr, tensor_scalars_ptr, clip, part, size,
+                        PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, False, _ROW,
                     )  # fmt: skip
 
 
@@ -330,13 +379,15 @@ def adamw(
     skipped_steps: Tensor,
     *,
     max_norm: float = 0.0,
+    grad_scale: Tensor | None = None,
     report: bool = True,
 ) -> None:
     """Launch, behind grad_norm: one AdamW step with the gradient scaled to a norm of at most max_norm > 0.
 
     partials: those of every batch of the step, a multiple of PARTIALS. Where their sum is not finite, nothing
-    of the batch changes. Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or
-    0); skipped_steps (int64 scalar) is counted up. Source: Loshchilov and Hutter 2019, algorithm 2.
+    of the batch changes. grad_scale: fp32 scalar (None: 1) by which the gradients are too large, see loss
+    scaling. Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or 0);
+    skipped_steps (int64 scalar) is counted up. Source: Loshchilov and Hutter 2019, algorithm 2.
     """
     n_chunks = len(batch.chunks)
     programs = tuning.multiprocessor_count(partials.device) * _PROGRAMS_PER_SM
@@ -349,6 +400,7 @@ def adamw(
             norm,
             skipped,
             skipped_steps,
+            torch.ones_like(norm) if grad_scale is None else grad_scale,
             len(batch.table),
             n_chunks,
             partials.numel(),
@@ -359,7 +411,8 @@ def adamw(
             MASTER=batch.master,
             STOCHASTIC=batch.stochastic,
             CHUNK=_CHUNK,
-            BLOCK=_BLOCK // 2 if batch.stochastic else _BLOCK,  # Philox needs registers too
+            BLOCK=_BLOCK,
             PARTIALS=PARTIALS,
-            num_warps=4,
+            num_warps=_BLOCK // 256,  # a row each
+            maxnreg=_REGISTERS,
         )

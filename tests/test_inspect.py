@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,30 @@ def test_half_precision_rows_are_loaded_16_bytes_at_once(shipped: list[dict[str,
     for row in found:
         assert next(iter(row["loads"])) == "16", row
         assert row["tensor_core"] == {}
+
+
+def test_adamw_accesses_full_blocks_16_bytes_at_once() -> None:
+    """16-byte accesses alone move every byte of a full block, and, for the update, of the partial sums.
+
+    What is narrower belongs to masked tails and to the table.
+    """
+    found = rows(report("--kernel", "adamw", "--full", "--json"))
+    kinds = set()
+    for row in found:
+        kind, _, grad_dtype = row["label"].removesuffix(" gradient").rpartition(", ")
+        param, grad = (2 if "16" in dtype else 4 for dtype in (row["dtype"], grad_dtype))
+        block, partials, warps = (
+            int(n) for n in re.findall(r" (?:BLOCK|PARTIALS|warps)=(\d+)", row["config"])
+        )
+        update = row["kernel"] == "_adamw_kernel"
+        master = kind == "master"
+        loaded = block * (grad + (8 + (4 if master else param) if update else 0)) + 4 * partials * update
+        stored = block * (8 + param + 4 * master) * update
+        assert row["loads"]["16"] * 16 * 32 * warps == loaded, row
+        assert row["stores"].get("16", 0) * 16 * 32 * warps == stored, row
+        assert row["stack"] == 0, row
+        kinds.add((row["arch"], row["kernel"], row["dtype"], kind, grad))
+    assert len(kinds) == 3 * (5 + 11)  # of gradients and parameters, fp16 rounding stochastically is none
 
 
 def test_every_file_with_kernels_is_inspected() -> None:

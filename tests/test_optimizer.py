@@ -59,8 +59,14 @@ def test_only_matrices_decay(tiny_gpt: GPT) -> None:
     assert len(decaying["params"]) + len(free["params"]) == len(names)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, 0.01, 1e6])
-def test_a_step_is_torchs_clip_and_adamw(tiny_gpt: GPT, max_norm: float, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("max_norm", "scale"), [(0.0, None), (0.01, None), (1e6, None), (0.0, 4096.0), (0.01, 4096.0)]
+)
+def test_a_step_is_torchs_clip_and_adamw(
+    tiny_gpt: GPT, max_norm: float, scale: float | None, backend: str
+) -> None:
+    """scale: of the loss, which neither norm nor update show."""
+    grad_scale = None if scale is None else torch.tensor(scale, device=DEVICE)
     plain = copy.deepcopy(tiny_gpt.to(DEVICE))
     config = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
     optimizer = build_optimizer(tiny_gpt, config)
@@ -79,7 +85,8 @@ def test_a_step_is_torchs_clip_and_adamw(tiny_gpt: GPT, max_norm: float, backend
         for ours, expected in zip(tiny_gpt.parameters(), plain.parameters(), strict=True):
             assert ours.grad is not None
             expected.grad = ours.grad.clone()
-        optimizer.step(max_norm=max_norm)
+            ours.grad *= scale or 1.0
+        optimizer.step(max_norm=max_norm, grad_scale=grad_scale)
         expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or 1e9)
         theirs.step()
         torch.testing.assert_close(optimizer.grad_norm, expected_norm)

@@ -26,15 +26,24 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DENSE = torch.strided
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW as `config` says; weight decay on matrices only, never on biases and norms."""
+def build_optimizer(model: nn.Module, config: TrainConfig, *, micro_batches: int = 1) -> AdamW:
+    """AdamW as `config` says; weight decay on matrices only, never on biases and norms.
+
+    micro_batches: backward passes a step. On a GPU the learning rate is a tensor there, see AdamW.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    for group in groups:
+        if parameters[0].is_cuda:
+            group["lr"] = torch.tensor(config.learning_rate, device=parameters[0].device)
     betas = (config.beta1, config.beta2)
-    return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, seed=config.seed)
+    accumulate = micro_batches > 1
+    return AdamW(
+        groups, config.learning_rate, betas, config.eps, fp32_accumulation=accumulate, seed=config.seed
+    )
 
 
 class AdamW(torch.optim.Optimizer):
@@ -167,9 +176,15 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, max_norm: float = 0.0
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        max_norm: float = 0.0,
+        grad_scale: Tensor | None = None,  # fp32 scalar on the device
     ) -> float | None:
         """One step with the gradient scaled to a norm of at most max_norm (0: not scaled).
+
+        grad_scale: gradients are so many times too large (loss scaling); norm and update are without it.
 
         closure: evaluates the model and returns the loss, which is returned. Raises ValueError for sparse
         gradients, RuntimeError in a CUDA graph's capture for what must have happened before it.
@@ -190,7 +205,8 @@ class AdamW(torch.optim.Optimizer):
             self._drop_plan()
             self._plan = self._make_plan(parameters, grads, layout)
         results = (self.grad_norm, self.skipped, self.skipped_steps)
-        self._plan.step([local(g) for g in grads if g is not None], self.param_groups, max_norm, results)
+        local_grads = [local(g) for g in grads if g is not None]
+        self._plan.step(local_grads, self.param_groups, max_norm, grad_scale, results)
         return loss
 
     def _make_plan(self, parameters: list[Tensor], grads: list[Tensor | None], layout: list[object]) -> Plan:

@@ -81,7 +81,12 @@ class Plan:
         return False
 
     def step(
-        self, grads: list[Tensor], groups: list[dict[str, Any]], max_norm: float, results: Results
+        self,
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        max_norm: float,
+        grad_scale: Tensor | None,
+        results: Results,
     ) -> None:
         """One step of all buckets; grads: the local ones of the parameters that have any."""
         raise NotImplementedError
@@ -91,11 +96,18 @@ class TorchPlan(Plan):
     """By torch's fused AdamW, which unscales and checks as it does for torch.amp.GradScaler."""
 
     def step(
-        self, grads: list[Tensor], groups: list[dict[str, Any]], max_norm: float, results: Results
+        self,
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        max_norm: float,
+        grad_scale: Tensor | None,
+        results: Results,
     ) -> None:
         buckets = self.buckets
         mine = [bucket.grads_of(grads) for bucket in buckets]
         norm = _total_norm([(b.process_groups, g) for b, g in zip(buckets, mine, strict=True)])
+        if grad_scale is not None:
+            norm = norm / grad_scale
         skipped = (~norm.isfinite()).float()
         results[0].copy_(norm)
         results[1].copy_(skipped)
@@ -103,9 +115,12 @@ class TorchPlan(Plan):
         on_cpu = norm.device.type == "cpu"  # where looking costs nothing, and what is found out saves work
         if on_cpu and skipped:
             return
-        clip = (norm / max_norm).clamp(min=1.0) if max_norm > 0.0 else None
+        divisor = grad_scale
+        if max_norm > 0.0:
+            clip = (norm / max_norm).clamp(min=1.0)
+            divisor = clip if divisor is None else clip * divisor
         scales = {
-            "grad_scale": None if clip is None or (on_cpu and clip == 1.0) else clip,
+            "grad_scale": None if divisor is None or (on_cpu and divisor == 1.0) else divisor,
             "found_inf": None if on_cpu else skipped,
         }
         for bucket, bucket_grads in zip(buckets, mine, strict=True):
@@ -165,6 +180,7 @@ class TritonPlan(Plan):
         self.hyper = torch.zeros(n_groups, 8, dtype=torch.float64, device=device)
         self.rows: list[list[float]] = []  # what self.hyper holds
         self.partials = torch.zeros(len(self.buckets), adamw_.PARTIALS, device=device)
+        self.one = torch.ones((), device=device)
         self.tables = [_Table(bucket, self.stochastic) for bucket in self.buckets]
 
     @property
@@ -172,7 +188,12 @@ class TritonPlan(Plan):
         return any(table.captured for table in self.tables)
 
     def step(
-        self, grads: list[Tensor], groups: list[dict[str, Any]], max_norm: float, results: Results
+        self,
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        max_norm: float,
+        grad_scale: Tensor | None,
+        results: Results,
     ) -> None:
         self._upload_hyper(groups)
         kept = [bucket.grads_of(grads) for bucket in self.buckets]
@@ -182,7 +203,8 @@ class TritonPlan(Plan):
             for ranks in bucket.process_groups:
                 torch.distributed.all_reduce(partials, group=ranks)
         for i, batch in enumerate(batches):
-            adamw_.adamw(batch, self.partials, *results, max_norm=max_norm, report=i == 0)
+            scale = self.one if grad_scale is None else grad_scale
+            adamw_.adamw(batch, self.partials, *results, max_norm=max_norm, grad_scale=scale, report=i == 0)
 
     def _upload_hyper(self, groups: list[dict[str, Any]]) -> None:
         """Bring self.hyper up to date; a tensor lr is copied by the device, also at a graph's replay."""
