@@ -34,9 +34,11 @@ from torch import Tensor
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loader import Cursor, StepBatch
 from fusedgpt.train.optimizer import build_optimizer
+from fusedgpt.train.precision import set_precision
 from fusedgpt.train.runtime import keep_freed_memory
-from fusedgpt.train.step import train_step
+from fusedgpt.train.step import Step
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
 GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
@@ -58,8 +60,10 @@ def ours(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Sid
     if device.type == "cpu":
         keep_freed_memory()
     model = GPT(config, seed=0).to(device)
-    model.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=LEARNING_RATE))
+    set_precision(model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    train_config = TrainConfig(learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
+    train_step = Step(model, build_optimizer(model, train_config), train_config)
+    step_batch = StepBatch.collect([batch], Cursor())
 
     def loss() -> float:
         model.eval()
@@ -68,7 +72,7 @@ def ours(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Sid
 
     def step() -> None:
         model.train()
-        train_step(model, batch, optimizer, lr=LEARNING_RATE, grad_clip=GRAD_CLIP)
+        train_step(step_batch, LEARNING_RATE)
 
     return loss, step
 

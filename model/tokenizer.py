@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # imported where used: tiktoken and tokenizers take 60 ms, and every command imports this
+if TYPE_CHECKING:  # imported where used: these take 60 ms and more, and every command imports this
+    import numpy as np
     import tokenizers
+    from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
 # A tokenizer.json does not say which of its tokens ends a text: the first of these that it has is taken.
@@ -46,6 +48,8 @@ class Tokenizer(ABC):
     vocab_size: int  # end-of-text included
     eot_id: int
     eot_token: str = END_OF_TEXT
+    # Where a text may be cut, its parts then having the ids of the whole: "words" where GPT-2's words end.
+    safe_cut: Literal["anywhere", "words", "never"] = "anywhere"
     _known: Container[int]  # the ids that decode
 
     @abstractmethod
@@ -55,6 +59,12 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores where the library can."""
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """`encode` of each text on one thread, as arrays: what preparing large data calls in each process."""
+        import numpy as np
+
+        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: `eot_token` for `eot_id`, U+FFFD for bytes that are not UTF-8.
@@ -87,6 +97,10 @@ class Tokenizer(ABC):
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     @abstractmethod
+    def token_bytes(self) -> list[int] | None:
+        """The UTF-8 bytes of text that each id stands for, end-of-text none; None if that is not known."""
+
+    @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """`decode` of ids that are in the vocabulary."""
 
@@ -97,6 +111,7 @@ class Tokenizer(ABC):
 
 class _GPT2Tokenizer(Tokenizer):
     kind = "gpt2"
+    safe_cut = "words"
     vocab_size = 50257
     eot_id = 50256
     _known = range(vocab_size)
@@ -123,6 +138,16 @@ class _GPT2Tokenizer(Tokenizer):
         ids = iter(self._bpe.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
         return [list(chain.from_iterable(islice(ids, len(part)))) for part in parts]
 
+    def token_bytes(self) -> list[int]:
+        return [*map(len, self._tokens), 0]  # a letter a byte
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        import numpy as np
+
+        parts = [_safe_parts(_well_formed(text)) for text in texts]
+        arrays = [[self._bpe.encode_to_numpy(p, disallowed_special=()) for p in part] for part in parts]
+        return [part[0] if len(part) == 1 else np.concatenate(part) for part in arrays]
+
     def _decode(self, ids: list[int]) -> str:
         return self._bpe.decode(ids)
 
@@ -139,6 +164,14 @@ class _ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(_well_formed(text).encode())
+
+    def token_bytes(self) -> list[int]:
+        return [1] * 256 + [0]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        import numpy as np
+
+        return [np.frombuffer(_well_formed(text).encode(), dtype=np.uint8) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
@@ -167,6 +200,21 @@ class _CharTokenizer(Tokenizer):
         remedy = "take it out, or train on text that has it, or with --tokenizer byte"
         raise ValueError(f"the character {char!r} (U+{ord(char):04X}) {where}: {remedy}")
 
+    def token_bytes(self) -> list[int]:
+        return [*(len(token.encode()) for token in self._tokens[:-1]), 0]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        import numpy as np
+
+        table = np.full(0x110000, self.eot_id, dtype=np.uint32)  # end-of-text: no character of ours
+        table[[ord(token) for token in self._tokens[:-1]]] = np.arange(self.eot_id, dtype=np.uint32)
+        points = [np.frombuffer(_well_formed(text).encode("utf-32-le"), dtype="<u4") for text in texts]
+        arrays = [table[one] for one in points]
+        for text, ids in zip(texts, arrays, strict=True):
+            if (ids == self.eot_id).any():
+                self.encode(text)  # raises, and says which character it is
+        return arrays
+
     def _decode(self, ids: list[int]) -> str:
         return "".join(map(self._tokens.__getitem__, ids))
 
@@ -194,6 +242,7 @@ class _CustomTokenizer(Tokenizer):
             raise ValueError(f"it has no end-of-text token: add one of {', '.join(END_OF_TEXT_NAMES)}")
         self._known = known = frozenset(vocab.values())
         self.eot_token, self.eot_id = name, vocab[name]
+        self.safe_cut = "words" if _has_gpt2_words(definition) else "never"
         self.vocab_size = max(known) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"it has the id {self.vocab_size - 1}, and the limit is {MAX_VOCAB_SIZE - 1}")
@@ -226,6 +275,14 @@ class _CustomTokenizer(Tokenizer):
         if self.eot_id in ids:
             raise ValueError(f"{word!r} has no ids but that of {self.eot_token}")
         return ids
+
+    def token_bytes(self) -> list[int] | None:
+        if (self._definition()["decoder"] or {}).get("type") != "ByteLevel":
+            return None
+        lengths = [0] * self.vocab_size
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            lengths[i] = 0 if i == self.eot_id else len(token)  # a letter a byte
+        return lengths
 
     def _decode(self, ids: list[int]) -> str:
         with _library_errors("the tokenizer cannot decode the ids"):
@@ -363,6 +420,22 @@ def _plain(definition: dict[str, Any]) -> dict[str, Any]:
             for t in added
         ]
     return plain
+
+
+def _has_gpt2_words(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer that the library takes looks at GPT-2's words one by one."""
+    rule = definition.get("pre_tokenizer") or {}
+    tokens = definition.get("added_tokens") or []
+    across_words = any(
+        token.get("lstrip")
+        or token.get("rstrip")
+        or token.get("single_word")
+        or re.search(r"\s", token["content"])
+        for token in tokens
+    )
+    gpt2_words = rule.get("type") == "ByteLevel" and rule.get("use_regex", True)
+    gpt2_words = gpt2_words and not rule.get("add_prefix_space", True)  # each part would get a space
+    return gpt2_words and not definition.get("normalizer") and not across_words
 
 
 def _byte_level_json(tokens: list[str], *, merges: list[str], cut_words: bool) -> dict[str, Any]:

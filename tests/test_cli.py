@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -36,12 +37,18 @@ def fusedgpt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run directories are made where one stands."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with book.txt, and models/ with one model trained on it."""
     root = tmp_path_factory.mktemp("cli")
     (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
-    done = train(root)
+    done = train(root, "--run-dir", str(root / "run"))
     assert done.returncode == 0, done.stderr
     return root
 
@@ -54,7 +61,7 @@ def train(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
     done = train(root, "--json")
     result = json.loads(done.stdout.splitlines()[-1])
-    wanted = "model_path steps tokens final_loss val_loss best_val_loss tokens_per_second seconds"
+    wanted = "model_path run_path steps tokens final_loss val_loss best_val_loss tokens_per_second seconds"
     assert set(wanted.split()) <= result.keys()
     assert (Path(result["model_path"]) / "model.safetensors").is_file()
     assert "3/3 steps | Loss:" in done.stderr
@@ -62,6 +69,60 @@ def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
     assert done.stderr == ""
     assert json.loads(done.stdout)["val_loss"] is None
     assert "validation loss none held out" in train(root, "--val-fraction", "0").stdout
+
+
+def test_resume_remembers_data_and_settings(root: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(root, "--run-dir", str(run_dir), "--save-every", "2")
+    done = fusedgpt("train", "--resume", str(run_dir), "--steps", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3 of 5" in done.stderr
+    assert json.loads(done.stdout)["steps"] == 5
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5]
+    auto = fusedgpt("train", "--resume", "auto", "--run-dir", str(run_dir), "--json")
+    assert json.loads(auto.stdout)["steps"] == 5  # of the run's own config.toml by now
+    fresh = train(root, "--resume", "auto", "--run-dir", str(tmp_path / "fresh"))
+    assert "nothing to resume: this is a new run" in fresh.stderr
+    assert fresh.returncode == 0
+
+
+def test_create_resumes_with_its_own_texts(tmp_path: Path) -> None:
+    small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
+    first = fusedgpt("create", "poems", "--run-dir", "run", "--keep-last", "1", *small, "--json")
+    again = fusedgpt("create", "--resume", "run", "--steps", "5", "--json")
+    assert json.loads(again.stdout)["steps"] == 5, again.stderr
+    folders = [Path(json.loads(done.stdout)["model_path"]) for done in (first, again)]
+    texts = [(folder / "dataset.txt").read_text() for folder in folders]
+    assert texts[0] == texts[1]
+    other = fusedgpt("create", "recipes", "--resume", "run")
+    assert (other.returncode, "was made for the prompt 'poems'" in other.stderr) == (2, True)
+
+
+def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--print-config", "--set", "train.beta2=0.95", "--learning-rate", "1e-3")
+    (tmp_path / "run.toml").write_text(done.stdout)
+    again = fusedgpt("train", "--config", "run.toml", "--print-config")
+    assert again.stdout == done.stdout
+    assert "beta2 = 0.95" in again.stdout
+    assert "learning_rate = 0.001" in again.stdout
+    assert "max_length = 128" in fusedgpt("create", "poems", "--print-config").stdout
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_plot_schedule_and_estimate_train_nothing(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--plot-schedule", "lr.png", "--schedule", "wsd")
+    assert done.stdout == "lr.png\n"
+    assert (tmp_path / "lr.png").stat().st_size > 5000
+    table = train(root, "--estimate").stdout
+    assert all(word in table for word in ("none", "selective", "full", "activations"))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_profile_prints_the_dearest_ops(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--run-dir", "run", "--profile", "--steps", "12")
+    assert "Self CPU" in done.stderr
+    assert (tmp_path / "run" / "trace.json").stat().st_size > 1000
 
 
 def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
@@ -134,6 +195,26 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("train --data {root}/book.txt --batch-size 0", 2, "batch_size: Input should be greater than"),
         ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
         ("create poems --epochs 0", 2, "epochs: Input should be greater than"),
+        ("create --run-dir {root}/new", 2, "say what the GPT is to write"),
+        ("create poems --resume {root}/run", 2, "is a run of `fusedgpt train`, not of create"),
+        ("train --data {root}/book.txt --set train.beat2=1", 2, "'beat2'; did you mean 'beta2'?"),
+        ("train --data {root}/book.txt --set beta2=1", 2, "expected section.name=value"),
+        ("train --data {root}/book.txt --config {root}/absent", 2, "cannot read {root}/absent: No such file"),
+        ("train --resume {root}", 2, "{root} is neither a run directory nor one of its checkpoints"),
+        ("train --resume {root}/run --run-dir {root}/new", 2, "goes on in its own directory, not in"),
+        (
+            "train --data {root}/book.txt --run-dir {root}/run",
+            2,
+            "{root}/run holds a run: go on with --resume",
+        ),
+        (
+            "train --data {root}/book.txt --tokenizer byte --max-length 9 --batch-size 999",
+            1,
+            "a step takes 999",
+        ),
+        ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 1, "CUDA device"),
+        ("train --plot-schedule {root}/x.png", 2, "how long is the run? give --steps, or --data"),
+        ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
         ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
         ("sample {root}/absent", 1, "absent is no model folder"),
         ("sample {root}/models/{model} --top-p 2", 1, "top_p: expected 0 < p <= 1, got 2.0"),
@@ -162,7 +243,7 @@ def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
 
 
 def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:
-    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--output-dir", tmp_path, *TINY]
+    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--tokenizer", "byte", *TINY]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
     with subprocess.Popen(
         [*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True, preexec_fn=heed
@@ -172,8 +253,14 @@ def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tm
             pass
         process.send_signal(signal.SIGINT)
         last = process.stderr.readlines()[-1]
-    assert (process.returncode, last) == (130, "fusedgpt: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert process.returncode == 130
+    message = r"fusedgpt: stopped by SIGINT after step (\d+); go on with --resume (runs/custom_\S+)\n"
+    found = re.fullmatch(message, last)
+    assert found
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+    done = fusedgpt("train", "--resume", found[2], "--steps", found[1], "--output-dir", "models", "--json")
+    assert json.loads(done.stdout)["steps"] == int(found[1])
+    assert f"resuming after step {found[1]} of {found[1]}" in done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -29,6 +29,12 @@ FILES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run directories are made where one stands."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def tiny(**changes: object) -> RunConfig:
     return create_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes})
 
@@ -115,13 +121,14 @@ def test_test_prompts_outside_a_character_vocabulary_are_left_out(tmp_path: Path
 
 
 def test_nothing_is_left_behind_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("boom")
 
     monkeypatch.setattr(pipeline, "train", fail)
     with pytest.raises(ValueError, match="boom"):
         run_full_pipeline("poems", tiny(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+    assert list(Path("runs").iterdir()) == []
 
 
 def test_an_unwritable_output_is_found_before_the_work(

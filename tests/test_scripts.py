@@ -39,7 +39,8 @@ def test_an_old_python_is_refused_in_one_line(name: str, tmp_path: Path) -> None
     assert not (tmp_path / ".venv").exists()
 
 
-def test_shakespeare_script_asks_for_its_file() -> None:
-    done = subprocess.run([ROOT / "scripts" / "train_shakespeare_char_cpu"], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["train_shakespeare_char", "train_shakespeare_char_cpu"])
+def test_shakespeare_scripts_ask_for_their_file(name: str) -> None:
+    done = subprocess.run([ROOT / "scripts" / name], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage:" in done.stderr

@@ -10,23 +10,22 @@ import torch
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loader import Cursor, StepBatch
 from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.step import train_step
+from fusedgpt.train.precision import set_precision
+from fusedgpt.train.step import Step
 
 
 def losses(backend: str, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """The losses of a tiny GPT that learns to repeat a pattern, with dropout everywhere."""
     monkeypatch.setenv("FUSEDGPT_KERNELS", backend)
-    config = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
-    model = GPT(config, seed=1).to(device).train()
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-2))
+    shape = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+    model = GPT(shape, seed=1).to(device).train()
+    config = TrainConfig(learning_rate=1e-2)
+    step = Step(model, build_optimizer(model, config), config)
     tokens = (torch.arange(17) * torch.tensor([[3]]) % 61).to(device)
-    batch = tokens[:, :-1], tokens[:, 1:]
-    history = []
-    for _ in range(steps):
-        loss, _, _ = train_step(model, batch, optimizer, lr=1e-2, grad_clip=1.0)
-        history.append(loss)
-    return torch.stack(history)
+    batch = StepBatch.collect([(tokens[:, :-1], tokens[:, 1:])], Cursor())
+    return torch.stack([step(batch, 1e-2)[0] for _ in range(steps)])
 
 
 def test_fifty_steps_on_kernels_follow_the_reference(
@@ -46,18 +45,18 @@ def byte_losses(
     monkeypatch.setenv("FUSEDGPT_KERNELS", backend)
     documents = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
     text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, documents))), dtype=torch.uint8).long()
-    config = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
-    model = GPT(config, seed=1).to(device).train()
+    shape = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
+    model = GPT(shape, seed=1).to(device).train()
     model.seed_dropout(seed)
-    model.compute_dtype = torch.bfloat16
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-3))
+    set_precision(model, torch.bfloat16)
+    config = TrainConfig(learning_rate=1e-3)
+    step = Step(model, build_optimizer(model, config), config)
     generator = torch.Generator().manual_seed(0)
     history = []
     for _ in range(2000):
         starts = torch.randint(len(text) - 257, (32, 1), generator=generator)
         windows = text[starts + torch.arange(257)].to(device)
-        loss, _, _ = train_step(model, (windows[:, :-1], windows[:, 1:]), optimizer, lr=1e-3, grad_clip=1.0)
-        history.append(loss)
+        history.append(step(StepBatch.collect([(windows[:, :-1], windows[:, 1:])], Cursor()), 1e-3)[0])
     return torch.stack(history)
 
 

@@ -8,15 +8,24 @@ import typer
 
 from fusedgpt.train import cli_model
 from fusedgpt.train.cli_common import (
+    Assignments,
+    ConfigFile,
     Debug,
     Json,
     OutputDir,
+    PrintConfig,
+    Profile,
     Quiet,
+    Resume,
+    RunDir,
     print_json,
+    print_table,
     printable,
+    resolve_run,
     with_run_options,
 )
 from fusedgpt.train.cli_kernels import kernels
+from fusedgpt.train.cli_prepare import prepare
 from fusedgpt.train.config import ConfigError, build_config
 from fusedgpt.train.runtime import spin_briefly
 
@@ -27,13 +36,22 @@ app = typer.Typer(
     help="Trains small GPTs fast: a prompt or text goes in, a model folder that other tools open comes out.",
 )
 _INTERRUPTED = 130
+_EXPECTED = ("TrainingDiverged", "Stopped")  # by name: their modules import torch
 
 
 @app.command()
 @with_run_options
 def create(
-    prompt: Annotated[str, typer.Argument(help="What the GPT is to write, in your own words.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the GPT is to write, in your own words.", show_default=False)
+    ] = None,
     output_dir: OutputDir = Path("models"),
+    run_dir: RunDir = None,
+    resume: Resume = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+    profile: Profile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -43,27 +61,62 @@ def create(
     from fusedgpt.train.monitor import Monitor
     from fusedgpt.train.pipeline import create_config, run_full_pipeline
 
-    config = create_config(options)
-    _report(run_full_pipeline(prompt, config, output_dir, monitor=Monitor(quiet=quiet)), as_json)
+    told, run_options, layers = resolve_run("create", run_dir, resume, config, assignments, profile=profile)
+    resolved = create_config(options, layers)
+    if print_config:
+        typer.echo(resolved.to_toml(), nl=False)
+        return
+    if told and prompt not in (None, told["prompt"]):
+        raise ConfigError(f"the run to resume was made for the prompt {told['prompt']!r}")
+    prompt = told.get("prompt", prompt)
+    if prompt is None:
+        raise typer.BadParameter("say what the GPT is to write", param_hint="PROMPT")
+    monitor = Monitor(quiet=quiet)
+    _report(run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options), as_json)
 
 
 @app.command()
 @with_run_options
 def train(
     data: Annotated[
-        list[Path], typer.Option(help="A text file, or a folder of .txt and .md; may be repeated.")
-    ],
+        list[Path] | None, typer.Option(help="A text file, or a folder of .txt and .md; may be repeated.")
+    ] = None,
     output_dir: OutputDir = Path("models"),
+    run_dir: RunDir = None,
+    resume: Resume = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+    plot_schedule: Annotated[
+        Path | None, typer.Option(help="Draw the learning rate over the run into this PNG and stop.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print memory and time by --checkpointing and stop.")
+    ] = False,
+    profile: Profile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
     """Train a GPT on your own text."""
+    from fusedgpt.train import pipeline
     from fusedgpt.train.monitor import Monitor
-    from fusedgpt.train.pipeline import train_on_files
 
-    _report(train_on_files(data, build_config(options), output_dir, Monitor(quiet=quiet)), as_json)
+    told, run_options, layers = resolve_run("train", run_dir, resume, config, assignments, profile=profile)
+    resolved = build_config(options, layers=layers)
+    data = data or [Path(path) for path in told.get("data", [])]
+    if print_config:
+        typer.echo(resolved.to_toml(), nl=False)
+    elif plot_schedule is not None:
+        typer.echo(pipeline.draw_schedule(resolved, data, plot_schedule))
+    elif estimate:
+        print_table(pipeline.estimate_rows(resolved, data))
+    elif not data:
+        raise typer.BadParameter("say what to train on", param_hint="--data")
+    else:
+        monitor = Monitor(quiet=quiet)
+        _report(pipeline.train_on_files(data, resolved, output_dir, monitor, run_options), as_json)
 
 
 def _report(result: Any, as_json: bool) -> None:
@@ -78,9 +131,9 @@ def _report(result: Any, as_json: bool) -> None:
     summary = result.summary
     typer.echo(
         f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "
-        f"loss {summary.final_loss:.4f}, validation loss {loss_text(summary.val_loss)}"
+        f"loss {summary.final_loss:.4f}, validation loss {loss_text(summary.best_val_loss)}"
     )
-    typer.echo(f"model folder: {result.model_path}")
+    typer.echo(f"run directory: {result.run_path}\nmodel folder: {result.model_path}")
 
 
 @app.command(name="list")
@@ -115,6 +168,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 app.command()(cli_model.sample)
+app.command()(prepare)
 app.add_typer(kernels, name="kernels")
 
 
@@ -130,10 +184,11 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        expected = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingDiverged"
+        expected = isinstance(error, (ValueError, OSError)) or type(error).__name__ in _EXPECTED
         kind = "" if expected else f"internal error, {type(error).__name__}: "
         hint = "" if expected else " (--debug shows where; please report it)"
-        _fail(f"{kind}{' '.join(str(error).split())}{hint}", 2 if isinstance(error, ConfigError) else 1)
+        code = getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1)
+        _fail(f"{kind}{' '.join(str(error).split())}{hint}", code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -4,18 +4,38 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 
-from fusedgpt.train.config import option_fields
+from fusedgpt.train.config import ConfigError, Sections, option_fields, parse_set, read_toml
 
 _SYNONYMS = {"preset": ["--size"]}
 
 OutputDir = Annotated[Path, typer.Option(help="Where finished model folders go.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Where checkpoints and metrics go (default: a new folder in runs/).")
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="auto, or a run directory or one of its checkpoints: go on where it stopped."),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file of settings; flags go before it.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.NAME=VALUE", help="One setting, such as train.beta2=0.99."),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved settings as TOML and stop.")
+]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Trace a few steps (trace.json) and print the ten dearest ops.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as one line of JSON on standard output.")
 ]
@@ -24,14 +44,25 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")]
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+_Command = Callable[..., None]
+
+
+def with_run_options(command: _Command) -> _Command:
     """Give `command`, in place of its **options, an option for each field of the run's configuration."""
+    return with_options(option_fields())(command)
+
+
+def with_options(fields: Mapping[str, FieldInfo]) -> Callable[[_Command], _Command]:
+    """A decorator that gives a command, in place of its **options, an option for each field."""
+    return partial(_add_options, fields)
+
+
+def _add_options(fields: Mapping[str, FieldInfo], command: _Command) -> _Command:
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     generated = []
-    for name, field in option_fields().items():
+    for name, field in fields.items():
         kind = _option_type(field.annotation)
-        flag = name.replace("_", "-")
-        flags = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}", *_SYNONYMS.get(name, [])]
+        flags = [f"--{name.replace('_', '-')}", *_SYNONYMS.get(name, [])]
         default = "" if field.default is None else f" (default: {field.default})"
         option = typer.Option(None, *flags, help=f"{field.description}{default}")
         generated.append(
@@ -47,6 +78,36 @@ def _option_type(annotation: Any) -> Any:
     """bool, int, float or str for a field's annotation; pydantic knows what values it may have."""
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in (bool, int, float) if kind in kinds), str)
+
+
+def resolve_run(
+    command: str,
+    run_dir: Path | None,
+    resume: str | None,
+    config: Path | None,
+    assignments: list[str] | None,
+    *,
+    profile: bool,
+) -> tuple[dict[str, Any], Any, list[Sections]]:
+    """(what run.json of the run to resume holds, RunOptions, layers of settings for build_config)."""
+    from fusedgpt.train.pipeline import RunOptions
+    from fusedgpt.train.run import directory_of, find_run, read_run
+
+    told: dict[str, Any] = {}
+    layers: list[Sections] = []
+    found = None if resume is None else find_run(resume, run_dir)
+    if found is not None:
+        told, saved = read_run(directory_of(found))
+        layers.append(saved)
+        if told.get("command") != command:
+            raise ConfigError(f"{found} is a run of `fusedgpt {told.get('command')}`, not of {command}")
+        if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
+            raise ConfigError(f"--resume {found} goes on in its own directory, not in --run-dir {run_dir}")
+    elif resume is not None:
+        sys.stderr.write("nothing to resume: this is a new run\n")
+    layers += [read_toml(config)] if config else []
+    layers += [parse_set(assignment) for assignment in assignments or []]
+    return told, RunOptions(run_dir=run_dir, resume=found, profile=profile), layers
 
 
 @contextmanager

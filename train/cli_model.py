@@ -23,7 +23,7 @@ def sample(
     """Generate text from a model folder."""
     from fusedgpt.model.folder import load_folder
     from fusedgpt.model.generate import sample_texts
-    from fusedgpt.train.trainer import resolve_device
+    from fusedgpt.train.precision import resolve_device
 
     gpt, tokenizer = load_folder(model)
     texts = sample_texts(

@@ -10,7 +10,7 @@ import torch
 
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.linear import HAS_ONEDNN
-from fusedgpt.train.trainer import cpu_has_bf16, resolve_device, resolve_precision
+from fusedgpt.train.precision import cpu_has_bf16, resolve_device, resolve_precision
 
 _PACKAGES = ("fusedgpt", "torch", "triton", "transformers", "tiktoken", "tokenizers", "safetensors")
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, gpt2_tokenizer
-from fusedgpt.train.config import RunConfig, build_config
+from fusedgpt.train.config import ConfigError, RunConfig, Sections, build_config
+from fusedgpt.train.data.dataset import TokenDataset
 from fusedgpt.train.data.generate import choose_domain, generate_samples
 from fusedgpt.train.data.prepare import read_documents, tokenise
 from fusedgpt.train.data.refine import refine
+from fusedgpt.train.estimate import estimate, table
 from fusedgpt.train.monitor import Monitor
-from fusedgpt.train.trainer import TrainingSummary, train
+from fusedgpt.train.precision import resolve_device
+from fusedgpt.train.run import Run, directory_of, new_run_path, open_run, versions
+from fusedgpt.train.signals import Stopped, StopSignals
+from fusedgpt.train.trainer import TrainingSummary, count_steps, train
 
 GENERATION_METHODS = ("template",)
 TEST_PROMPTS = ("", "The", "Today")
@@ -36,22 +41,53 @@ class TrainingResult:
     """What a pipeline made: the folder, how training went, and what the model says to the test prompts."""
 
     model_path: Path
+    run_path: Path
     summary: TrainingSummary
     samples: dict[str, str]  # test prompt -> prompt and continuation
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"model_path": str(self.model_path), **self.summary.as_dict(), "samples": self.samples}
+        paths = {"model_path": str(self.model_path), "run_path": str(self.run_path)}
+        return {**paths, **self.summary.as_dict(), "samples": self.samples}
 
 
-def create_config(options: Mapping[str, Any]) -> RunConfig:
-    """The configuration of `create` for flat options: short windows and a higher rate suit its short texts.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run keeps its checkpoints, and whether it goes on with an older one."""
 
-    Raises ConfigError as build_config does.
+    run_dir: Path | None = None  # None: a new one below runs/
+    resume: Path | None = None  # see run.find_run
+    profile: bool = False
+
+    def path(self, name: str) -> Path:
+        """The run's directory; `name` names a new one."""
+        if self.resume is not None:
+            return directory_of(self.resume)
+        return self.run_dir or new_run_path(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Material:
+    """What a model is made of."""
+
+    tokenizer: Tokenizer
+    dataset: TokenDataset
+    name: str  # of the model folder
+    provenance: dict[str, Any]  # for generation_info.json
+    files: dict[str, str]  # for the model folder, name -> text
+
+
+def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
+    """The configuration of `create`: short windows and a higher rate suit its short texts.
+
+    options, layers and errors are build_config's.
     """
-    block_size = options.get("block_size")
-    max_length = min(128, max(1, block_size)) if isinstance(block_size, int) else 128
-    return build_config(options, {"max_length": max_length, "learning_rate": 6e-4})
+    layers = list(layers)
+    defaults = {"learning_rate": 6e-4, "keep_last": 0}
+    block_size = (
+        build_config(options, {**defaults, "max_length": 1}, layers=layers).model.gpt_config(1).block_size
+    )
+    return build_config(options, {**defaults, "max_length": min(128, block_size)}, layers=layers)
 
 
 def run_full_pipeline(
@@ -60,36 +96,55 @@ def run_full_pipeline(
     output_dir: Path = Path("models"),
     generation_method: str = "template",
     monitor: Monitor | None = None,
+    options: RunOptions = RunOptions(),
 ) -> TrainingResult:
     """Prompt -> tokenizer, data, refinement, dataset, GPT, training, test samples, model folder.
 
     generation_method: "template", the grammars that ship with fusedgpt. Returns where the model is and how it
-    did. Raises ValueError for options at odds, OSError where output_dir cannot be written (before training).
+    did. Raises ValueError for options at odds, OSError where output_dir cannot be written (before training),
+    and what train raises.
     """
     if generation_method not in GENERATION_METHODS:
         raise ValueError(f"no generation method {generation_method!r}; there is {GENERATION_METHODS[0]}")
     config = config or create_config({})
     monitor = monitor or Monitor(quiet=True)
     check_writable(output_dir)
-    raw_tokens, refined_tokens = _token_targets(config)
-
     domain = choose_domain(prompt)
-    monitor.note(f"domain: {domain}")
+    told = {"command": "create", "prompt": prompt}
+    with open_run(options.path(domain), config, told, resume=options.resume) as run:
+        monitor.note(f"domain: {domain}")
+        texts, provenance = _texts_of_run(run, prompt, domain, config, monitor)
+        tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
+        dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
+        files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
+        (run.path / "dataset.json").write_text(dataset_json, encoding="utf-8")
+        dataset = tokenise(texts, tokenizer, config)
+        material = _Material(
+            tokenizer=tokenizer, dataset=dataset, name=domain, provenance=provenance, files=files
+        )
+        return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
+
+
+def _texts_of_run(
+    run: Run, prompt: str, domain: str, config: RunConfig, monitor: Monitor
+) -> tuple[list[str], dict[str, Any]]:
+    """The refined texts and where they are from: those the run was begun with, or new ones."""
+    kept = run.path / "dataset.json"
+    if run.resumed is not None and kept.is_file():
+        provenance = json.loads(kept.read_text(encoding="utf-8"))
+        return provenance.pop("samples"), provenance
+    raw_tokens, refined_tokens = _token_targets(config)
     raw = generate_texts(prompt, domain=domain, n_tokens=raw_tokens, seed=config.train.seed)
     monitor.note(f"generated {len(raw):,} samples from templates")
     texts, report = refine(raw, prompt, target_tokens=refined_tokens, count_tokens=count_gpt2_tokens)
     monitor.note(str(report))
-    tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
-    provenance = {
+    return texts, {
         "prompt": prompt,
         "domain": domain,
-        "generation_method": generation_method,
+        "generation_method": "template",
         "samples_generated": len(raw),
         "refinement": asdict(report),
     }
-    dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
-    files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
-    return _train_and_save(texts, tokenizer, config, output_dir, domain, provenance, files, monitor)
 
 
 def train_on_files(
@@ -97,59 +152,105 @@ def train_on_files(
     config: RunConfig,
     output_dir: Path = Path("models"),
     monitor: Monitor | None = None,
+    options: RunOptions = RunOptions(),
 ) -> TrainingResult:
     """Text files, or folders of them -> dataset, GPT, training, test samples, model folder.
 
-    Raises FileNotFoundError or ValueError for unusable text, OSError where output_dir cannot be written.
+    Raises FileNotFoundError or ValueError for unusable text, OSError where output_dir cannot be written, and
+    what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
     texts = read_documents(paths)
     check_writable(output_dir)
     tokenizer = build_tokenizer(config.data.tokenizer, text="".join(texts))
+    dataset = tokenise(texts, tokenizer, config)
+    name = config.model.name
     provenance = {"data": [str(path) for path in paths], "documents": len(texts)}
-    return _train_and_save(texts, tokenizer, config, output_dir, config.model.name, provenance, {}, monitor)
+    told = {"command": "train", "data": [str(path.resolve()) for path in paths]}
+    material = _Material(tokenizer=tokenizer, dataset=dataset, name=name, provenance=provenance, files={})
+    count_steps(dataset, config.train)  # before anything is written or allocated
+    with open_run(options.path(name), config, told, resume=options.resume) as run:
+        return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
 
 
 def _train_and_save(
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
+    material: _Material,
     config: RunConfig,
     output_dir: Path,
-    name: str,
-    provenance: dict[str, Any],
-    files: dict[str, str],
+    run: Run,
     monitor: Monitor,
+    *,
+    profile: bool,
 ) -> TrainingResult:
     started = datetime.now(UTC)
-    dataset = tokenise(texts, tokenizer, config)
+    dataset, tokenizer, seed = material.dataset, material.tokenizer, config.train.seed
+    monitor.note(f"run directory: {run.path}")
     monitor.note(f"dataset: {dataset}")
     gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
     total, without_embeddings = gpt_config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
-    model = GPT(gpt_config, seed=config.train.seed)
-    summary = train(model, dataset, config.train, monitor)
-    samples = {
-        p: sample_texts(model, tokenizer, p, seed=config.train.seed, **_TEST_SAMPLING)[0]
-        for p in _encodable(TEST_PROMPTS, tokenizer)
-    }
-    info = {
-        **provenance,
-        "created": started.isoformat(timespec="seconds"),
-        "config": config.model_dump(),
-        "parameters": {"total": total, "without_embeddings": without_embeddings},
-        "tokens": {"train": len(dataset.train), "validation": len(dataset.val)},
-        "training": summary.as_dict(),
-        "samples": samples,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("fusedgpt", "torch")},
-    }
-    files = {
-        **files,
-        "generation_info.json": json.dumps(info, ensure_ascii=False, indent=2) + "\n",
-        "README.md": model_card(info, config),
-    }
-    folder_name = f"{safe_name(name)}_{time.strftime('%Y%m%d_%H%M%S')}"
-    path = save_folder(model, tokenizer, output_dir, folder_name, extra=files)
-    return TrainingResult(model_path=path, summary=summary, samples=samples)
+    count_steps(dataset, config.train)
+    model = GPT(gpt_config, seed=seed)
+    summary = train(model, dataset, config.train, monitor, run, profile=profile)
+    if summary.best_step not in (None, summary.steps):
+        monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
+    with StopSignals() as stop:  # from here on a signal costs the samples, not the model
+        samples = _test_samples(model, tokenizer, seed, stop)
+        info = {
+            **material.provenance,
+            "created": started.isoformat(timespec="seconds"),
+            "config": config.model_dump(),
+            "parameters": {"total": total, "without_embeddings": without_embeddings},
+            "tokens": {"train": len(dataset.train), "validation": len(dataset.val)},
+            "training": summary.as_dict(),
+            "samples": samples,
+            "versions": versions(),
+        }
+        files = {
+            **material.files,
+            "generation_info.json": json.dumps(info, ensure_ascii=False, indent=2) + "\n",
+            "README.md": model_card(info, config),
+        }
+        folder_name = f"{safe_name(material.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
+        path = save_folder(model, tokenizer, output_dir, folder_name, extra=files)
+        run.finish()
+    if stop.received is not None:
+        raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
+    return TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+
+
+def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals) -> dict[str, str]:
+    samples: dict[str, str] = {}
+    for prompt in _encodable(TEST_PROMPTS, tokenizer):
+        if not stop.requested():
+            samples[prompt] = sample_texts(model, tokenizer, prompt, seed=seed, **_TEST_SAMPLING)[0]
+    return samples
+
+
+def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
+    """The learning rate over the run, drawn into `png`. Raises ConfigError where its length is not known."""
+    from fusedgpt.train.plots import plot_schedule
+
+    steps = config.train.steps
+    if steps is None and not paths:
+        raise ConfigError("how long is the run? give --steps, or --data to count its epochs")
+    if steps is None:
+        texts = read_documents(paths)
+        tokenizer = build_tokenizer(config.data.tokenizer, text="".join(texts))
+        steps, _ = count_steps(tokenise(texts, tokenizer, config), config.train)
+    return plot_schedule(config.train, steps, png)
+
+
+def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, str]]:
+    """What `train --estimate` prints. Raises ConfigError for a vocabulary that needs text and has none."""
+    if config.data.tokenizer == "char" and not paths:
+        raise ConfigError("how many characters are there? give --data")
+    text = "".join(read_documents(paths)) if config.data.tokenizer == "char" else ""
+    vocab_size = build_tokenizer(config.data.tokenizer, text=text).vocab_size
+    device = resolve_device(config.train.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    gpt_config = config.model.gpt_config(vocab_size, trained_length=config.max_length)
+    return table(estimate(gpt_config, config.train, config.max_length, name))
 
 
 def generate_texts(prompt: str, *, domain: str, n_tokens: int, seed: int) -> list[str]:
@@ -211,7 +312,7 @@ Trained from scratch on {source}.
 |---|---|
 | parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
 | training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
-| validation loss | {loss_text(training["val_loss"])} |
+| validation loss | {loss_text(training["best_val_loss"])} |
 | window | {config.max_length} tokens; positions past it were never trained |
 
 ```python

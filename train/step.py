@@ -1,43 +1,110 @@
-"""One optimizer step, and the loss over a validation stream."""
+"""One optimizer step: micro-batches forward and backward, clip, AdamW. Nothing in it waits for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fusedgpt.model.gpt import GPT
-from fusedgpt.train.data.dataset import IGNORE_INDEX, Batch
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loader import StepBatch
 from fusedgpt.train.optimizer import AdamW
+from fusedgpt.train.precision import LossScale
+
+Forward = Callable[..., Tensor]  # (idx, targets, label_smoothing=, z_loss=) -> mean loss
+_EAGER_STEPS = 3  # before a capture: autotuning, workspaces, the optimizer's tables
 
 
-def train_step(
-    model: GPT, batch: Batch, optimizer: AdamW, *, lr: float, grad_clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward, backward, clip, AdamW. batch: inputs and targets (B, T) on the model's device.
+class Step:
+    """A step, as a function of its batch and learning rate.
 
-    Returns (loss, gradient norm, 1.0 if the update was skipped because the gradient was not finite), scalars
-    on the device, the last two overwritten by the next step: nothing here waits for a GPU.
+    The gradient is that of the mean over all targets of the step, however they are split: each micro-batch's
+    mean counts by its share of the targets. Where a loss is not finite, its gradient is made NaN, so that the
+    optimizer skips the update on the device.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss = model(*batch)
-    loss.backward()
-    optimizer.step(max_norm=grad_clip)
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), optimizer.grad_norm, optimizer.skipped
+
+    def __init__(
+        self, forward: Forward, optimizer: AdamW, config: TrainConfig, loss_scale: LossScale | None = None
+    ) -> None:
+        self.forward, self.optimizer, self.loss_scale = forward, optimizer, loss_scale
+        self.grad_clip = config.grad_clip
+        self.loss_options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+
+    def __call__(self, batch: StepBatch, lr: float) -> Tensor:
+        """(loss, gradient norm before clipping, 1.0 if the update was skipped), fp32 (3,) on the device."""
+        self.set_learning_rate(lr)
+        return self.run(batch)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """On a GPU into a tensor there, which a CUDA graph reads anew at every replay."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """The step at the learning rate that was set."""
+        scale = self.loss_scale.scale if self.loss_scale else None
+        total = None
+        for (inputs, targets), share in zip(batch.micro_batches, batch.shares, strict=True):
+            loss = self.forward(inputs, targets, **self.loss_options)
+            weight = torch.where(loss.detach().isfinite(), share, torch.nan)
+            torch.autograd.backward(loss, weight if scale is None else weight * scale)
+            part = loss.detach() * share
+            total = part if total is None else total + part
+        self.optimizer.step(max_norm=self.grad_clip, grad_scale=scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale:
+            self.loss_scale.update(self.optimizer.skipped)
+        assert total is not None  # a batch has a micro-batch
+        return torch.stack([total.float(), self.optimizer.grad_norm, self.optimizer.skipped])
 
 
-@torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats over every target that is not ignored; NaN where there is none."""
-    was_training = model.training
-    model.eval()
-    device = model.wte.weight.device
-    total, count = torch.zeros((), device=device, dtype=torch.float64), 0
-    for inputs, targets in batches:
-        total += model(inputs.to(device), targets.to(device), reduction="sum")
-        count += int((targets != IGNORE_INDEX).sum())
-    model.train(was_training)
-    return total.item() / count if count else float("nan")
+class GraphedStep:
+    """A Step captured as one CUDA graph: one launch where there were hundreds.
+
+    The first steps run eagerly, as do those whose batch has another shape (the end of an epoch). Learning
+    rate, loss scale, dropout offset and step counts are tensors that the graph reads and writes.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.eager_steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batch: StepBatch, lr: float) -> Tensor:
+        """As Step; the tensor returned is overwritten by the next call."""
+        if self.graph is None and self.eager_steps < _EAGER_STEPS:
+            return self._run_aside(batch, lr)
+        if self.graph is None:
+            self._capture(batch)
+        assert self.graph is not None
+        if batch.shapes != self.batch.shapes or batch.shares != self.batch.shares:
+            return self.step(batch, lr)
+        for ours, theirs in zip(self.batch.micro_batches, batch.micro_batches, strict=True):
+            for x, y in zip(ours, theirs, strict=True):
+                x.copy_(y, non_blocking=True)
+        self.step.set_learning_rate(lr)
+        self.graph.replay()
+        return self.result
+
+    def _run_aside(self, batch: StepBatch, lr: float) -> Tensor:
+        """An eager step on a side stream, as a capture wants it to have happened."""
+        self.eager_steps += 1
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = self.step(batch, lr)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def _capture(self, batch: StepBatch) -> None:
+        copies = tuple((x.clone(), y.clone()) for x, y in batch.micro_batches)
+        self.batch = replace(batch, micro_batches=copies)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.result = self.step.run(self.batch)
+        self.graph = graph

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.data.dataset import Batch, TokenDataset
+from fusedgpt.train.acceleration import build_step, choose_compile, choose_cuda_graphs
+from fusedgpt.train.checkpoint import check_space
+from fusedgpt.train.config import TrainConfig, windows_per_step
+from fusedgpt.train.data.dataset import TokenDataset
+from fusedgpt.train.estimate import flops_per_token
+from fusedgpt.train.loader import Loader
+from fusedgpt.train.log import TrainingDiverged, TrainingLog
 from fusedgpt.train.monitor import Monitor
 from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.runtime import keep_freed_memory
+from fusedgpt.train.precision import LossScale, resolve_device, resolve_precision, set_precision
+from fusedgpt.train.resume import Training, fingerprint
+from fusedgpt.train.run import Run
+from fusedgpt.train.runtime import deterministic, keep_freed_memory
 from fusedgpt.train.schedule import learning_rate
-from fusedgpt.train.step import evaluate, train_step
+from fusedgpt.train.signals import StopSignals
+from fusedgpt.train.validation import Validation
 
-_EVALUATIONS_PER_RUN = 10
-_EVALUATION_TOKENS = 8192  # a batch: without gradients there is room for more than a training step's
-_MAX_SKIPPED_STEPS = 10  # in a row, before a run with non-finite gradients is given up
+__all__ = ["TrainingDiverged", "TrainingSummary", "train", "train_model"]
+_CHECKPOINT_BYTES = 16  # a parameter: itself, two moments, its value at the best validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,45 +36,16 @@ class TrainingSummary:
     steps: int
     tokens: int
     final_loss: float  # training loss, mean of the last 10 steps
-    val_loss: float | None
-    best_val_loss: float | None
-    tokens_per_second: float  # over the training steps, evaluation not counted
-    seconds: float  # all of it
+    val_loss: float | None  # of the weights after the last step
+    best_val_loss: float | None  # of the weights that are kept
+    best_step: int | None  # after which they were
+    tokens_per_second: float  # over this process's training steps; evaluation and saving not counted
+    seconds: float  # of this process, all of it
+    skipped_steps: int  # for a loss or gradient that was not finite
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
         return asdict(self)
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Raises ValueError for a device torch cannot use."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: bf16 where "auto" finds it in hardware, else fp32."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-        precision = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices natively (AVX512-BF16, AMX or Arm's BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def train_model(model: GPT, dataset: TokenDataset, config: TrainConfig) -> float:
@@ -77,97 +54,115 @@ def train_model(model: GPT, dataset: TokenDataset, config: TrainConfig) -> float
 
 
 def train(
-    model: GPT, dataset: TokenDataset, config: TrainConfig, monitor: Monitor | None = None
+    model: GPT,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    monitor: Monitor | None = None,
+    run: Run | None = None,
+    *,
+    profile: bool = False,
 ) -> TrainingSummary:
-    """Train `model` in place on `dataset`, drawing progress on `monitor`.
+    """Train `model` in place on `dataset`, drawing progress on `monitor`, saving into `run`.
 
-    The model ends in eval mode on the device it was trained on, its parameters still fp32. Raises ValueError
-    for an unusable device, TrainingDiverged when gradients stop being finite.
+    The model ends in eval mode and fp32 on the device it was trained on, with the weights of the best
+    validation if there was one. profile: trace a few steps into `run`, the dearest ops on the monitor.
+
+    Raises ValueError for an unusable device or too little data for a step, TrainingDiverged when losses stop
+    being finite, Stopped (once `run` is saved) on SIGINT, SIGTERM or SIGUSR1, OSError where `run` cannot be
+    written, CheckpointError where what it resumes does not fit.
     """
     monitor = monitor or Monitor(quiet=True)
+    steps, steps_per_epoch = count_steps(dataset, config)
+    training = _prepare(model, dataset, config)
+    progress = training.progress
+    device = model.wte.weight.device
+    if run is not None:
+        check_space(run.path, _CHECKPOINT_BYTES * _n_parameters(model) * (run.store.keep_last + 1))
+        if run.resumed is not None:
+            training.restore(run.resumed)
+            progress = training.progress
+    compile_mode = choose_compile(config, model, steps - progress.step, dataset.max_length)
+    cuda_graphs = choose_cuda_graphs(config, model, dataset.max_length)
+    step = build_step(training, config, compile_mode=compile_mode, cuda_graphs=cuda_graphs)
+    slow_start = compile_mode != "off" or cuda_graphs
+    validation = Validation(dataset, config, steps, progress.validation)
+    log = TrainingLog(training, config, monitor, run, profile=profile)
+    log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
+    with (
+        deterministic(config.deterministic and device.type == "cuda"),
+        StopSignals() as stop,
+        Loader(dataset, config, device, progress.cursor) as batches,
+        log,
+    ):
+        while True:
+            if validation.due(progress.step):
+                log.validate(validation, stop)
+            if stop.requested():
+                raise log.stopped(stop)
+            if run is not None and run.save_due(progress.step):
+                log.save(run)
+            if progress.step >= steps or validation.out_of_patience:
+                break
+            batch, lr = next(batches), learning_rate(progress.step, steps, config)
+            if slow_start:  # compiling takes minutes, and before the first step there is nothing to save
+                result = stop.unless_stopped(partial(step, batch, lr))
+                if result is None:
+                    raise log.stopped(stop, save=False)
+                slow_start = False
+            else:
+                result = step(batch, lr)
+            progress.step += 1
+            progress.tokens += batch.tokens
+            progress.cursor = batch.following
+            log.add(result, lr)
+        if validation.out_of_patience:
+            monitor.note(f"no improvement in {config.patience} validations: stopped early")
+        if run is not None and run.saving.keep_last and run.last_saved_step != progress.step:
+            log.save(run)  # in the background of what the caller does with the model
+    training.finish()
+    return TrainingSummary(
+        steps=progress.step,
+        tokens=progress.tokens,
+        final_loss=progress.smoothed_loss,
+        val_loss=progress.validation.last_loss,
+        best_val_loss=progress.validation.best_loss,
+        best_step=progress.validation.best_step or None,
+        tokens_per_second=log.tokens_per_second,
+        seconds=log.seconds,
+        skipped_steps=progress.skipped_steps,
+    )
+
+
+def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, int]:
+    """(steps of the run, steps of an epoch). Raises ValueError where a step is larger than the data."""
+    windows = windows_per_step(config, dataset.max_length)
+    if windows > dataset.windows_per_epoch:
+        raise ValueError(
+            f"a step takes {windows} windows of {dataset.max_length} tokens, the training text has only "
+            f"{dataset.windows_per_epoch}: lower --batch-size or --batch-tokens, or add text"
+        )
+    steps_per_epoch = -(-dataset.windows_per_epoch // windows)
+    return config.steps or config.epochs * steps_per_epoch, steps_per_epoch
+
+
+def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training:
+    """The model on its device, in its precision, with its optimizer."""
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device).train()
     model.seed_dropout(config.seed)
-    model.compute_dtype = resolve_precision(config.precision, device)
-    optimizer = build_optimizer(model, config)
-    steps_per_epoch = -(-dataset.windows_per_epoch // config.batch_size)
-    steps = config.steps or config.epochs * steps_per_epoch
-    monitor.begin(steps=steps, steps_per_epoch=steps_per_epoch)
-    validation = _Validation(dataset, config, steps)
-    guard = _DivergenceGuard(config.learning_rate)
-    tokens, start = 0, time.perf_counter()
-    for step, batch in zip(range(steps), training_batches(dataset, config), strict=False):
-        inputs, targets = (x.to(device) for x in batch)
-        lr = learning_rate(step, steps, config)
-        loss, _, skipped = train_step(model, (inputs, targets), optimizer, lr=lr, grad_clip=config.grad_clip)
-        tokens += inputs.numel()
-        guard.check(bool(skipped), step, monitor)
-        monitor.update(loss.item(), tokens=tokens, seconds=time.perf_counter() - start - validation.seconds)
-        validation.run_if_due(model, step, monitor)
-    monitor.close()
-    model.eval()
-    seconds = time.perf_counter() - start
-    return TrainingSummary(
-        steps=steps,
-        tokens=tokens,
-        final_loss=monitor.smoothed_loss,
-        val_loss=validation.last,
-        best_val_loss=validation.best,
-        tokens_per_second=tokens / (seconds - validation.seconds),
-        seconds=seconds,
+    model.checkpointing = config.checkpointing
+    dtype = resolve_precision(config.precision, device)
+    set_precision(model, dtype)
+    micro_batches = -(-windows_per_step(config, dataset.max_length) // config.batch_size)
+    return Training(
+        model=model,
+        optimizer=build_optimizer(model, config, micro_batches=micro_batches),
+        loss_scale=LossScale(device) if dtype == torch.float16 else None,
+        fingerprint=fingerprint(dataset, config),
     )
 
 
-class _Validation:
-    """Evaluates the held-out stream every so often and after the last step, and keeps the time it took."""
-
-    def __init__(self, dataset: TokenDataset, config: TrainConfig, steps: int) -> None:
-        self.dataset, self.steps = dataset, steps
-        self.batch_size = max(config.batch_size, _EVALUATION_TOKENS // dataset.max_length)
-        self.every = config.eval_every or max(1, steps // _EVALUATIONS_PER_RUN)
-        self.last: float | None = None
-        self.best: float | None = None
-        self.seconds = 0.0
-
-    def run_if_due(self, model: GPT, step: int, monitor: Monitor) -> None:
-        """Evaluate after step `step` (from 0) if it is time to, and say the loss."""
-        done = step + 1
-        if len(self.dataset.val) < 2 or (done % self.every and done != self.steps):
-            return
-        start = time.perf_counter()
-        self.last = evaluate(model, self.dataset.val_batches(self.batch_size))
-        self.best = self.last if self.best is None else min(self.best, self.last)
-        self.seconds += time.perf_counter() - start
-        monitor.note(f"step {done}: validation loss {self.last:.4f}")
-
-
-class _DivergenceGuard:
-    """Says which updates were skipped, and ends a run that skips too many in a row."""
-
-    def __init__(self, peak_learning_rate: float) -> None:
-        self.peak_learning_rate = peak_learning_rate
-        self.in_a_row = 0
-
-    def check(self, skipped: bool, step: int, monitor: Monitor) -> None:
-        """Take in whether step `step` (from 0) was skipped. Raises TrainingDiverged."""
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if skipped:
-            monitor.note(f"step {step + 1}: gradient not finite, update skipped")
-        if self.in_a_row >= _MAX_SKIPPED_STEPS:
-            raise TrainingDiverged(
-                f"{self.in_a_row} steps in a row had gradients that are not finite; "
-                f"try a lower --learning-rate (now {self.peak_learning_rate:g}) or --precision fp32"
-            )
-
-
-def training_batches(dataset: TokenDataset, config: TrainConfig) -> Iterator[Batch]:
-    """Batch after batch, epoch after epoch, without end; the last of an epoch may be smaller."""
-    epoch = 0
-    while True:
-        for position in range(0, dataset.windows_per_epoch, config.batch_size):
-            yield dataset.train_batch(
-                seed=config.seed, epoch=epoch, position=position, batch_size=config.batch_size
-            )
-        epoch += 1
+def _n_parameters(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters())

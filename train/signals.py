@@ -1,0 +1,69 @@
+"""Signals that ask a run to stop: it saves, and ends between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run; what it had is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class _StopNow(BaseException):
+    """Raised by the handler inside unless_stopped; no `except Exception` of a library swallows it."""
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGUSR1 while it is entered; a second SIGINT raises KeyboardInterrupt.
+
+    Signal handlers belong to the main thread: in others it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at_once = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if self._at_once:
+            raise _StopNow
+
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.received is not None
+
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """work(), which a signal ends right away: for what may take minutes and has nothing to save."""
+        self._at_once = True
+        try:
+            return None if self.requested() else work()
+        except _StopNow:
+            return None
+        finally:
+            self._at_once = False
