@@ -1,7 +1,6 @@
 """The model folder: Hugging Face's GPT-2 layout, so that transformers, llama.cpp and the rest open it.
 
-This is the one place that knows that layout: `transformer.`-prefixed names, projections stored (in, out), no
-`lm_head` (tied), the vocabulary without its padding.
+weights.py knows its tensors, this file the rest: config.json, what is saved beside, and how it is written.
 """
 
 from __future__ import annotations
@@ -14,23 +13,27 @@ import tempfile
 import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
+from fusedgpt.model.weights import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    WEIGHTS,
+    ModelFolderError,
+    hf_tensors,
+    load_weights,
+    save_weights,
+)
 
-WEIGHTS = "model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
-_TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-_LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 # What our GPT computes, as the field that says so in config.json; others would load and be wrong.
 _REQUIRED = {
@@ -44,10 +47,6 @@ _REQUIRED = {
 }
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 _MAX_NAME = 50
-
-
-class ModelFolderError(ValueError):
-    """A folder that is no model folder, or one that is damaged or of another architecture."""
 
 
 def safe_name(text: str) -> str:
@@ -82,19 +81,6 @@ def hf_config(config: GPTConfig, eot_id: int) -> dict[str, Any]:
     }
 
 
-def hf_tensors(model: GPT) -> dict[str, Tensor]:
-    """The parameters under Hugging Face's names and shapes, fp32 on the CPU."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().to("cpu", torch.float32)
-        if name == "wte.weight":
-            value = value[: model.config.vocab_size]
-        if _TRANSPOSED.search(name):
-            value = value.T
-        tensors[f"transformer.{name}"] = value.contiguous()
-    return tensors
-
-
 def save_folder(
     model: GPT, tokenizer: Tokenizer, root: Path, name: str, *, extra: Mapping[str, str] | None = None
 ) -> Path:
@@ -106,21 +92,42 @@ def save_folder(
     check_writable(root)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=root))
     try:
-        save_file(hf_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
-        tokenizer.save(temporary, max_length=model.config.block_size)
-        _write_json(temporary / "config.json", hf_config(model.config, tokenizer.eot_id))
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
-        sampling = {"do_sample": True, "temperature": 0.8, "top_k": 40}
-        _write_json(temporary / "generation_config.json", {**ids, **sampling})
+        write_files(temporary, model, tokenizer)
         for file_name, text in (extra or {}).items():
             (temporary / file_name).write_text(text, encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
+        sync_files(temporary)
         return _rename_to_free_name(temporary, root, name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_files(
+    folder: Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write what makes up a model folder into `folder`, which exists and is nobody's yet.
+
+    Raises OSError, and ValueError where the weights do not fit dtype.
+    """
+    save_weights(folder, hf_tensors(model, dtype), max_shard_bytes)
+    tokenizer.save(folder, max_length=model.config.block_size)
+    name = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", hf_config(model.config, tokenizer.eot_id) | {"dtype": name})
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 40}
+    _write_json(folder / "generation_config.json", {**ids, **sampling})
+
+
+def sync_files(folder: Path) -> None:
+    """Let others read `folder`, and have it and its files on the disk."""
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        sync(path)
 
 
 def check_writable(root: Path) -> None:
@@ -143,7 +150,7 @@ def _rename_to_free_name(temporary: Path, root: Path, name: str) -> Path:
         except FileExistsError:
             continue
         temporary.replace(target)
-        _sync(root)
+        sync(root)
         return target
 
 
@@ -151,7 +158,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync of a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -216,7 +224,8 @@ def read_config(folder: Path) -> GPTConfig:
 def list_folders(root: Path) -> list[dict[str, Any]]:
     """name, path, saved (local time) and parameters of every model folder in `root`, newest first."""
     found = []
-    for weights in root.glob(f"[!.]*/{WEIGHTS}"):  # a leading dot: a save that was cut off
+    for weights in chain.from_iterable(root.glob(f"[!.]*/{name}") for name in (WEIGHTS, INDEX)):
+        # A leading dot, which the pattern leaves out, is a save that was cut off.
         try:
             config = read_config(weights.parent)
         except ModelFolderError:
@@ -235,51 +244,4 @@ def list_folders(root: Path) -> list[dict[str, Any]]:
 
 def load_model(folder: Path) -> GPT:
     """The model of a folder, in fp32 on the CPU, in eval mode. Raises ModelFolderError."""
-    config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ModelFolderError(f"{folder} is no model folder: it has no {WEIGHTS}")
-    with torch.device("meta"):
-        model = GPT(config)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = _read_tensors(file, model, path)
-    except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path} is damaged: {error}") from None
-    model.load_state_dict(state, assign=True)
-    model.seed_dropout(0)
-    return model.eval()
-
-
-def _read_tensors(file: Any, model: GPT, path: Path) -> dict[str, Tensor]:
-    """model's state dict from an open safetensors file; every name, shape, dtype and value is checked."""
-    stored = {
-        key.removeprefix("transformer."): key
-        for key in file.keys()  # noqa: SIM118 - safe_open is no mapping
-        if not _LEGACY_BUFFER.search(key) and key != "lm_head.weight"  # tied: the embedding is the head
-    }
-    wanted = dict(model.named_parameters())
-    if stored.keys() != wanted.keys():
-        missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-        raise ModelFolderError(f"{path}: missing tensors {missing[:3]}, unexpected {unexpected[:3]}")
-    state = {}
-    for name, parameter in wanted.items():
-        shape = tuple(parameter.shape)
-        if name == "wte.weight":
-            shape = (model.config.vocab_size, shape[1])
-        if _TRANSPOSED.search(name):
-            shape = shape[::-1]
-        if tuple(file.get_slice(stored[name]).get_shape()) != shape:
-            found = tuple(file.get_slice(stored[name]).get_shape())
-            raise ModelFolderError(f"{path}: {stored[name]} has shape {found}, config.json says {shape}")
-        state[name] = _to_ours(name, file.get_tensor(stored[name]), model.config, path)
-    return state
-
-
-def _to_ours(name: str, value: Tensor, config: GPTConfig, path: Path) -> Tensor:
-    if not value.is_floating_point() or not value.isfinite().all():
-        raise ModelFolderError(f"{path}: {name} holds values that are not finite numbers ({value.dtype})")
-    value = value.float()
-    if name == "wte.weight":
-        value = torch.nn.functional.pad(value, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-    return (value.T if _TRANSPOSED.search(name) else value).contiguous()
+    return load_weights(folder, read_config(folder))

@@ -5,13 +5,26 @@ Shape letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from fusedgpt.model.gpt import GPT, KVCache
+from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer
+
+
+class Sampling(TypedDict, total=False):
+    """The settings of `generate`, which has their defaults and meaning."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float
+    seed: int
 
 
 def next_token(
@@ -40,47 +53,65 @@ def next_token(
     return ids.gather(1, choice)[:, 0]
 
 
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits (B, V) with those of seen (B, V) tokens lowered (Keskar et al. 2019, section 4.1).
+
+    A penalty of 1 changes nothing; positive logits are divided by it, negative ones multiplied.
+    """
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
     prompt: Tensor,  # (B, T) int64, T >= 1
     *,
-    max_new_tokens: int,
+    max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> Iterator[Tensor]:
     """Yield up to max_new_tokens next tokens, (B,) each; the same arguments give the same tokens.
 
+    repetition_penalty: see `penalise`; it counts the prompt's tokens too.
     When the context that training has seen is full, its older half is dropped and the rest read anew.
     Raises ValueError for an empty prompt or settings out of range.
     """
-    _check_settings(prompt, max_new_tokens, temperature, top_k, top_p)
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt: expected (B, T) with T >= 1, got {tuple(prompt.shape)}")
+    check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     model.eval()
     window = model.config.window
     generator = torch.Generator().manual_seed(seed)
     context = prompt[:, -window:]
+    seen = torch.zeros(len(prompt), model.config.vocab_size, dtype=torch.bool, device=prompt.device)
+    seen.scatter_(1, prompt, True)
     cache: KVCache | None = None
     for _ in range(max_new_tokens):
         if cache is None or cache.length == window:
             context = context if cache is None else context[:, -(window // 2 + 1) :]
             cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
             fresh = context
-        hidden = model.hidden(fresh, cache=cache)[:, -1]
-        token = next_token(
-            model.logits(hidden), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        logits = penalise(model.logits(model.hidden(fresh, cache=cache)[:, -1]), seen, repetition_penalty)
+        token = next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
+        seen.scatter_(1, token[:, None], True)
         fresh = token[:, None]
         context = torch.cat((context, fresh), dim=1)
 
 
-def _check_settings(
-    prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+def check_settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
 ) -> None:
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt: expected (B, T) with T >= 1, got {tuple(prompt.shape)}")
+    """Raise ValueError for a setting of `generate` that is out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
@@ -89,6 +120,8 @@ def _check_settings(
         raise ValueError(f"top_k: expected 1 or more, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: expected 0 < p <= 1, got {top_p}")
+    if not 0.0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty: expected more than 0, got {repetition_penalty}")
 
 
 def sample_texts(
@@ -97,37 +130,69 @@ def sample_texts(
     prompt: str,
     *,
     n_samples: int = 1,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 40,
-    top_p: float | None = None,
-    seed: int = 0,
+    stop: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+    **sampling: Unpack[Sampling],
 ) -> list[str]:
     """n_samples continuations of `prompt` with the prompt in front, each ending before its end-of-text.
 
-    An empty prompt starts from end-of-text, as a new document does. Raises ValueError for settings out of
-    range or a prompt the tokenizer cannot encode.
+    An empty prompt starts from end-of-text, as a new document does. stop: strings before which a
+    continuation ends. on_text is told the first sample's text, without the prompt, as it comes. Raises
+    ValueError for settings out of range or a prompt the tokenizer cannot encode.
     """
+    return sample_batch(
+        model, tokenizer, [prompt], n_samples=n_samples, stop=stop, on_text=on_text, **sampling
+    )[0]
+
+
+def sample_batch(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    n_samples: int = 1,
+    stop: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+    **sampling: Unpack[Sampling],
+) -> list[list[str]]:
+    """`sample_texts` of each prompt; those that have the same number of tokens run as one batch."""
     if n_samples < 1:
         raise ValueError(f"n_samples: expected 1 or more, got {n_samples}")
-    device = model.wte.weight.device
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    rows: list[list[int]] = [[] for _ in range(n_samples)]
-    ended = torch.zeros(n_samples, dtype=torch.bool, device=device)
-    for token in generate(
-        model,
-        torch.tensor([ids] * n_samples, device=device),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    ):
-        ended |= token == tokenizer.eot_id
-        if ended.all():
+    encoded = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    for length in dict.fromkeys(map(len, encoded)):  # the KV cache has one length for all its rows
+        group = [i for i, ids in enumerate(encoded) if len(ids) == length]
+        rows = [encoded[i] for i in group for _ in range(n_samples)]
+        tell = on_text if 0 in group else None
+        new = continue_ids(model, tokenizer, rows, stop=stop, on_text=tell, sampling=sampling)
+        for k, i in enumerate(group):
+            texts[i] = [prompts[i] + text for text in new[k * n_samples : (k + 1) * n_samples]]
+    return texts
+
+
+def continue_ids(
+    model: GPT,
+    tokenizer: Tokenizer,
+    rows: list[list[int]],  # of one length, 1 or more
+    *,
+    stop: Sequence[str],
+    on_text: Callable[[str], None] | None,
+    sampling: Sampling,
+) -> list[str]:
+    """The text that comes after each row of ids; on_text is told the first row's as it comes."""
+    streams = [TextStream(tokenizer, row, stop) for row in rows]
+    texts = [""] * len(rows)
+
+    def take(row: int, text: str) -> None:
+        texts[row] += text
+        if row == 0 and text and on_text is not None:
+            on_text(text)
+
+    for token in generate(model, torch.tensor(rows, device=model.wte.weight.device), **sampling):
+        for row, (stream, value) in enumerate(zip(streams, token.tolist(), strict=True)):
+            take(row, stream.add(value))
+        if all(stream.ended for stream in streams):
             break
-        for row, value, over in zip(rows, token.tolist(), ended.tolist(), strict=True):
-            if not over:
-                row.append(value)
-    # ids the tokenizer does not know (another tool's folder may pad its vocabulary) have no text
-    return [prompt + tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in rows]
+    for row, stream in enumerate(streams):
+        take(row, stream.end())
+    return texts

@@ -5,34 +5,70 @@ Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary
 Parameters may be fp32 while activations are bf16: every layer casts its weights to the dtype that comes in,
 and `GPT.compute_dtype` decides what goes in. Dropout is counter-based: its masks are a pure function of
 (dropout_seed, dropout_step, layer), so a resumed or recomputed step draws the same ones.
+
+Training has two switches that sampling and evaluation never see: `GPT.checkpointing` keeps less for the
+backward pass and computes it again there, `GPT.compile_blocks` compiles one block and runs them all with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import ops
 from fusedgpt.model.config import GPTConfig
 
+CHECKPOINTING = ("none", "selective", "full")
 _OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
+_BLOCK_SITES = 3  # places with dropout in a block; site 0 of the network is the embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutState:
-    """Where a step's dropout masks come from; layer i uses seed + its own site number."""
+    """Where a step's dropout masks come from: every site, a place in the network, has its own seed."""
 
     p: float
-    seed: Tensor  # int64 scalar
+    seeds: Tensor  # (sites, 2) int64, the second column unused: Triton likes pointers 16 bytes apart
     offset: Tensor  # int64 scalar
 
     def at(self, site: int) -> tuple[float, Tensor, Tensor]:
         """(p, seed, offset) for one place in the network."""
-        return self.p, self.seed + site, self.offset
+        return self.p, self.seeds[site, 0], self.offset
+
+    def of_block(self, layer: int) -> DropoutState:
+        """The block's own three sites, as 0 to 2: so every block looks the same to torch.compile."""
+        first = 1 + _BLOCK_SITES * layer
+        return DropoutState(p=self.p, seeds=self.seeds[first : first + _BLOCK_SITES], offset=self.offset)
+
+
+@torch.library.custom_op("fusedgpt::next_dropout_step", mutates_args={"step"})
+def _next_step(step: Tensor) -> Tensor:
+    """step += 1, and a copy of it.
+
+    An opaque op: anything simpler inductor may compute again in the backward pass, from the step already
+    counted up, and so draw other masks than in the forward pass (seen in torch 2.13).
+    """
+    return step.add_(1).clone()
+
+
+@_next_step.register_fake
+def _(step: Tensor) -> Tensor:
+    return torch.empty_like(step)
+
+
+def _call(module: nn.Module, *args: Any, recompute: bool) -> Any:
+    """module(*args); with `recompute` only its inputs are kept, and the backward pass calls it again."""
+    if not recompute:
+        return module(*args)
+    # Dropout is counter-based: torch's random state, which checkpoint would save and restore, has no part.
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class KVCache:
@@ -130,7 +166,6 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.ln_1 = LayerNorm(config)
         self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config)
@@ -143,20 +178,39 @@ class Block(nn.Module):
         next_norm: LayerNorm,
         dropout: DropoutState,
         documents: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | None = None,
+        recompute: bool = False,  # what attention and MLP would keep for the backward pass
     ) -> tuple[Tensor, Tensor]:
         """(next_norm of the new residual, the new residual)."""
-        site = 3 * self.layer + 1  # site 0 is the embedding
-        a = self.attn(x, dropout.at(site), documents, cache)
-        x, residual = self.ln_2.add(a, residual, dropout.at(site + 1))
-        return next_norm.add(self.mlp(x), residual, dropout.at(site + 2))
+        a = _call(self.attn, x, dropout.at(0), documents, cache, recompute=recompute)
+        x, residual = self.ln_2.add(a, residual, dropout.at(1))
+        return next_norm.add(_call(self.mlp, x, recompute=recompute), residual, dropout.at(2))
+
+
+def _train_block(
+    block: Block,
+    x: Tensor,  # (B, T, C)
+    residual: Tensor,  # (B, T, C)
+    next_norm: LayerNorm,
+    dropout: DropoutState,
+    documents: Tensor | None,
+    checkpointing: str,
+) -> tuple[Tensor, Tensor]:
+    """The block in training; nothing here depends on its number, so that one compiled graph serves all."""
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing: expected {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+    args = (x, residual, next_norm, dropout, documents, None, checkpointing == "selective")
+    out: tuple[Tensor, Tensor] = _call(block, *args, recompute=checkpointing == "full")
+    return out
 
 
 class GPT(nn.Module):
     """GPT-2 with learned positions and a head tied to the token embedding.
 
     `compute_dtype` is the dtype of activations (None: that of the parameters). `seed` draws the initial
-    weights and starts the dropout stream.
+    weights and starts the dropout stream. `checkpointing`, in training: "none" keeps all activations for the
+    backward pass; "selective" computes those within attention and MLP again there, "full" all but each
+    block's inputs. The gradients are the same; after inductor, which then fuses differently, up to rounding.
     """
 
     dropout_seed: Tensor
@@ -166,6 +220,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.checkpointing = "none"
+        self._train_block: Callable[..., tuple[Tensor, Tensor]] = _train_block
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -198,10 +254,16 @@ class GPT(nn.Module):
         return self.compute_dtype or self.wte.weight.dtype
 
     def _dropout_state(self) -> DropoutState:
+        sites = 1 + _BLOCK_SITES * self.config.n_layer
         if not self.training or self.config.dropout == 0.0:
-            return DropoutState(p=0.0, seed=self.dropout_seed, offset=self.dropout_step)
-        step = self.dropout_step.add_(1).clone()
-        return DropoutState(p=self.config.dropout, seed=self.dropout_seed, offset=step << _OFFSET_BITS)
+            return DropoutState(p=0.0, seeds=self.dropout_seed.expand(sites, 2), offset=self.dropout_step)
+        step = _next_step(self.dropout_step)
+        seeds = self.dropout_seed + torch.arange(2 * sites, device=step.device) // 2
+        return DropoutState(p=self.config.dropout, seeds=seeds.view(sites, 2), offset=step << _OFFSET_BITS)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile one block, with torch.compile's `options`, and train all of them with it."""
+        self._train_block = torch.compile(_train_block, fullgraph=True, dynamic=False, **options)
 
     def hidden(self, idx: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
@@ -220,8 +282,13 @@ class GPT(nn.Module):
         blocks = self.blocks()
         next_norms = [*(block.ln_1 for block in blocks[1:]), self.ln_f]
         x: Tensor = blocks[0].ln_1(residual)
-        for block, next_norm in zip(blocks, next_norms, strict=True):
-            x, residual = block(x, residual, next_norm, dropout, documents, cache)
+        trains = self.training and torch.is_grad_enabled() and cache is None
+        for layer, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
+            args = (x, residual, next_norm, dropout.of_block(layer), documents)
+            if trains:
+                x, residual = self._train_block(block, *args, self.checkpointing)
+            else:
+                x, residual = block(*args, cache)
         if cache is not None:
             cache.length += T
         return x
@@ -241,10 +308,13 @@ class GPT(nn.Module):
         *,
         documents: Tensor | None = None,  # (B, T) int, see ops.attention
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Without targets the logits (B, T, V); with them the loss, an fp32 scalar ("none": (B * T,)).
 
-        Raises ValueError where idx is longer than block_size or a target is no token.
+        label_smoothing, z_loss: see ops.linear_cross_entropy. Raises ValueError where idx is longer than
+        block_size or a target is no token.
         """
         hidden = self.hidden(idx, documents=documents)
         if targets is None:
@@ -255,4 +325,6 @@ class GPT(nn.Module):
             targets.reshape(-1),
             vocab_size=self.config.vocab_size,
             reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )

@@ -22,8 +22,12 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and what only a -m expression asks for."""
+    for item in items:
+        for marker in {"soak", "serving", "llama"} & set(item.keywords):
+            if marker not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"only with -m {marker}"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -203,7 +203,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("train --resume {root}", 2, "{root} is neither a run directory nor one of its checkpoints"),
         ("train --resume {root}/run --run-dir {root}/new", 2, "goes on in its own directory, not in"),
         (
-            "train --data {root}/book.txt --run-dir {root}/run",
+            "train --data {root}/book.txt --tokenizer byte --max-length 9 --run-dir {root}/run",
             2,
             "{root}/run holds a run: go on with --resume",
         ),
@@ -213,6 +213,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             "a step takes 999",
         ),
         ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 1, "CUDA device"),
+        ("train", 2, "say what to train on: --data FILE_OR_FOLDER"),
         ("train --plot-schedule {root}/x.png", 2, "how long is the run? give --steps, or --data"),
         ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
         ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
@@ -235,7 +236,7 @@ def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str
     assert sorted(root.rglob("*")) == before  # nothing half-written
 
 
-@pytest.mark.parametrize("arguments", ["", "trian", "train", "train --steps x --data y", "train --nonsense"])
+@pytest.mark.parametrize("arguments", ["", "trian", "train --steps x --data y", "train --nonsense"])
 def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
     done = fusedgpt(*arguments.split())
     assert done.returncode == 2

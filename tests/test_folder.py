@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_a_save_that_fails_leaves_nothing(
 
     for n in range(1, 7):
         calls.clear()
-        monkeypatch.setattr(folders, "_sync", fail_at(n))
+        monkeypatch.setattr(folders, "sync", fail_at(n))
         with pytest.raises(OSError, match="No space left"):
             save_folder(tiny_gpt, build_tokenizer("char", text=TEXT), tmp_path, "m")
         assert list(tmp_path.iterdir()) == []
@@ -237,3 +238,99 @@ def test_list_folders_newest_first_and_only_models(char_folder: Path) -> None:
     assert [row["name"] for row in rows] == ["newer", "m"]
     assert rows[0]["parameters"] == load_folder(newer)[0].config.parameter_counts()[0]
     assert list_folders(root / "absent") == []
+
+
+def in_shards(path: Path, shards: int) -> None:
+    """Spread model.safetensors over shards, as transformers does."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {
+        name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)
+    }
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_and_low_precision_load(char_folder: Path, dtype: torch.dtype) -> None:
+    whole, _ = load_folder(char_folder)
+    edit_tensors(lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))(char_folder)
+    in_shards(char_folder, 3)
+    again, _ = load_folder(char_folder)
+    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert q.dtype == torch.float32
+        assert torch.equal(q, p.to(dtype).float()), name
+    assert [row["name"] for row in list_folders(char_folder.parent)] == ["m"]
+
+
+def test_masks_of_old_checkpoints_are_ignored(char_folder: Path) -> None:
+    whole, _ = load_folder(char_folder)
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)}
+    masks["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    edit_tensors(lambda t: t.update(masks))(char_folder)
+    again, _ = load_folder(char_folder)
+    assert torch.equal(again.h[0].attn.c_attn.bias, whole.h[0].attn.c_attn.bias)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "model-00002-of-00002.safetensors").unlink(), "names model-00002.* is not there"),
+        (lambda p: (p / INDEX).write_text("[1"), "is no index of safetensors files"),
+        (
+            lambda p: (p / INDEX).write_text('{"weight_map": {"a": ["b"]}}'),
+            "is no index of safetensors files",
+        ),
+        (
+            lambda p: (p / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+            "no safetensors file beside",
+        ),
+        (lambda p: (p / INDEX).write_text('{"weight_map": {}}'), "missing tensors"),
+        (lambda p: (p / "model-00002-of-00002.safetensors").write_bytes(b"x" * 99), "00002.* is damaged"),
+        (
+            lambda p: ((p / INDEX).unlink(), (p / "pytorch_model.bin").touch()),
+            "pytorch_model.bin is a pickle",
+        ),
+    ],
+)
+def test_damaged_shards_are_refused(char_folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    in_shards(char_folder, 2)
+    damage(char_folder)
+    with pytest.raises(ModelFolderError, match=message):
+        load_folder(char_folder)
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_fuzzed_folders_raise_only_our_error(tmp_path: Path, cases: int) -> None:
+    """Bytes changed, cut and repeated in config.json, the index, the tokenizer and a shard's header."""
+    tokenizer = build_tokenizer("char", text="abc")
+    config = GPTConfig(vocab_size=4, block_size=4, n_layer=1, n_head=1, n_embd=4)
+    folder = save_folder(GPT(config, seed=1), tokenizer, tmp_path, "m")
+    in_shards(folder, 2)
+    files = ["config.json", INDEX, "tokenizer.json", "model-00001-of-00002.safetensors"]
+    originals = {name: (folder / name).read_bytes() for name in files}
+    draw = random.Random(cases)
+    messages: list[str] = []
+    for case in range(cases):
+        name = files[case % len(files)]
+        raw = bytearray(originals[name])
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(min(len(raw), 1000))
+            change = draw.choice(
+                [b"", b"9" * draw.randint(1, 30), bytes([draw.randrange(256)]), b'"', b"[", b"-"]
+            )
+            raw[at : at + draw.choice([0, 1, 1, 5])] = change
+        (folder / name).write_bytes(raw)
+        try:
+            load_folder(folder)
+        except ModelFolderError as error:
+            messages.append(str(error))
+        (folder / name).write_bytes(originals[name])
+    assert len(messages) > cases / 4
+    assert all(message.startswith(str(folder)) for message in messages)
+    load_folder(folder)

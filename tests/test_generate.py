@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, RepetitionPenaltyLogitsProcessor
 
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.generate import generate, next_token, sample_texts
-from fusedgpt.model.gpt import GPT
+from fusedgpt.model.folder import load_model
+from fusedgpt.model.generate import generate, next_token, penalise, sample_batch, sample_texts
+from fusedgpt.model.gpt import GPT, KVCache
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
@@ -86,6 +89,8 @@ def test_goes_on_beyond_the_context(tiny_config: GPTConfig, trained_length: int 
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"n_samples": 0}, "n_samples"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop: an empty string"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
@@ -122,3 +127,68 @@ def test_a_row_that_ended_stays_ended(monkeypatch: pytest.MonkeyPatch, tiny_gpt:
 def test_prompt_outside_the_vocabulary_is_refused(tiny_gpt: GPT) -> None:
     with pytest.raises(ValueError, match="character 'z'"):
         sample_texts(tiny_gpt, char_tokenizer("abc"), "z")
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 2, 2], [7, 8, 9], [0, 0, 0]])
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(penalise(logits, seen, penalty), expected)
+
+
+def test_greedy_with_a_penalty_is_that_of_transformers(tmp_path: Path) -> None:
+    """Both count the prompt's tokens and those that were drawn."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    prompt = torch.tensor([[3, 200, 5], [9, 9, 1]])
+    options = {"repetition_penalty": 1.5, "max_new_tokens": 40}
+    ours = torch.stack(list(generate(load_model(tmp_path), prompt, temperature=0.0, **options)), dim=1)
+    expected = theirs.generate(prompt, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    assert torch.equal(ours, expected[:, 3:])
+    plain = torch.stack(
+        list(generate(load_model(tmp_path), prompt, temperature=0.0, max_new_tokens=40)), dim=1
+    )
+    assert not torch.equal(ours, plain)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
+    gpt = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16), seed=2).eval()
+    prompts = ["The", "cat", "", "料", "abcdef"]
+    options = {"max_new_tokens": 12, "temperature": 0.0}
+    texts = sample_batch(gpt, byte_tokenizer(), prompts, n_samples=2, **options)
+    alone = [sample_texts(gpt, byte_tokenizer(), prompt, **options) * 2 for prompt in prompts]
+    assert texts == alone
+    assert len({text[0][len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)}) > 1
+
+
+def test_a_sample_is_told_as_it_comes_and_ends_before_a_stop(tiny_gpt: GPT) -> None:
+    tokenizer = byte_tokenizer()
+    gpt = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16), seed=2).eval()
+    told: list[str] = []
+    whole = sample_texts(gpt, tokenizer, "a", n_samples=2, max_new_tokens=30, on_text=told.append)
+    assert "a" + "".join(told) == whole[0]
+    assert len(told) > 5
+    stop = whole[0][10:12]
+    cut = sample_texts(gpt, tokenizer, "a", n_samples=2, max_new_tokens=30, stop=[stop])
+    assert cut[0] == "a" + whole[0][1 : whole[0].index(stop, 1)]
+
+
+def test_200_steps_with_the_cache_equal_recomputing_the_prefix() -> None:
+    gpt = GPT(GPTConfig(vocab_size=257, block_size=256, n_layer=3, n_head=2, n_embd=32), seed=2).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        prompt = torch.tensor([[5, 6, 7], [1, 2, 3]])
+        tokens = list(generate(gpt, prompt, max_new_tokens=200, temperature=0.0))
+        text = torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
+        whole = gpt(text)
+        assert torch.equal(whole[:, 2:-1].argmax(-1), text[:, 3:])
+        cache = KVCache(gpt.config, 2, dtype=torch.float32, device=torch.device("cpu"))
+        steps = [gpt.logits(gpt.hidden(text[:, i : i + 1], cache=cache)) for i in range(text.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
+    assert len(text[0].unique()) > 10

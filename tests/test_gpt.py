@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
 from pydantic import ValidationError
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
+from fusedgpt.kernels import ops
 from fusedgpt.model.config import PRESETS, GPTConfig
+from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT, DropoutState, KVCache
 
 IDS = torch.arange(24).view(2, 12)
+THREE_LAYERS = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=3, n_embd=24, dropout=0.1)
+TWO_LAYERS = THREE_LAYERS.model_copy(update={"n_layer": 2})
+ONE_LAYER = THREE_LAYERS.model_copy(update={"n_layer": 1})  # Triton's interpreter takes a second a block
+# inductor's graphs without its code generation, which takes a minute on a CPU
+INDUCTOR_GRAPHS = aot_autograd(
+    fw_compiler=nop,
+    bw_compiler=nop,
+    partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+    keep_inference_input_mutations=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
 
 
 def test_presets_have_the_published_parameter_counts() -> None:
@@ -124,16 +149,21 @@ def test_dropout_draws_anew_each_step_and_the_same_for_a_seed(tiny_gpt: GPT) -> 
 
 
 def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Site s takes seed + s at the step's counters, 16 bytes apart: Triton compiles one kernel for all."""
     asked = []
     original = DropoutState.at
 
     def spy(state: DropoutState, site: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-        asked.append(site)
-        return original(state, site)
+        asked.append(original(state, site))
+        return asked[-1]
 
     monkeypatch.setattr(DropoutState, "at", spy)
+    tiny_gpt.seed_dropout(70, step=4)
     tiny_gpt.train()(IDS)
-    assert sorted(asked) == list(range(1 + 3 * 2))  # the embedding, and three in each of two layers
+    assert [int(seed) for _, seed, _ in asked] == list(range(70, 77))  # embedding, 3 in each of 2 layers
+    assert {int(offset) for _, _, offset in asked} == {5 << 40}
+    assert {p for p, _, _ in asked} == {0.1}
+    assert len({seed.data_ptr() % 16 for _, seed, _ in asked}) == 1
 
 
 def test_bf16_activations_leave_fp32_parameters_and_gradients(tiny_gpt: GPT) -> None:
@@ -172,3 +202,211 @@ def test_forward_traces_into_one_graph(tiny_gpt: GPT) -> None:
     compiled = torch.compile(tiny_gpt, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS, IDS), expected)
     assert compiled(IDS, IDS).item() != expected.item()  # the next step's dropout
+
+
+Forward = Callable[..., Tensor]
+
+
+def loss_and_gradients(gpt: GPT, forward: Forward | None = None, steps: int = 1) -> list[Tensor]:
+    """Of the last of a few training steps without updates; each draws its own masks."""
+    forward = gpt if forward is None else forward
+    for _ in range(steps):
+        gpt.zero_grad()
+        loss = forward(IDS, IDS.flip(1))
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in gpt.parameters() if p.grad is not None)]
+
+
+def trained(checkpointing: str, dtype: torch.dtype, compiled: str = "", **options: Any) -> list[Tensor]:
+    """loss_and_gradients of the second step of a fresh model of two layers."""
+    gpt = GPT(TWO_LAYERS, seed=1).train()
+    gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
+    forward = torch.compile(gpt, fullgraph=True, **options) if compiled == "model" else gpt
+    if compiled == "block":
+        gpt.compile_blocks(**options)
+    return loss_and_gradients(gpt, forward, steps=2)
+
+
+def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
+    assert [i for i, (x, y) in enumerate(zip(ours, expected, strict=True)) if not torch.equal(x, y)] == []
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("compiled", "dtype"),
+    [
+        ("", torch.float32),
+        ("", torch.bfloat16),
+        ("block", torch.float32),
+        ("block", torch.bfloat16),
+        ("model", torch.bfloat16),
+    ],
+)
+def test_checkpointing_changes_no_gradient(checkpointing: str, dtype: torch.dtype, compiled: str) -> None:
+    plain = trained("none", dtype)
+    assert_same_bits(trained(checkpointing, dtype, compiled, backend="aot_eager"), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("triton_kernels")
+def test_checkpointing_changes_no_gradient_of_the_kernels(dtype: torch.dtype) -> None:
+    results = []
+    for checkpointing, compiled in (("none", False), ("selective", False), ("full", True)):
+        gpt = GPT(ONE_LAYER, seed=1).train()
+        gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
+        if compiled:
+            gpt.compile_blocks(backend="aot_eager")
+        results.append(loss_and_gradients(gpt))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "attentions", "up_projections", "down_projections"),
+    [("none", 3, 3, 3), ("selective", 6, 6, 3), ("full", 6, 6, 6)],
+)
+def test_what_checkpointing_computes_twice(
+    checkpointing: str,
+    attentions: int,
+    up_projections: int,
+    down_projections: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bf16: the fp32 matmul of a CPU (kernels/linear.py) keeps its inputs only once it has run."""
+    calls: list[str] = []
+
+    def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            out = original(*args, **kwargs)  # early stop raises out of it
+            calls.append(f"{name} {tuple(out.shape)}")
+            return out
+
+        return counted
+
+    for name in ("qkv_attention", "linear"):
+        monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
+    gpt = GPT(THREE_LAYERS, seed=1).train()
+    gpt.checkpointing, gpt.compute_dtype = checkpointing, torch.bfloat16
+    loss_and_gradients(gpt)
+    assert calls.count("qkv_attention (2, 12, 3, 8)") == attentions
+    assert calls.count("linear (2, 12, 72)") == attentions
+    assert calls.count("linear (2, 12, 96)") == up_projections
+    assert calls.count("linear (2, 12, 24)") == 2 * down_projections  # attention's and the MLP's
+
+
+def test_nothing_is_recomputed_without_a_backward_pass(
+    tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("checkpoint was called")
+
+    monkeypatch.setattr("fusedgpt.model.gpt.checkpoint", refuse)
+    tiny_gpt.checkpointing = "full"
+    tiny_gpt(IDS, IDS)
+    list(generate(tiny_gpt, IDS, max_new_tokens=3))
+    with torch.no_grad():
+        tiny_gpt.train()(IDS, IDS)
+    with pytest.raises(AssertionError, match="checkpoint was called"):
+        tiny_gpt(IDS, IDS)
+
+
+def test_unknown_checkpointing_is_refused(tiny_gpt: GPT) -> None:
+    tiny_gpt.checkpointing = "some"
+    with pytest.raises(ValueError, match="checkpointing: expected none, selective, full, got 'some'"):
+        tiny_gpt.train()(IDS, IDS)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", ["block", "model"])
+def test_one_graph_trains_all_layers(checkpointing: str, compiled: str) -> None:
+    """And evaluation, sampling and training without gradients in between compile nothing more."""
+    gpt = GPT(THREE_LAYERS, seed=1).train()
+    gpt.checkpointing = checkpointing
+    counter = CompileCounter()
+    forward: Forward = gpt
+    if compiled == "block":
+        gpt.compile_blocks(backend=counter)
+    else:
+        forward = torch.compile(gpt, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        loss_and_gradients(gpt, forward)
+        gpt.eval()
+        gpt(IDS, IDS)
+        gpt(IDS[:, :5])
+        list(generate(gpt, IDS, max_new_tokens=6))
+        with torch.no_grad():
+            gpt.train()(IDS, IDS)
+    assert counter.frame_count == 1
+    gpt.train()
+    loss_and_gradients(gpt, lambda idx, targets: forward(idx[:, 1:], targets[:, 1:]))
+    assert counter.frame_count == 2  # another length is another graph: nothing is dynamic
+
+
+def test_compiled_blocks_serve_documents(tiny_gpt: GPT) -> None:
+    documents = (torch.arange(12) >= 5).long().expand(2, 12)
+    expected = loss_and_gradients(tiny_gpt.train(), partial(tiny_gpt, documents=documents))
+    tiny_gpt.seed_dropout(1)
+    tiny_gpt.compile_blocks(backend="aot_eager")
+    ours = loss_and_gradients(tiny_gpt, partial(tiny_gpt, documents=documents))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_recomputed_step_draws_the_same_masks_under_inductor(tiny_gpt: GPT) -> None:
+    """Its partitioner may read a counter in the backward pass that the forward pass has advanced."""
+
+    def loss(x: Tensor) -> Tensor:
+        offset = tiny_gpt._dropout_state().offset
+
+        def wave(x: Tensor) -> Tensor:
+            return (x * (offset >> 40)).sin().exp()
+
+        recomputed: Tensor = checkpoint(wave, x, use_reentrant=False)
+        return recomputed.sum()
+
+    tiny_gpt.train()
+    gradients = []
+    for function in (loss, torch.compile(loss, backend=INDUCTOR_GRAPHS, fullgraph=True)):
+        tiny_gpt.seed_dropout(1)
+        x = torch.ones(3, requires_grad=True)
+        function(x).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", ["block", "model"])
+def test_inductors_graphs_give_the_gradients_of_eager_training(compiled: str) -> None:
+    plain = trained("none", torch.float32)
+    torch.testing.assert_close(trained("full", torch.float32, compiled, backend=INDUCTOR_GRAPHS), plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 0.03), (torch.float16, 0.004)],  # some ten roundings of 2^-9 and 2^-12 in a row
+    ids=str,
+)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_low_precision_parameters(
+    dtype: torch.dtype, tolerance: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (kernels, dtype) == ("triton", torch.bfloat16) and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter miscomputes bf16")
+    monkeypatch.setenv("FUSEDGPT_KERNELS", kernels)
+    gpt = GPT(ONE_LAYER, seed=1).to(dtype).train()
+    exact = GPT(ONE_LAYER, seed=1).train()
+    exact.load_state_dict(gpt.state_dict())  # the rounded weights
+    loss, *gradients = loss_and_gradients(gpt)
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "reference")
+    expected_loss, *expected = loss_and_gradients(exact)
+    assert loss.dtype == torch.float32
+    assert abs(loss - expected_loss) < tolerance
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.layout == torch.strided
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+def test_label_smoothing_and_z_loss_reach_the_loss(tiny_gpt: GPT) -> None:
+    logits, targets = tiny_gpt(IDS).flatten(0, 1), IDS.flip(1).flatten()
+    smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    expected = smoothed + 0.01 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(tiny_gpt(IDS, IDS.flip(1), label_smoothing=0.1, z_loss=0.01), expected)

@@ -41,7 +41,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train_tiny(run_dir, steps=3)
     (run_dir / "checkpoints/step-00000003/model.safetensors").write_bytes(b"?")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*model\.safetensors"):
         train_tiny(run_dir, resume=run_dir, steps=5)
 
 

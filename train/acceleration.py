@@ -6,11 +6,10 @@ import torch
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
-from fusedgpt.train.estimate import flops_per_token, peak_flops
+from fusedgpt.train.estimate import REACHED, flops_per_token, peak_flops
 from fusedgpt.train.resume import Training
 from fusedgpt.train.step import Forward, GraphedStep, Step
 
-_REACHED = 0.4  # share of a GPU's datasheet rate that a step gets to: a first guess for the choices below
 _UNKNOWN_PEAK = 100e12  # FLOP/s
 _COMPILE_SECONDS = 30.0  # block by block
 _COMPILE_GAIN = 0.05  # share of a GPU's step that compiling saves: the kernels it could fuse are ours already
@@ -48,7 +47,7 @@ def _predict_step_seconds(config: TrainConfig, model: GPT, max_length: int) -> f
     device = model.wte.weight.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     tokens = windows_per_step(config, max_length) * max_length
-    return tokens * flops_per_token(model.config, max_length) / (_REACHED * (peak or _UNKNOWN_PEAK))
+    return tokens * flops_per_token(model.config, max_length) / (REACHED * (peak or _UNKNOWN_PEAK))
 
 
 def build_step(

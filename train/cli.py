@@ -70,7 +70,7 @@ def create(
         raise ConfigError(f"the run to resume was made for the prompt {told['prompt']!r}")
     prompt = told.get("prompt", prompt)
     if prompt is None:
-        raise typer.BadParameter("say what the GPT is to write", param_hint="PROMPT")
+        raise ConfigError('say what the GPT is to write: fusedgpt create "PROMPT"')
     monitor = Monitor(quiet=quiet)
     _report(run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options), as_json)
 
@@ -113,7 +113,7 @@ def train(
     elif estimate:
         print_table(pipeline.estimate_rows(resolved, data))
     elif not data:
-        raise typer.BadParameter("say what to train on", param_hint="--data")
+        raise ConfigError("say what to train on: --data FILE_OR_FOLDER")
     else:
         monitor = Monitor(quiet=quiet)
         _report(pipeline.train_on_files(data, resolved, output_dir, monitor, run_options), as_json)
@@ -168,6 +168,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 app.command()(cli_model.sample)
+app.command()(cli_model.chat)
+app.command(name="eval")(cli_model.eval_model)
+app.command()(cli_model.export)
 app.command()(prepare)
 app.add_typer(kernels, name="kernels")
 

@@ -145,25 +145,57 @@ class _NearDuplicates:
         return True
 
 
-def _screen(samples: Sequence[str], dropped: Counter[str]) -> dict[int, list[str]]:
-    """The words of each sample that is worth a score, by its index."""
-    seen: set[str] = set()
-    words_of: dict[int, list[str]] = {}
-    for i, text in enumerate(samples):
+class DuplicateFilter:
+    """Takes texts one by one and says why one is of no use: by its length, or too like an earlier one."""
+
+    def __init__(self) -> None:
+        self._screen = _Screen()
+        self._near = _NearDuplicates()
+
+    def fault(self, text: str) -> str | None:
+        """Returns None for a text that is new and of a sensible length, and remembers it; else the reason."""
+        fault, words = self._screen.look(text)
+        return fault or (None if self._near.add(words) else "near-duplicate")
+
+
+class _Screen:
+    """Finds texts too long, too short, or the same as an earlier one but for case and white space."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def look(self, text: str) -> tuple[str | None, list[str]]:
+        """Why the text is not worth a score, and its words."""
         if len(text) > _MAX_CHARS:
-            dropped["too long"] += 1
-            continue
+            return "too long", []
         words = _WORD.findall(text.casefold())
         same = " ".join(text.casefold().split())
+        fault: str | None = None
         if len(words) < _MIN_WORDS:
-            dropped["too short"] += 1
+            fault = "too short"
         elif len(words) > _MAX_WORDS:
-            dropped["too long"] += 1
-        elif same in seen:
-            dropped["duplicate"] += 1
+            fault = "too long"
+        elif same in self.seen:
+            fault = "duplicate"
+        self.seen.add(same)
+        return fault, words
+
+
+def worth_grading(samples: Sequence[str]) -> list[str]:
+    """The samples that refine will ask the score of: neither too short, too long nor the same as another."""
+    return [samples[i] for i in _screen(samples, Counter())]
+
+
+def _screen(samples: Sequence[str], dropped: Counter[str]) -> dict[int, list[str]]:
+    """The words of each sample that is worth a score, by its index."""
+    screen = _Screen()
+    words_of: dict[int, list[str]] = {}
+    for i, text in enumerate(samples):
+        fault, words = screen.look(text)
+        if fault:
+            dropped[fault] += 1
         else:
             words_of[i] = words
-        seen.add(same)
     return words_of
 
 

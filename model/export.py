@@ -1,0 +1,224 @@
+"""A model in other forms: GGUF for llama.cpp and Ollama, safetensors in other dtypes and in shards.
+
+What is exported is there as a whole or not at all: it is written beside its place, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from fusedgpt.model.folder import sync, sync_files, write_files
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.model.weights import DTYPES, MAX_SHARD_BYTES, rounded
+
+if TYPE_CHECKING:  # the extra `gguf`
+    import gguf
+    import numpy as np
+    from numpy.typing import NDArray
+
+GGUF_TYPES = ("f32", "f16", "q8_0")
+_OTHER_BYTES = 16 << 20  # tokenizer, metadata, alignment
+_BLOCK = 32  # values that share a scale in Q8_0
+# ÿ is GPT-2's letter for the byte 0xFF, which no UTF-8 text has: a merge that never happens.
+_NO_MERGES = ["ÿ ÿ"]
+
+
+class ExportError(ValueError):
+    """A model or a place that an export cannot be made of or at."""
+
+
+def export_safetensors(
+    model: GPT,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    dtype: str = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model folder `out`, which must not exist, with weights in dtype: "bf16", "fp16" or "fp32".
+
+    Raises ExportError for a dtype there is not, or a place that is taken or full, ValueError for weights
+    that do not fit dtype, OSError where `out` cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ExportError(f"no dtype {dtype!r} for safetensors; there are {', '.join(DTYPES)}")
+    n_bytes = model.config.parameter_counts()[0] * DTYPES[dtype].itemsize
+    with _beside(out, n_bytes) as temporary:
+        temporary.mkdir()
+        write_files(temporary, model, tokenizer, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+        sync_files(temporary)
+
+
+def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f16", name: str = "") -> None:
+    """Write a GGUF file `out`, which must not exist, as llama.cpp's converter would; dtype: see GGUF_TYPES.
+
+    Raises ExportError for a dtype there is not, a tokenizer llama.cpp has no form of, a place that is taken
+    or full, or where the extra `gguf` is not installed, OSError where `out` cannot be written.
+    """
+    if dtype not in GGUF_TYPES:
+        raise ExportError(f"no dtype {dtype!r} for GGUF; there are {', '.join(GGUF_TYPES)}")
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError("exporting to GGUF needs the package gguf: pip install 'fusedgpt[gguf]'") from None
+    tokens = _bpe_of(tokenizer)
+    n_bytes = model.config.parameter_counts()[0] * {"f32": 4, "f16": 2, "q8_0": 2}[dtype]
+    with _beside(out, n_bytes) as temporary:
+        writer = gguf.GGUFWriter(temporary, "gpt2")
+        try:
+            _add_shape(writer, model, dtype, name or out.stem)
+            _add_vocabulary(writer, model, tokenizer, tokens)
+            for tensor_name, value, quantized in _gguf_tensors(model, dtype):
+                writer.add_tensor(tensor_name, value, raw_dtype=quantized)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        temporary.chmod(0o644)
+        sync(temporary)
+
+
+def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
+    """What `ollama create NAME -f Modelfile` takes: plain continuation in the context that was trained."""
+    return (
+        f"FROM {gguf_path.resolve()}\n"
+        'TEMPLATE """{{ .Prompt }}"""\n'
+        f"PARAMETER num_ctx {model.config.window}\n"
+        "PARAMETER temperature 0.8\n"
+        "PARAMETER top_k 40\n"
+        f'PARAMETER stop "{tokenizer.eot_token}"\n'
+    )
+
+
+@contextmanager
+def _beside(out: Path, n_bytes: int) -> Iterator[Path]:
+    """A free path beside `out` that becomes `out` at the end; nothing is left of it after an error."""
+    parent = out.absolute().parent
+    try:
+        if out.exists() or out.is_symlink():
+            raise ExportError(f"{out} exists: remove it, or choose another --out")
+        _check_space(parent, n_bytes + _OTHER_BYTES)
+        holder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=parent))
+    except OSError as error:
+        raise OSError(f"cannot write to {parent}: {error.strerror}; choose another --out") from None
+    try:
+        temporary = holder / out.name
+        yield temporary
+        if out.exists():
+            raise ExportError(f"{out} exists by now: remove it, or choose another --out")
+        temporary.rename(out)
+        sync(parent)
+    except (OSError, SafetensorError) as error:  # safetensors says so of a full disk, too
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {out}: {reason}; choose another --out") from None
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        wanted = f"{n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
+        raise ExportError(f"{folder} has too little space: {wanted}; choose another --out")
+
+
+def _add_shape(writer: gguf.GGUFWriter, model: GPT, dtype: str, name: str) -> None:
+    """The metadata that convert_hf_to_gguf.py of llama.cpp writes for a GPT2LMHeadModel."""
+    import gguf
+
+    file_types = gguf.LlamaFileType
+    config = model.config
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    file_type = {"f32": file_types.ALL_F32, "f16": file_types.MOSTLY_F16, "q8_0": file_types.MOSTLY_Q8_0}
+    writer.add_file_type(file_type[dtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _bpe_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The model part of tokenizer.json; ExportError where llama.cpp's "gpt2" would not give its ids."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder), max_length=1)
+        definition = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    bpe: dict[str, Any] = definition["model"]
+    rule = definition["pre_tokenizer"] or {}
+    alike = (
+        bpe.get("type") == "BPE"
+        and not bpe.get("ignore_merges")
+        and not definition["normalizer"]
+        and rule.get("type") == "ByteLevel"
+        and not rule.get("add_prefix_space", True)
+        and (rule.get("use_regex", True) or not bpe["merges"])
+    )
+    if not alike:
+        raise ExportError(
+            f"llama.cpp has no form of this {tokenizer.kind} tokenizer, only of byte-level BPE: "
+            f"train with --tokenizer gpt2 or byte, or export to safetensors"
+        )
+    special = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    return bpe | {"special": special}
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, model: GPT, tokenizer: Tokenizer, bpe: dict[str, Any]) -> None:
+    import gguf
+
+    text_of = {i: text for text, i in (bpe["vocab"] | bpe["special"]).items()}
+    control = {*bpe["special"].values(), tokenizer.eot_id}
+    ids = range(model.config.vocab_size)
+    types = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([text_of.get(i, f"[PAD{i}]") for i in ids])
+    writer.add_token_types(
+        [types.UNUSED if i not in text_of else types.CONTROL if i in control else types.NORMAL for i in ids]
+    )
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in bpe["merges"]]
+    writer.add_token_merges(merges or _NO_MERGES)
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(False)
+
+
+def _gguf_tensors(
+    model: GPT, dtype: str
+) -> Iterator[tuple[str, NDArray[np.generic], gguf.GGMLQuantizationType | None]]:
+    """(name, values, type where the array's dtype does not say it) of each tensor.
+
+    llama.cpp reads matrices (out, in), as ours are. Norms, biases and positions stay fp32, as there; the
+    head is tied: it takes token_embd where there is no output.weight.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
+    kinds = gguf.GGMLQuantizationType
+    wanted = {"f32": kinds.F32, "f16": kinds.F16, "q8_0": kinds.Q8_0}[dtype]
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().to("cpu", torch.float32)
+        if name == "wte.weight":
+            value = value[: model.config.vocab_size]
+        kind = wanted if value.ndim == 2 and name != "wpe.weight" else kinds.F32
+        if kind == kinds.Q8_0 and value.shape[1] % _BLOCK:
+            kind = kinds.F16
+        if kind == kinds.F16:
+            rounded(name, value, torch.float16)
+        gguf_name = names.get_name(f"transformer.{name}", try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        array = gguf.quants.quantize(value.contiguous().numpy(), kind)
+        yield gguf_name, array, kind if kind == kinds.Q8_0 else None

@@ -1,0 +1,103 @@
+"""Weights to start from: any GPT-2-family folder in Hugging Face's layout, fitted to the run's settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.folder import load_model, read_config
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
+from fusedgpt.model.weights import ModelFolderError
+
+_FITTED = (
+    "block_size",
+    "trained_length",
+    "dropout",
+    "layer_norm_epsilon",
+)  # the weights decide the rest
+_MAX_PADDING = 1024  # ids by which others pad a vocabulary
+
+
+def init_from(
+    folder: Path,
+    overrides: Mapping[str, Any],  # fields of GPTConfig; None is left as the folder has it
+    tokenizer: Tokenizer,
+    *,
+    note: Callable[[str], None] = warnings.warn,
+) -> GPT:
+    """The folder's model with its context cropped or extended to overrides["block_size"], in fp32 on the CPU.
+
+    An extended context repeats the positions that are there (Beltagy et al. 2020, section 5), which have to
+    be trained; note is told. Raises ModelFolderError for a damaged folder, a shape that is not the folder's,
+    or a tokenizer that is not the one its weights were trained with, ValueError for a context below 1.
+    """
+    stored = read_config(folder)
+    config = _fitted(stored, {k: v for k, v in overrides.items() if v is not None}, folder)
+    check_tokenizer(folder, stored, tokenizer)
+    model = load_model(folder)
+    if config.block_size < stored.block_size:
+        note(f"{folder}: context cropped from {stored.block_size} to {config.block_size} positions")
+    elif config.block_size > stored.block_size:
+        note(
+            f"{folder}: context extended from {stored.block_size} to {config.block_size} positions; "
+            f"the new ones repeat the old until they are trained"
+        )
+    model.config = config
+    positions = _positions(model.wpe.weight, config.block_size)
+    model.wpe = nn.Embedding(config.block_size, config.n_embd, _weight=positions)
+    return model
+
+
+def _fitted(stored: GPTConfig, overrides: Mapping[str, Any], folder: Path) -> GPTConfig:
+    for name, value in overrides.items():
+        if name not in _FITTED and value != getattr(stored, name):
+            raise ModelFolderError(
+                f"{folder}: its weights have {name} {getattr(stored, name)}, not {value}: "
+                f"leave that setting out"
+            )
+    merged = {**stored.model_dump(), **overrides}
+    seen = min(stored.window, merged["block_size"])  # training on short windows does not unlearn long ones
+    merged["trained_length"] = max(seen, overrides.get("trained_length") or 0)
+    return GPTConfig(**merged)
+
+
+def _positions(table: Tensor, length: int) -> Tensor:
+    """The first `length` rows of `table`, repeated as often as it takes."""
+    rows = torch.arange(length, device=table.device) % len(table)
+    return table.detach()[rows]
+
+
+def check_tokenizer(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
+    """Raise ModelFolderError where the ids of `tokenizer` are not those of the folder's weights."""
+    if not config.vocab_size - _MAX_PADDING < tokenizer.vocab_size <= config.vocab_size:
+        raise ModelFolderError(
+            f"{folder}: its weights are for {config.vocab_size} ids, the tokenizer has "
+            f"{tokenizer.vocab_size}: use --tokenizer {folder}"
+        )
+    if not (folder / "tokenizer.json").exists():
+        return
+    try:
+        its_own = load_tokenizer(folder)
+    except ValueError as error:
+        raise ModelFolderError(f"{folder}: {error}") from None
+    ids = range(max(tokenizer.vocab_size, its_own.vocab_size))
+    wrong = next((i for i in ids if _text(tokenizer, i) != _text(its_own, i)), None)
+    if wrong is not None:
+        raise ModelFolderError(
+            f"{folder}: token {wrong} is {_text(its_own, wrong)!r} to its weights, but "
+            f"{_text(tokenizer, wrong)!r} to the tokenizer: use --tokenizer {folder}"
+        )
+
+
+def _text(tokenizer: Tokenizer, i: int) -> str | None:
+    try:
+        return tokenizer.decode([i])
+    except ValueError:  # no such id
+        return None

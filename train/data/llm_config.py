@@ -1,0 +1,181 @@
+"""Which language model makes and grades the data, where it is served, and how long it may take."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ENV_PREFIX = "FUSEDGPT_OLLAMA_"
+HEURISTICS = "heuristics"  # in place of a model: refine.score_sample grades
+_DEFAULT_HOSTS = {"ollama": "http://localhost:11434", "openai": "http://localhost:8000"}
+_OPENAI = "https://api.openai.com"
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/nvhost-gpu")  # CUDA, ROCm, Jetson
+_LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+
+
+class Timeouts(NamedTuple):
+    """Seconds: to connect, for one answer, for one grade, before the first new try, and for everything."""
+
+    connect: float
+    generation: float
+    grading: float
+    interval: float
+    total: float
+
+
+PRESETS = {
+    "gpu": Timeouts(connect=5, generation=30, grading=10, interval=0.5, total=4 * 3600),
+    "cpu": Timeouts(connect=5, generation=300, grading=60, interval=1.0, total=48 * 3600),
+}
+
+
+def _seconds(name: str, purpose: str) -> float | None:
+    """A field that overrides one number of the presets."""
+    text = f"Seconds {purpose} (default: {ENV_PREFIX}{name.upper()}, else by --timeouts)."
+    return Field(default=None, gt=0, allow_inf_nan=False, description=text)
+
+
+class LLMConfig(BaseModel):
+    """Where the texts come from, and how the server that writes and grades them is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_source: Literal["template", "ollama", "openai"] = Field(
+        default="template",
+        description="What writes the texts: template, ollama, or openai for any OpenAI-compatible server.",
+    )
+    llm_host: str | None = Field(
+        default=None,
+        description="URL of the server (default: http://localhost, port 11434 for ollama, 8000 for openai).",
+    )
+    gen_model: str | None = Field(default=None, description="The model that writes the samples.")
+    refine_model: str | None = Field(
+        default=None,
+        description=f"The model that grades them; {HEURISTICS}: none does (default: --gen-model).",
+    )
+    llm_endpoint: Literal["chat", "completions"] = Field(
+        default="chat", description="openai: chat, or completions for a model without a chat template."
+    )
+    llm_concurrency: int = Field(default=4, ge=1, le=64, description="Requests in flight.")
+    llm_max_tokens: int = Field(default=768, ge=16, le=32_768, description="Longest answer, in tokens.")
+    llm_api_key_env: str | None = Field(
+        default=None,
+        description="Environment variable of the API key (default: OPENAI_API_KEY, for api.openai.com).",
+    )
+    timeouts: Literal["auto", "gpu", "cpu"] = Field(
+        default="auto", description="How fast the server is: gpu, cpu, or auto to look for a GPU."
+    )
+    timeout_connect: float | None = _seconds("timeout_connect", "to connect")
+    timeout_generation: float | None = _seconds("timeout_generation", "for one answer")
+    timeout_grading: float | None = _seconds("timeout_grading", "for one grade")
+    timeout_interval: float | None = _seconds("timeout_interval", "before the first new try")
+    timeout_total: float | None = _seconds("timeout_total", "for all generation and grading")
+    fallback: Literal["none", "templates"] = Field(
+        default="none", description="templates: they take over, and it is recorded, where the server fails."
+    )
+
+    @model_validator(mode="after")
+    def _checks(self) -> Self:
+        if self.llm_host is not None:
+            check_host(self.llm_host)
+        if self.llm_api_key_env is not None and not _ENV_NAME.fullmatch(self.llm_api_key_env):
+            raise ValueError("llm_api_key_env must name an environment variable; the key itself goes in it")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The server's URL, without a slash or /v1 at its end."""
+        host = self.llm_host or _DEFAULT_HOSTS.get(self.data_source, "")
+        return host.rstrip("/").removesuffix("/v1")
+
+    @property
+    def grader(self) -> str | None:
+        """The model that grades, None for the heuristics; "" where one is to grade and none is named."""
+        if self.data_source == "template" or self.refine_model == HEURISTICS:
+            return None
+        return self.refine_model or self.gen_model or ""
+
+    def resolve_timeouts(self, environ: Mapping[str, str] = os.environ) -> Timeouts:
+        """Each from its flag, else its environment variable, else the preset. Raises ValueError."""
+        kind = self.timeouts if self.timeouts != "auto" else _guess_preset(self.origin)
+        given = {name: getattr(self, f"timeout_{name}") for name in Timeouts._fields}
+        for name, value in given.items():
+            variable = f"{ENV_PREFIX}TIMEOUT_{name.upper()}"
+            if value is None and variable in environ:
+                given[name] = _positive(variable, environ[variable])
+        return PRESETS[kind]._replace(**{name: value for name, value in given.items() if value is not None})
+
+    def api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
+        """The key for the server, None where none is meant for it. Raises ValueError, never showing it."""
+        name = self.llm_api_key_env or ("OPENAI_API_KEY" if self.origin == _OPENAI else None)
+        if name is None:
+            return None
+        key = environ.get(name, "").strip()
+        if not key:
+            raise ValueError(f"the environment variable {name} holds no API key for {self.origin}")
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError(f"the environment variable {name} holds characters that no API key has")
+        return key
+
+    def fingerprint(self, prompt: str, domain: str, seed: int) -> str:
+        """Names what a file of samples was made for: only with the same may it be continued."""
+        made_by = {"source": self.data_source, "model": self.gen_model, "endpoint": self.llm_endpoint}
+        made_for = {"prompt": prompt, "domain": domain, "seed": seed, "max_tokens": self.llm_max_tokens}
+        text = json.dumps([made_by, made_for], sort_keys=True)  # ASCII, so lone surrogates do not matter
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_host(url: str) -> None:
+    """Raises ValueError unless it is a plain http or https URL of a host that may be asked."""
+    if "@" in url:  # not shown: it may hold a password
+        raise ValueError("llm_host holds a user name or password; name the key's variable: --llm-api-key-env")
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine or parts.query or parts.fragment or not url.isprintable() or " " in url or "\\" in url:
+        raise ValueError(f"llm_host {url!r} is no http:// or https:// URL like http://localhost:11434")
+    try:
+        address = ipaddress.ip_address(parts.hostname or "")
+    except ValueError:
+        return  # a name; what it resolves to is checked before the connection
+    check_address(str(address))
+
+
+def check_address(address: str) -> None:
+    """Raises ValueError for a link-local address, where clouds serve their machines' credentials."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_link_local or ip.is_multicast:
+        raise ValueError(f"llm_host leads to {address}, which is link-local or multicast; it is not asked")
+
+
+def _guess_preset(origin: str) -> str:
+    """gpu, unless the server is on this machine and this machine has none."""
+    if (urlsplit(origin).hostname or "") not in _LOCAL:
+        return "gpu"
+    metal = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return "gpu" if metal or any(Path(device).exists() for device in _ACCELERATORS) else "cpu"
+
+
+def _positive(variable: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"{variable} is {text!r}, not a positive number of seconds")
+    return value
