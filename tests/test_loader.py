@@ -62,3 +62,19 @@ def test_leaving_ends_the_thread_at_once() -> None:
     with Loader(counting(), TrainConfig(), CPU, Cursor()) as loader:
         next(loader)
     assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_a_set_on_the_device_gives_the_same_batches(device: torch.device) -> None:
+    """Gathered there from where its windows start, also over the end of the ring."""
+    config = TrainConfig(batch_size=3, batch_tokens=8 * 16, seed=5)
+    taken = []
+    for resident in (False, True):
+        with Loader(counting(), config, device, Cursor(), resident=resident) as loader:
+            taken.append(list(itertools.islice(loader, 25)))
+    for copied, gathered in zip(*taken, strict=True):
+        assert (copied.shares, copied.tokens, copied.following) == (
+            gathered.shares, gathered.tokens, gathered.following
+        )  # fmt: skip
+        for ours, theirs in zip(copied.micro_batches, gathered.micro_batches, strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])

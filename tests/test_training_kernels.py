@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import outcome, train_tiny
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
@@ -71,3 +72,25 @@ def test_two_thousand_steps_in_bf16_do_not_drift(
     )
     noise = (other - reference).abs().max().clamp(min=0.005)
     assert (ours - reference).abs().max() <= 2 * noise
+
+
+def test_the_trainer_on_kernels_is_the_trainer_on_the_reference(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches, dropout, clipping, AdamW, a save and a resume; without a GPU interpreted."""
+    changes = {"steps": 4, "save_every": "2", "keep_last": 9, "batch_tokens": 4 * 16, "eval_every": 3}
+    results = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("FUSEDGPT_KERNELS", backend)
+        train_tiny(tmp_path / backend, device=str(device), **changes)
+        results[backend] = outcome(tmp_path / backend)
+    ours, reference = ([row[0] for row in results[b][0].values()] for b in ("triton", "reference"))
+    assert len(ours) == 4
+    assert ours == pytest.approx(reference, rel=1e-5)  # fp32 sums in another order
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
+    middle = tmp_path / "triton" / "checkpoints" / "step-00000002"
+    train_tiny(tmp_path / "triton", resume=middle, device=str(device), **changes)
+    losses, tensors, state = outcome(tmp_path / "triton")
+    assert losses == results["triton"][0]
+    assert all(torch.equal(tensors[name], x) for name, x in results["triton"][1].items())
+    assert state == results["triton"][2]

@@ -81,6 +81,17 @@ class TokenDataset:
         windows = self._windows(seed, epoch, positions)
         return torch.from_numpy(windows[0]), torch.from_numpy(windows[1])
 
+    @property
+    def has_starts(self) -> bool:
+        """Whether all windows are max_length long and lie in `train`: window_starts says where."""
+        return self.borders is None
+
+    def window_starts(self, *, seed: int, epoch: int, position: int, batch_size: int) -> Ints:
+        """Where in the ring the windows of train_batch begin (B,); its inputs are the T tokens from there."""
+        positions = np.arange(position, min(position + batch_size, self.windows_per_epoch))
+        order = _epoch_order(seed, epoch, self.windows_per_epoch, self.max_length, 0)
+        return order.shift + order.at(positions) * self.max_length
+
     def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> tuple[Ints, Ints]:
         """Inputs and targets (B, T) of the windows at `positions` of an epoch."""
         T = self.max_length
@@ -129,6 +140,10 @@ class MixedDataset(TokenDataset):
 
     sets: tuple[TokenDataset, ...]
     shares: tuple[int, ...]  # windows of each set in a block
+
+    @property
+    def has_starts(self) -> bool:
+        return False
 
     @property
     def windows_per_epoch(self) -> int:
