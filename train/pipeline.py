@@ -19,7 +19,8 @@ from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, gpt2_tokenizer
 from fusedgpt.train.config import ConfigError, RunConfig, Sections, build_config
 from fusedgpt.train.data.dataset import TokenDataset
 from fusedgpt.train.data.generate import choose_domain, generate_samples
-from fusedgpt.train.data.prepare import read_documents, tokenise
+from fusedgpt.train.data.prepare import tokenise
+from fusedgpt.train.data.prepared import is_prepared, read_data
 from fusedgpt.train.data.refine import refine
 from fusedgpt.train.estimate import estimate, table
 from fusedgpt.train.monitor import Monitor
@@ -154,18 +155,17 @@ def train_on_files(
     monitor: Monitor | None = None,
     options: RunOptions = RunOptions(),
 ) -> TrainingResult:
-    """Text files, or folders of them -> dataset, GPT, training, test samples, model folder.
+    """Text files, folders of them, or token sets -> dataset, GPT, training, test samples, model folder.
 
     Raises FileNotFoundError or ValueError for unusable text, OSError where output_dir cannot be written, and
     what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
-    texts = read_documents(paths)
+    dataset, tokenizer = read_data(paths, config)
     check_writable(output_dir)
-    tokenizer = build_tokenizer(config.data.tokenizer, text="".join(texts))
-    dataset = tokenise(texts, tokenizer, config)
     name = config.model.name
-    provenance = {"data": [str(path) for path in paths], "documents": len(texts)}
+    documents = dataset.train_documents + dataset.val_documents
+    provenance = {"data": [str(path) for path in paths], "documents": documents}
     told = {"command": "train", "data": [str(path.resolve()) for path in paths]}
     material = _Material(tokenizer=tokenizer, dataset=dataset, name=name, provenance=provenance, files={})
     count_steps(dataset, config.train)  # before anything is written or allocated
@@ -235,9 +235,7 @@ def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
     if steps is None and not paths:
         raise ConfigError("how long is the run? give --steps, or --data to count its epochs")
     if steps is None:
-        texts = read_documents(paths)
-        tokenizer = build_tokenizer(config.data.tokenizer, text="".join(texts))
-        steps, _ = count_steps(tokenise(texts, tokenizer, config), config.train)
+        steps, _ = count_steps(read_data(paths, config)[0], config.train)
     return plot_schedule(config.train, steps, png)
 
 
@@ -245,8 +243,9 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
     """What `train --estimate` prints. Raises ConfigError for a vocabulary that needs text and has none."""
     if config.data.tokenizer == "char" and not paths:
         raise ConfigError("how many characters are there? give --data")
-    text = "".join(read_documents(paths)) if config.data.tokenizer == "char" else ""
-    vocab_size = build_tokenizer(config.data.tokenizer, text=text).vocab_size
+    from_data = config.data.tokenizer == "char" or any(map(is_prepared, paths))
+    tokenizer = read_data(paths, config)[1] if from_data else build_tokenizer(config.data.tokenizer)
+    vocab_size = tokenizer.vocab_size
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpt_config = config.model.gpt_config(vocab_size, trained_length=config.max_length)
