@@ -4,12 +4,12 @@
     python benchmarks/prepare.py memory FOLDER [--megabytes 10 100 1000] [--workers 2]
 
 FOLDER holds at least 20 MB of real text (.txt); --repeat reads it as often, so that starting the workers
-counts as little as in real use. speed alternates tiktoken on one thread, prepare, tiktoken in as many processes,
-and back (a round); tiktoken encodes documents in memory, prepare goes from files to a synced token set. A JSON
-line has the speeds in MB/s and, by their medians, `efficiency`: prepare over workers x tiktoken, which other work
-on the machine lowers; `cpu_efficiency`: the same in CPU seconds; `of_attainable`: prepare over the processes.
-No speed is printed unless the ids agree. memory prints for each size, one text file, the largest memory of all
-processes together.
+counts as little as in real use. speed alternates tiktoken on one thread, prepare, tiktoken in as many
+processes, and back (a round); tiktoken encodes documents in memory, prepare goes from files to a synced
+token set. A JSON line has the speeds in MB/s and, by their medians, `efficiency`: prepare over workers x
+tiktoken, which other work on the machine lowers; `cpu_efficiency`: the same in CPU seconds;
+`of_attainable`: prepare over the processes. No speed is printed unless the ids agree. memory prints for
+each size, one text file, the largest memory of all processes together.
 """
 
 from __future__ import annotations

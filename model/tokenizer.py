@@ -464,6 +464,8 @@ def _byte_letters() -> dict[int, str]:
 
 def _well_formed(text: str) -> str:
     """`text` with each pair of surrogates as the character it stands for, each lone one as U+FFFD."""
+    if text.isascii():  # known without looking
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -194,6 +194,18 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("train --data {root}/book.txt --output-dir {root}/book.txt", 1, "cannot write to {root}/book.txt"),
         ("train --data {root}/book.txt --batch-size 0", 2, "batch_size: Input should be greater than"),
         ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
+        (
+            "create poems --data-source ollama --llm-host http://127.0.0.1:9 --gen-model a",
+            1,
+            "no Ollama server answers at http://127.0.0.1:9",
+        ),
+        ("create poems --llm-host http://a:b@c", 2, "llm_host holds a user name or password"),
+        ("create poems --timeout-total 0", 2, "timeout_total: Input should be greater than 0"),
+        (
+            "data refine {root}/absent.jsonl --output {root}/o.jsonl",
+            1,
+            "there is no file {root}/absent.jsonl",
+        ),
         ("create poems --epochs 0", 2, "epochs: Input should be greater than"),
         ("create --run-dir {root}/new", 2, "say what the GPT is to write"),
         ("create poems --resume {root}/run", 2, "is a run of `fusedgpt train`, not of create"),

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ollama_fake import Fake
 
-from fusedgpt.model.folder import load_folder
+from fusedgpt.model.folder import list_folders, load_folder
 from fusedgpt.model.tokenizer import gpt2_tokenizer
 from fusedgpt.train import pipeline
 from fusedgpt.train.config import ConfigError, RunConfig, build_config
-from fusedgpt.train.pipeline import create_config, generate_texts, run_full_pipeline, train_on_files
+from fusedgpt.train.data import collect
+from fusedgpt.train.data.collect import count_gpt2_tokens, generate_texts
+from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
 FILES = {
@@ -76,13 +79,13 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
 def test_the_prompt_reaches_generator_and_refiner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for name in ("generate_samples", "refine"):
-        original = getattr(pipeline, name)
+        original = getattr(collect, name)
 
         def spy(*args: object, original: Callable[..., object] = original, **kwargs: object) -> object:
             seen.extend(arg for arg in args if isinstance(arg, str))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, spy)
+        monkeypatch.setattr(collect, name, spy)
     run_full_pipeline("poems about dragons", tiny(steps=1), tmp_path)
     assert seen == ["poems about dragons"] * 2
 
@@ -135,17 +138,38 @@ def test_an_unwritable_output_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(pipeline, "generate_texts", None)  # calling it would be a TypeError
+    monkeypatch.setattr(pipeline, "collect", None)  # calling it would be a TypeError
     with pytest.raises(OSError, match="cannot write"):
         run_full_pipeline("poems", tiny(), tmp_path / "file")
 
 
 def test_unknown_generation_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no generation method 'magic'"):
+    with pytest.raises(ValueError, match="no generation method 'magic'; there are template, ollama, openai"):
         run_full_pipeline("poems", tiny(), tmp_path, "magic")
+
+
+def test_a_language_model_may_write_the_data(tmp_path: Path) -> None:
+    """And what it wrote serves a second run, with no request."""
+    with Fake() as fake:
+        options = {"llm_host": fake.url, "gen_model": "writer", "refine_model": "grader:7b"}
+        config = tiny(steps=1, raw_tokens=700, refined_tokens=400, data_source="ollama", **options)
+        result = run_full_pipeline("poems", config, tmp_path)
+        asked = len(fake.requests)
+        run_full_pipeline("poems", config, tmp_path)
+        assert len(fake.requests) == asked
+        by_name = run_full_pipeline("poems", config, tmp_path, "template")
+    for name in ("generation_info.json", "dataset.json"):
+        info = json.loads((result.model_path / name).read_text())
+        assert info["generation_method"] == "ollama"
+        assert info["generation"]["model"] == "writer"
+        assert info["refinement"]["grader"] == "grader:7b"
+        assert info["samples_generated"] == info["generation"]["samples"]
+    info = json.loads((by_name.model_path / "generation_info.json").read_text())
+    assert info["generation_method"] == "template"
+    assert len(list_folders(tmp_path)) == 3  # the folder of the data is none of them
 
 
 def test_generated_tokens_reach_the_target_and_no_more() -> None:
     texts = generate_texts("poems", domain="poetry", n_tokens=5000, seed=0)
-    lengths = pipeline.count_gpt2_tokens(texts)
+    lengths = count_gpt2_tokens(texts)
     assert sum(lengths) >= 5000 > sum(lengths[:-1])

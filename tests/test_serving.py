@@ -114,3 +114,30 @@ def test_a_model_that_is_not_there(server: Server, tmp_path: Path) -> None:
     with pytest.raises(LLMError) as caught:
         collect(task, config, raw_tokens=100, refined_tokens=50, work_dir=tmp_path)
     print(caught.value)
+
+
+def test_create_end_to_end(server: Server, tmp_path: Path) -> None:
+    """`fusedgpt create` against the server: a model folder whose data another model of ours wrote."""
+    shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--max-length", "64"]
+    llm = ["--data-source", "openai", "--llm-host", server.url, "--gen-model", server.model]
+    limits = [
+        "--llm-max-tokens",
+        "200",
+        "--timeouts",
+        "cpu",
+        "--raw-tokens",
+        "1500",
+        "--refined-tokens",
+        "700",
+    ]
+    command = [Path(sys.executable).with_name("fusedgpt"), "create", "a talk of two friends", *shape, *llm]
+    command += [*limits, "--steps", "20", "--output-dir", tmp_path, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    folder = Path(json.loads(done.stdout)["model_path"])
+    info = json.loads((folder / "generation_info.json").read_text())
+    assert (info["generation_method"], info["generation"]["model"]) == ("openai", server.model)
+    assert info["generation"]["tokens"] >= 1500
+    assert info["refinement"]["kept_tokens"] >= 300
+    print(json.dumps({k: info[k] for k in ("generation", "refinement", "training")}, indent=1))

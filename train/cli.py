@@ -21,12 +21,15 @@ from fusedgpt.train.cli_common import (
     print_json,
     print_table,
     printable,
+    progress_bar,
     resolve_run,
+    with_options,
     with_run_options,
 )
+from fusedgpt.train.cli_data import data as data_app
 from fusedgpt.train.cli_kernels import kernels
 from fusedgpt.train.cli_prepare import prepare
-from fusedgpt.train.config import ConfigError, build_config
+from fusedgpt.train.config import ConfigError, build_config, option_fields
 from fusedgpt.train.runtime import spin_briefly
 
 app = typer.Typer(
@@ -40,7 +43,7 @@ _EXPECTED = ("TrainingDiverged", "Stopped")  # by name: their modules import tor
 
 
 @app.command()
-@with_run_options
+@with_options(option_fields(llm=True))
 def create(
     prompt: Annotated[
         str | None, typer.Argument(help="What the GPT is to write, in your own words.", show_default=False)
@@ -58,6 +61,7 @@ def create(
     **options: Any,
 ) -> None:
     """Make a GPT from a prompt: data, refinement, training, test samples, model folder."""
+    from fusedgpt.train.data.collect import no_bar
     from fusedgpt.train.monitor import Monitor
     from fusedgpt.train.pipeline import create_config, run_full_pipeline
 
@@ -71,8 +75,9 @@ def create(
     prompt = told.get("prompt", prompt)
     if prompt is None:
         raise ConfigError('say what the GPT is to write: fusedgpt create "PROMPT"')
-    monitor = Monitor(quiet=quiet)
-    _report(run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options), as_json)
+    monitor, bar = Monitor(quiet=quiet), no_bar if quiet else progress_bar
+    result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options, bar=bar)
+    _report(result, as_json)
 
 
 @app.command()
@@ -173,6 +178,7 @@ app.command(name="eval")(cli_model.eval_model)
 app.command()(cli_model.export)
 app.command()(prepare)
 app.add_typer(kernels, name="kernels")
+app.add_typer(data_app, name="data")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from fusedgpt.model.config import PRESETS, GPTConfig
+from fusedgpt.train.data.llm_config import LLMConfig
 
 
 class ConfigError(ValueError):
@@ -201,6 +202,7 @@ class RunConfig(_Frozen):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     saving: SavingConfig = SavingConfig()
+    llm: LLMConfig = LLMConfig()
 
     @property
     def max_length(self) -> int:
@@ -241,17 +243,19 @@ def windows_per_step(config: TrainConfig, max_length: int) -> int:
 
 
 Sections = dict[str, dict[str, Any]]
-_SECTIONS: dict[str, type[_Frozen]] = {
+_SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "saving": SavingConfig,
+    "llm": LLMConfig,
 }
 
 
-def option_fields() -> dict[str, FieldInfo]:
-    """Every setting of a run by its flat name ("n_layer", "learning_rate", ...)."""
-    return {name: field for kind in _SECTIONS.values() for name, field in kind.model_fields.items()}
+def option_fields(*, llm: bool = False) -> dict[str, FieldInfo]:
+    """Every setting of a run by its flat name ("n_layer", ...); `llm`: those of `create` alone, too."""
+    kinds = [kind for kind in _SECTIONS.values() if llm or kind is not LLMConfig]
+    return {name: field for kind in kinds for name, field in kind.model_fields.items()}
 
 
 def build_config(

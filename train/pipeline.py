@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
-from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, gpt2_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 from fusedgpt.train.config import ConfigError, RunConfig, Sections, build_config
+from fusedgpt.train.data.collect import Bar, Task, collect, no_bar
 from fusedgpt.train.data.dataset import TokenDataset
-from fusedgpt.train.data.generate import choose_domain, generate_samples
+from fusedgpt.train.data.generate import choose_domain
 from fusedgpt.train.data.prepare import tokenise
 from fusedgpt.train.data.prepared import is_prepared, read_data
-from fusedgpt.train.data.refine import refine
 from fusedgpt.train.estimate import estimate, table
 from fusedgpt.train.monitor import Monitor
 from fusedgpt.train.precision import resolve_device
@@ -29,12 +29,12 @@ from fusedgpt.train.run import Run, directory_of, new_run_path, open_run, versio
 from fusedgpt.train.signals import Stopped, StopSignals
 from fusedgpt.train.trainer import TrainingSummary, count_steps, train
 
-GENERATION_METHODS = ("template",)
+GENERATION_METHODS = ("template", "ollama", "openai")
 TEST_PROMPTS = ("", "The", "Today")
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
 # GPT-2 tokens to generate and to keep, by preset; larger presets take the last.
 _TOKEN_TARGETS = {"12M": (30_000, 15_000), "33M": (50_000, 25_000), "117M": (100_000, 50_000)}
-_SAMPLES_A_ROUND = 200
+_DATA_DIR = ".data"  # in the output directory: what a model wrote and graded, so that it goes on from there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +95,28 @@ def run_full_pipeline(
     prompt: str,
     config: RunConfig | None = None,
     output_dir: Path = Path("models"),
-    generation_method: str = "template",
+    generation_method: str | None = None,
     monitor: Monitor | None = None,
     options: RunOptions = RunOptions(),
+    bar: Bar = no_bar,
 ) -> TrainingResult:
     """Prompt -> tokenizer, data, refinement, dataset, GPT, training, test samples, model folder.
 
-    generation_method: "template", the grammars that ship with fusedgpt. Returns where the model is and how it
-    did. Raises ValueError for options at odds, OSError where output_dir cannot be written (before training),
-    and what train raises.
+    generation_method: "template", "ollama" or "openai" in place of config.llm.data_source. Returns where the
+    model is and how it did. Raises ValueError for options at odds, OSError where output_dir cannot be written
+    (before training), LLMError where a language model's server gives out, and what train raises.
     """
-    if generation_method not in GENERATION_METHODS:
-        raise ValueError(f"no generation method {generation_method!r}; there is {GENERATION_METHODS[0]}")
     config = config or create_config({})
+    if generation_method is not None:
+        config = _with_method(config, generation_method)
     monitor = monitor or Monitor(quiet=True)
     check_writable(output_dir)
     domain = choose_domain(prompt)
     told = {"command": "create", "prompt": prompt}
     with open_run(options.path(domain), config, told, resume=options.resume) as run:
         monitor.note(f"domain: {domain}")
-        texts, provenance = _texts_of_run(run, prompt, domain, config, monitor)
+        task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
+        texts, provenance = _texts_of_run(run, task, config, output_dir / _DATA_DIR)
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
         files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
@@ -127,7 +129,7 @@ def run_full_pipeline(
 
 
 def _texts_of_run(
-    run: Run, prompt: str, domain: str, config: RunConfig, monitor: Monitor
+    run: Run, task: Task, config: RunConfig, work_dir: Path
 ) -> tuple[list[str], dict[str, Any]]:
     """The refined texts and where they are from: those the run was begun with, or new ones."""
     kept = run.path / "dataset.json"
@@ -135,17 +137,16 @@ def _texts_of_run(
         provenance = json.loads(kept.read_text(encoding="utf-8"))
         return provenance.pop("samples"), provenance
     raw_tokens, refined_tokens = _token_targets(config)
-    raw = generate_texts(prompt, domain=domain, n_tokens=raw_tokens, seed=config.train.seed)
-    monitor.note(f"generated {len(raw):,} samples from templates")
-    texts, report = refine(raw, prompt, target_tokens=refined_tokens, count_tokens=count_gpt2_tokens)
-    monitor.note(str(report))
-    return texts, {
-        "prompt": prompt,
-        "domain": domain,
-        "generation_method": "template",
-        "samples_generated": len(raw),
-        "refinement": asdict(report),
-    }
+    texts, made = collect(
+        task, config.llm, raw_tokens=raw_tokens, refined_tokens=refined_tokens, work_dir=work_dir
+    )
+    return texts, {"prompt": task.prompt, "domain": task.domain, **made}
+
+
+def _with_method(config: RunConfig, method: str) -> RunConfig:
+    if method not in GENERATION_METHODS:
+        raise ValueError(f"no generation method {method!r}; there are {', '.join(GENERATION_METHODS)}")
+    return config.model_copy(update={"llm": config.llm.model_copy(update={"data_source": method})})
 
 
 def train_on_files(
@@ -250,24 +251,6 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpt_config = config.model.gpt_config(vocab_size, trained_length=config.max_length)
     return table(estimate(gpt_config, config.train, config.max_length, name))
-
-
-def generate_texts(prompt: str, *, domain: str, n_tokens: int, seed: int) -> list[str]:
-    """Template samples that together have at least n_tokens GPT-2 tokens."""
-    texts: list[str] = []
-    stream = generate_samples(prompt, domain=domain, seed=seed)
-    while n_tokens > 0:
-        fresh = [next(stream) for _ in range(_SAMPLES_A_ROUND)]
-        for text, length in zip(fresh, count_gpt2_tokens(fresh), strict=True):
-            if n_tokens > 0:
-                texts.append(text)
-                n_tokens -= length
-    return texts
-
-
-def count_gpt2_tokens(texts: list[str]) -> list[int]:
-    """How many GPT-2 tokens each text has, whatever tokenizer the model uses."""
-    return [len(ids) for ids in gpt2_tokenizer().encode_batch(texts)]
 
 
 def _token_targets(config: RunConfig) -> tuple[int, int]:

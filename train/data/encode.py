@@ -65,8 +65,12 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype=dtype)
         counts = np.cumsum([len(a) + e for a, e in mine], dtype=np.int64)
         streams.append(Ids(ids, counts[np.fromiter((e for _, e in mine), dtype=bool, count=len(mine))]))
-    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in chunk.texts)
+    text_bytes = sum(map(_utf8_length, chunk.texts))
     return Encoded(streams[0], streams[1], text_bytes)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
