@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it imports torch, which preparing does not need and which t
     from fusedgpt.train.data.dataset import TokenDataset
 
 SHARD_TOKENS = 100_000_000
-_CHUNK_CHARACTERS = 1 << 20  # encoded by a worker at a time
+_CHUNK_CHARACTERS = 1 << 19  # encoded by a worker at a time
 _CHUNK_PIECES = 1 << 13
 _HASHED_CHARACTERS = 1 << 16  # of a document, to decide whether it is held out; pieces are no shorter
 
@@ -180,5 +180,7 @@ def chunked(pieces: Iterable[Piece], val_fraction: float) -> Iterator[Chunk]:
 
 def is_held_out(beginning: str, val_fraction: float) -> bool:
     """Whether the document that begins so is for validation: a share of all, the same for the same text."""
+    if not val_fraction:
+        return False
     digest = blake2b(beginning[:_HASHED_CHARACTERS].encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64

@@ -161,6 +161,7 @@ class SetWriter:
         self.folder, self.tokenizer = folder, tokenizer
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.text_bytes = 0
+        self._has_tokenizer = False
         self._shard_tokens = shard_tokens
         self._streams = {name: self._new_stream(name) for name in SPLITS}
 
@@ -174,6 +175,9 @@ class SetWriter:
 
     def append(self, split: str, ids: NDArray[Any], ends: NDArray[np.integer]) -> None:
         """More tokens of "train" or "val", and where among them documents end."""
+        if not self._has_tokenizer:  # now, as workers encode what follows, and not when all wait for it
+            self.tokenizer.save(self.folder, max_length=_NO_LIMIT)
+            self._has_tokenizer = True
         self._streams[split].append(ids, ends)
 
     def balance(self, val_fraction: float) -> None:
@@ -195,8 +199,7 @@ class SetWriter:
         train.truncate(train.tokens - wanted)
 
     def close(self) -> Index:
-        """Write what is missing, the index last, and sync it all."""
-        self.tokenizer.save(self.folder, max_length=_NO_LIMIT)
+        """Write what is missing, the index last, and sync it all; something must have been appended."""
         train, val = (self._streams[name].close() for name in SPLITS)
         index = Index(
             dtype="uint16" if self.dtype.itemsize == 2 else "uint32",
