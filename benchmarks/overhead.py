@@ -83,13 +83,16 @@ def main() -> None:
 
     def whole() -> list[float]:
         watch = Watch()
+        model, start = GPT(shape), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             told = {"command": "train"}
             with open_run(Path(folder) / "run", config, told, resume=None) as run:
                 run.saving = run.saving.model_copy(update={"keep_last": 0})
-                train(GPT(shape), data, config.train, watch, run)
+                train(model, data, config.train, watch, run)
+        first.append(watch.moments[0] - start)
         return watch.moments
 
+    first: list[float] = []
     seconds: dict[str, list[float]] = {"bare step": [], "train()": []}
     for name in ("bare step", "train()", "train()", "bare step"):
         moments = bare() if name == "bare step" else whole()
@@ -97,6 +100,7 @@ def main() -> None:
         print(f"{name:<10} {1e3 * float(np.median(np.diff(moments)[_WARM_UPS:])):8.1f} ms")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     overhead = medians["train()"] / medians["bare step"] - 1
+    print("first step after " + " and ".join(f"{s:.1f} s" for s in first) + " of train()")
     print(f"overhead   {overhead:+8.1%}  ({device}, torch {torch.__version__})")
 
 
