@@ -27,19 +27,18 @@ _MAX_PADDING = 1024  # ids by which others pad a vocabulary
 
 def init_from(
     folder: Path,
-    overrides: Mapping[str, Any],  # fields of GPTConfig; None is left as the folder has it
+    config: GPTConfig,  # of fitted_config
     tokenizer: Tokenizer,
     *,
     note: Callable[[str], None] = warnings.warn,
 ) -> GPT:
-    """The folder's model with its context cropped or extended to overrides["block_size"], in fp32 on the CPU.
+    """The folder's model with its context cropped or extended to config.block_size, in fp32 on the CPU.
 
     An extended context repeats the positions that are there (Beltagy et al. 2020, section 5), which have to
-    be trained; note is told. Raises ModelFolderError for a damaged folder, a shape that is not the folder's,
-    or a tokenizer that is not the one its weights were trained with, ValueError for a context below 1.
+    be trained; note is told. Raises ModelFolderError for a damaged folder, or a tokenizer that is not the one
+    its weights were trained with.
     """
     stored = read_config(folder)
-    config = _fitted(stored, {k: v for k, v in overrides.items() if v is not None}, folder)
     check_tokenizer(folder, stored, tokenizer)
     model = load_model(folder)
     if config.block_size < stored.block_size:
@@ -55,7 +54,14 @@ def init_from(
     return model
 
 
-def _fitted(stored: GPTConfig, overrides: Mapping[str, Any], folder: Path) -> GPTConfig:
+def fitted_config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:
+    """The folder's GPTConfig with the fields of `overrides` that are not None.
+
+    Raises ModelFolderError for a damaged config.json and for a shape that is not the folder's, ValueError for
+    a context below 1.
+    """
+    stored = read_config(folder)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     for name, value in overrides.items():
         if name not in _FITTED and value != getattr(stored, name):
             raise ModelFolderError(

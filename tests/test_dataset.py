@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -172,13 +173,15 @@ def test_the_order_of_old_runs_stays() -> None:
 def test_documents_are_told_apart_in_a_window() -> None:
     data = build_dataset([[1, 2], [3], [4, 5, 6]], eot_id=9, max_length=4, val_fraction=0.0, seed=0)
     inputs = torch.tensor([[1, 2, 9, 3], [9, 9, 4, 5]])
-    ids = data.document_ids(inputs)
+    assert data.document_ids(inputs) is None
+    ids = replace(data, document_masks=True).document_ids(inputs)
     assert ids is not None
     assert (ids.tolist(), ids.dtype) == ([[0, 0, 1, 1], [1, 2, 2, 2]], torch.int32)
     unknown = TokenDataset(
         train=np.arange(9, dtype=np.int32), val=np.arange(0), max_length=4, train_documents=1, val_documents=0
     )
-    assert unknown.document_ids(inputs) is None
+    with pytest.raises(ValueError, match="which token ends a document"):
+        replace(unknown, document_masks=True).document_ids(inputs)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 4))

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.gpt import GPT
-from fusedgpt.model.initialise import init_from
+from fusedgpt.model.initialise import fitted_config, init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, byte_tokenizer, char_tokenizer
 from fusedgpt.model.weights import ModelFolderError
 
@@ -30,8 +30,12 @@ def folder_of(theirs: GPT2LMHeadModel, path: Path, **options: Any) -> Path:
     return path
 
 
+def begin(folder: Path, overrides: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> GPT:
+    return init_from(folder, fitted_config(folder, overrides), tokenizer, **options)
+
+
 def quiet(folder: Path, overrides: dict[str, Any], tokenizer: Tokenizer | None = None) -> GPT:
-    return init_from(folder, overrides, tokenizer or byte_tokenizer(), note=pytest.fail).eval()
+    return begin(folder, overrides, tokenizer or byte_tokenizer(), note=pytest.fail).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}])
@@ -56,7 +60,12 @@ def test_a_transposed_square_projection_would_be_seen(theirs: GPT2LMHeadModel, t
 def test_a_cropped_context_keeps_the_first_positions(theirs: GPT2LMHeadModel, tmp_path: Path) -> None:
     notes: list[str] = []
     overrides = {"block_size": 20, "trained_length": 9}
-    ours = init_from(folder_of(theirs, tmp_path), overrides, byte_tokenizer(), note=notes.append).eval()
+    ours = begin(
+        folder_of(theirs, tmp_path),
+        overrides,
+        byte_tokenizer(),
+        note=notes.append,
+    ).eval()
     assert "context cropped from 32 to 20" in notes[0]
     assert (ours.config.block_size, ours.config.window) == (20, 20)  # it has seen 32
     torch.testing.assert_close(ours(IDS[:, :20]), theirs(IDS[:, :20]).logits, rtol=0, atol=1e-4)
@@ -67,7 +76,11 @@ def test_an_extended_context_repeats_the_positions_and_trains(
 ) -> None:
     overrides = {"block_size": 70, "trained_length": 64}
     with pytest.warns(UserWarning, match="context extended from 32 to 70"):
-        ours = init_from(folder_of(theirs, tmp_path), overrides, byte_tokenizer())
+        ours = begin(
+            folder_of(theirs, tmp_path),
+            overrides,
+            byte_tokenizer(),
+        )
     assert (ours.config.block_size, ours.config.window) == (70, 64)
     table = theirs.transformer.wpe.weight
     assert torch.equal(ours.wpe.weight, torch.cat((table, table, table))[:70])

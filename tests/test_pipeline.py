@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ollama_fake import Fake
 
-from fusedgpt.model.folder import list_folders, load_folder
-from fusedgpt.model.tokenizer import gpt2_tokenizer
+from fusedgpt.model.folder import list_folders, load_folder, save_folder
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.train import pipeline
 from fusedgpt.train.config import ConfigError, RunConfig, build_config
 from fusedgpt.train.data import collect
@@ -115,6 +118,60 @@ def test_train_on_files(tmp_path: Path, tokenizer: str) -> None:
     assert result.model_path.name.startswith("custom_")
     assert json.loads((result.model_path / "generation_info.json").read_text())["data"] == [str(text)]
     assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 48
+
+
+def test_packing_and_document_masks_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "The cat sat."}\n{"text": "It rained, today."}\n' * 30)
+    seen: list[torch.Tensor] = []
+
+    def hidden(model: GPT, idx: torch.Tensor, *, documents: torch.Tensor | None = None, **rest: Any) -> Any:
+        if documents is not None:
+            seen.append(torch.stack([idx, documents]))
+        return GPT_hidden(model, idx, documents=documents, **rest)
+
+    GPT_hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    config = build_config({**TINY, "tokenizer": "byte", "packing": True, "document_masks": True})
+    train_on_files([tmp_path / "t.jsonl"], config, tmp_path / "m")
+    training = [(idx, documents) for idx, documents in seen if len(idx) == config.train.batch_size]
+    assert len(training) >= TINY["steps"]
+    for idx, documents in training:
+        assert (idx[:, 0] == 256).all()  # packed: a window begins where a document does
+        assert torch.equal(documents, (idx == 256).cumsum(1).int())
+
+
+def test_a_run_begins_from_a_folder(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The cat sat on the mat. Today it rained. " * 40)
+    first = train_on_files([text], build_config({**TINY, "tokenizer": "byte"}), tmp_path / "m").model_path
+    options = {"init_from": str(first), "max_length": 16, "steps": 1, "learning_rate": 1e-9, "block_size": 40}
+    second = train_on_files([text], build_config(options), tmp_path / "m").model_path
+    (ours, tokenizer), (theirs, _) = load_folder(second), load_folder(first)
+    assert tokenizer.kind == "byte"
+    assert (ours.config.n_embd, ours.config.block_size, ours.config.window) == (16, 40, 32)
+    torch.testing.assert_close(ours.wpe.weight, theirs.wpe.weight[:40], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.h[0].mlp.c_fc.weight, theirs.h[0].mlp.c_fc.weight, atol=1e-6, rtol=0)
+    assert f"on from the weights of `{first.name}`" in (second / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "12M"}, "leave --preset out"),
+        ({"n_layer": 3}, "n_layer 1, not 3"),
+        ({"max_length": 49}, "longer than block_size 48"),
+        ({"tokenizer": "gpt2"}, "use --tokenizer"),
+        ({"init_from": "nowhere"}, "nowhere is no model folder"),
+    ],
+)
+def test_settings_that_the_folder_contradicts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    (tmp_path / "t.txt").write_text("The cat sat on the mat. " * 40)
+    folder = save_folder(GPT(build_config(TINY).model.gpt_config(257)), byte_tokenizer(), tmp_path, "model")
+    with pytest.raises(ValueError, match=message):
+        train_on_files(
+            [tmp_path / "t.txt"], build_config({"init_from": str(folder), **options}), tmp_path / "m"
+        )
+    assert not Path("runs").exists()
 
 
 def test_test_prompts_outside_a_character_vocabulary_are_left_out(tmp_path: Path) -> None:

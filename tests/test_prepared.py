@@ -50,7 +50,7 @@ def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
                 assert torch.equal(ours, theirs)
     assert str(dataset) == str(memory)
     assert dataset.token_bytes is not None
-    packed, _ = open_dataset([path], config(), packing=True)
+    packed, _ = open_dataset([path], config(packing=True))
     wanted = build_dataset(ids, eot_id=256, max_length=16, val_fraction=0.0, seed=0, packing=True)
     assert packed.borders is not None
     assert packed.borders.tolist() == wanted.borders.tolist()  # type: ignore[union-attr]
@@ -102,7 +102,7 @@ def test_nanogpt_folders(tmp_path: Path) -> None:
     assert len(dataset.val) == round(0.2 * (len(ids) - 50))
     assert [*dataset.train[:].tolist(), *dataset.val[:].tolist()] == ids[:-50]
     with pytest.raises(DataError, match="does not say where documents end"):
-        open_dataset([tmp_path], config(tokenizer="gpt2"), packing=True)
+        open_dataset([tmp_path], config(tokenizer="gpt2", packing=True))
 
 
 def test_nanogpt_characters(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_text_and_sets_are_read_alike(tmp_path: Path) -> None:
     text, tokenizer = read_data([tmp_path / "set.jsonl"], config(val_fraction=0.0))
     assert sets.train[:].tolist() == text.train.tolist()  # type: ignore[union-attr]
     assert tokenizer.kind == "byte"
-    packed, _ = read_data([tmp_path / "set.jsonl"], config(), packing=True)
+    packed, _ = read_data([tmp_path / "set.jsonl"], config(packing=True))
     assert packed.borders is not None
     with pytest.raises(DataError, match=r"set\.jsonl is text: .* what has a weight"):
         read_data([Path(f"{tmp_path / 'set.jsonl'}:0.5")], config())

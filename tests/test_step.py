@@ -55,6 +55,20 @@ def test_uneven_micro_batches_weigh_by_their_targets() -> None:
     assert (weights[0] - weights[1]).abs().mean() < 1e-5
 
 
+def test_documents_reach_the_loss_and_its_gradient() -> None:
+    inputs, targets = windows(4)
+    documents = (inputs % 3 == 0).cumsum(1).int()
+    model, optimizer = make()
+    step = Step(model, optimizer, TRAIN, document_ids=lambda x: (x % 3 == 0).cumsum(1).int())
+    result = step(StepBatch.collect([(inputs, targets)], Cursor()), 1e-2)
+    reference, _ = make()
+    loss = reference(inputs, targets, documents=documents)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None]).norm()
+    torch.testing.assert_close(result[:2], torch.stack([loss.detach(), norm]))
+    assert abs(reference(inputs, targets).item() - loss.item()) > 1e-4
+
+
 def test_the_learning_rate_is_that_of_the_call() -> None:
     model, optimizer = make()
     before = parameters(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training_runs import counting
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.data.dataset import document_ids
 from fusedgpt.train.validation import Validation, ValidationState, capped, evaluate
 
 CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
@@ -43,6 +45,19 @@ def test_bits_per_byte_counts_the_bytes_of_the_targets() -> None:
     assert result.bits_per_byte == pytest.approx(
         result.loss * (len(dataset.val) - 1) / n_bytes / math.log(2), rel=1e-9
     )
+
+
+def test_validation_masks_documents_as_training_does() -> None:
+    dataset = replace(counting(), eot_id=7, document_masks=True)
+    model, config = GPT(CONFIG), TrainConfig(batch_size=2)
+    result = Validation(dataset, config, 10, ValidationState()).run(model, 1)
+    masked = evaluate(model, dataset.val_batches(2), document_ids=lambda x: document_ids(x, 7))
+    plain = evaluate(model, dataset.val_batches(2))
+    assert result is not None
+    assert masked is not None
+    assert plain is not None
+    assert result.loss == pytest.approx(masked.loss, rel=1e-6)
+    assert abs(masked.loss - plain.loss) > 1e-5
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 50, 10**6])

@@ -8,7 +8,7 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.estimate import REACHED, flops_per_token, peak_flops
 from fusedgpt.train.resume import Training
-from fusedgpt.train.step import Forward, GraphedStep, Step
+from fusedgpt.train.step import DocumentIds, Forward, GraphedStep, Step
 
 _UNKNOWN_PEAK = 100e12  # FLOP/s
 _COMPILE_SECONDS = 30.0  # block by block
@@ -51,7 +51,12 @@ def _predict_step_seconds(config: TrainConfig, model: GPT, max_length: int) -> f
 
 
 def build_step(
-    training: Training, config: TrainConfig, *, compile_mode: str, cuda_graphs: bool
+    training: Training,
+    config: TrainConfig,
+    document_ids: DocumentIds,
+    *,
+    compile_mode: str,
+    cuda_graphs: bool,
 ) -> Step | GraphedStep:
     """The step of a run; evaluation and sampling go on calling the model itself, which compiles nothing."""
     forward: Forward = training.model
@@ -59,5 +64,5 @@ def build_step(
         training.model.compile_blocks()
     elif compile_mode == "model":
         forward = torch.compile(training.model, fullgraph=True, dynamic=False)
-    step = Step(forward, training.optimizer, config, training.loss_scale)
+    step = Step(forward, training.optimizer, config, training.loss_scale, document_ids)
     return GraphedStep(step) if cuda_graphs else step

@@ -34,6 +34,9 @@ class ModelConfig(_Frozen):
     n_embd: int | None = Field(default=None, description="Width of the residual stream.")
     block_size: int | None = Field(default=None, description="The model's context, in tokens.")
     dropout: float | None = Field(default=None, description="Dropout probability.")
+    init_from: str | None = Field(
+        default=None, description="A GPT-2 folder to start from, in place of --preset: weights and shape."
+    )
 
     @model_validator(mode="after")
     def _preset_exists(self) -> Self:
@@ -42,17 +45,26 @@ class ModelConfig(_Frozen):
         return self
 
     def gpt_config(self, vocab_size: int, trained_length: int | None = None) -> GPTConfig:
-        """The GPTConfig these settings mean for a vocabulary and a training window. Raises ConfigError."""
-        changed = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        """The GPTConfig these settings mean for a vocabulary and a training window.
+
+        With init_from the folder's vocabulary counts. Raises ValueError where it is no GPT-2's.
+        """
+        changed = self.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
         known = {"vocab_size": vocab_size, "trained_length": trained_length}
         try:
+            if self.init_from is not None:
+                from fusedgpt.model.initialise import fitted_config  # it imports torch
+
+                return fitted_config(Path(self.init_from), {**changed, "trained_length": trained_length})
             return GPTConfig(**{**PRESETS[self.preset].model_dump(), **changed, **known})
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
 
     @property
     def name(self) -> str:
-        """The preset's name, or "custom" where its shape was changed."""
+        """The preset's name, "custom" where its shape was changed, or that of the folder it begins with."""
+        if self.init_from is not None:
+            return Path(self.init_from).resolve().name
         custom = any(v is not None for v in (self.n_layer, self.n_head, self.n_embd))
         return "custom" if custom else self.preset
 
@@ -63,6 +75,12 @@ class DataConfig(_Frozen):
     tokenizer: str = Field(default="gpt2", description="gpt2, char, byte, or the path of a tokenizer.json.")
     max_length: int | None = Field(
         default=None, ge=1, description="Tokens a training window (default: the block size; create: 128)."
+    )
+    packing: bool = Field(
+        default=False, description="Windows end where documents end: whole ones share a window."
+    )
+    document_masks: bool = Field(
+        default=False, description="A token attends to its own document only, not to all of its window."
     )
     val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of the text held out.")
     raw_tokens: int | None = Field(
@@ -270,6 +288,8 @@ def build_config(
     for layer in (_by_section(defaults or {}), *layers, _by_section(options)):
         for section, values in layer.items():
             merged[_known(section, _SECTIONS, "section")] |= values
+    if merged["model"].get("init_from"):
+        _begin_from_folder(merged, options)
     for section, values in merged.items():
         for name in values:
             _known(name, _SECTIONS[section].model_fields, f"option in [{section}]")
@@ -277,6 +297,16 @@ def build_config(
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
+    """Its absolute path, so that a resume finds it; and its tokenizer, unless another one was named."""
+    if options.get("preset"):
+        raise ConfigError("--init-from says what shape the model has: leave --preset out")
+    folder = Path(merged["model"]["init_from"]).expanduser().resolve()
+    merged["model"]["init_from"] = str(folder)
+    if (folder / "tokenizer.json").is_file():
+        merged["data"].setdefault("tokenizer", str(folder))
 
 
 def _by_section(options: Mapping[str, Any]) -> Sections:

@@ -15,6 +15,7 @@ import torch
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.initialise import init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 from fusedgpt.train.config import ConfigError, RunConfig, Sections, build_config
 from fusedgpt.train.data.collect import Bar, Task, collect, no_bar
@@ -71,6 +72,7 @@ class RunOptions:
 class _Material:
     """What a model is made of."""
 
+    model: GPT
     tokenizer: Tokenizer
     dataset: TokenDataset
     name: str  # of the model folder
@@ -123,7 +125,12 @@ def run_full_pipeline(
         (run.path / "dataset.json").write_text(dataset_json, encoding="utf-8")
         dataset = tokenise(texts, tokenizer, config)
         material = _Material(
-            tokenizer=tokenizer, dataset=dataset, name=domain, provenance=provenance, files=files
+            model=_begin_model(config, tokenizer, monitor),
+            tokenizer=tokenizer,
+            dataset=dataset,
+            name=domain,
+            provenance=provenance,
+            files=files,
         )
         return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
 
@@ -168,8 +175,15 @@ def train_on_files(
     documents = dataset.train_documents + dataset.val_documents
     provenance = {"data": [str(path) for path in paths], "documents": documents}
     told = {"command": "train", "data": [str(path.resolve()) for path in paths]}
-    material = _Material(tokenizer=tokenizer, dataset=dataset, name=name, provenance=provenance, files={})
     count_steps(dataset, config.train)  # before anything is written or allocated
+    material = _Material(
+        model=_begin_model(config, tokenizer, monitor),
+        tokenizer=tokenizer,
+        dataset=dataset,
+        name=name,
+        provenance=provenance,
+        files={},
+    )
     with open_run(options.path(name), config, told, resume=options.resume) as run:
         return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
 
@@ -184,14 +198,11 @@ def _train_and_save(
     profile: bool,
 ) -> TrainingResult:
     started = datetime.now(UTC)
-    dataset, tokenizer, seed = material.dataset, material.tokenizer, config.train.seed
+    model, dataset, tokenizer, seed = material.model, material.dataset, material.tokenizer, config.train.seed
     monitor.note(f"run directory: {run.path}")
     monitor.note(f"dataset: {dataset}")
-    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
-    total, without_embeddings = gpt_config.parameter_counts()
+    total, without_embeddings = model.config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
-    count_steps(dataset, config.train)
-    model = GPT(gpt_config, seed=seed)
     summary = train(model, dataset, config.train, monitor, run, profile=profile)
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
@@ -218,6 +229,14 @@ def _train_and_save(
     if stop.received is not None:
         raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
     return TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+
+
+def _begin_model(config: RunConfig, tokenizer: Tokenizer, monitor: Monitor) -> GPT:
+    """A new model, or that of --init-from."""
+    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
+    if config.model.init_from is None:
+        return GPT(gpt_config, seed=config.train.seed)
+    return init_from(Path(config.model.init_from), gpt_config, tokenizer, note=monitor.note)
 
 
 def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals) -> dict[str, str]:
@@ -281,6 +300,8 @@ def model_card(info: dict[str, Any], config: RunConfig) -> str:
     source = (
         f"the prompt `{info['prompt'][:200]!r}`" if "prompt" in info else f"{info['documents']} text file(s)"
     )
+    folder = config.model.init_from
+    beginning = "from scratch" if folder is None else f"on from the weights of `{Path(folder).name}`"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -288,7 +309,7 @@ tags: [gpt2, fusedgpt]
 ---
 # A small GPT-2 made with fusedgpt
 
-Trained from scratch on {source}.
+Trained {beginning} on {source}.
 
 | | |
 |---|---|

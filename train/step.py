@@ -13,7 +13,8 @@ from fusedgpt.train.loader import StepBatch
 from fusedgpt.train.optimizer import AdamW
 from fusedgpt.train.precision import LossScale
 
-Forward = Callable[..., Tensor]  # (idx, targets, label_smoothing=, z_loss=) -> mean loss
+Forward = Callable[..., Tensor]  # (idx, targets, documents=, label_smoothing=, z_loss=) -> mean loss
+DocumentIds = Callable[[Tensor], Tensor | None]  # inputs (B, T) -> what the model takes as `documents`
 _EAGER_STEPS = 3  # before a capture: autotuning, workspaces, the optimizer's tables
 
 
@@ -26,9 +27,15 @@ class Step:
     """
 
     def __init__(
-        self, forward: Forward, optimizer: AdamW, config: TrainConfig, loss_scale: LossScale | None = None
+        self,
+        forward: Forward,
+        optimizer: AdamW,
+        config: TrainConfig,
+        loss_scale: LossScale | None = None,
+        document_ids: DocumentIds = lambda _: None,
     ) -> None:
         self.forward, self.optimizer, self.loss_scale = forward, optimizer, loss_scale
+        self.document_ids = document_ids
         self.grad_clip = config.grad_clip
         self.loss_options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
 
@@ -50,7 +57,7 @@ class Step:
         scale = self.loss_scale.scale if self.loss_scale else None
         total = None
         for (inputs, targets), share in zip(batch.micro_batches, batch.shares, strict=True):
-            loss = self.forward(inputs, targets, **self.loss_options)
+            loss = self.forward(inputs, targets, documents=self.document_ids(inputs), **self.loss_options)
             weight = torch.where(loss.detach().isfinite(), share, torch.nan)
             torch.autograd.backward(loss, weight if scale is None else weight * scale)
             part = loss.detach() * share

@@ -83,7 +83,9 @@ def train(
             progress = training.progress
     compile_mode = choose_compile(config, model, steps - progress.step, dataset.max_length)
     cuda_graphs = choose_cuda_graphs(config, model, dataset.max_length)
-    step = build_step(training, config, compile_mode=compile_mode, cuda_graphs=cuda_graphs)
+    step = build_step(
+        training, config, dataset.document_ids, compile_mode=compile_mode, cuda_graphs=cuda_graphs
+    )
     slow_start = compile_mode != "off" or cuda_graphs
     validation = Validation(dataset, config, steps, progress.validation)
     log = TrainingLog(training, config, monitor, run, profile=profile)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.dataset import IGNORE_INDEX, Batch, TokenDataset
+from fusedgpt.train.step import DocumentIds
 
 _EVALUATIONS_PER_RUN = 10
 _BATCH_TOKENS = 8192  # without gradients there is room for more than a training step's
@@ -55,7 +56,13 @@ class Validation:
     def run(self, model: GPT, step: int, cancelled: Callable[[], bool] = _NEVER) -> Evaluation | None:
         """Validate and take the result in; None where cancelled() turned true in between."""
         batches = capped(self.dataset.val_batches(self.batch_size), self.config.eval_tokens)
-        evaluation = evaluate(model, batches, token_bytes=self.dataset.token_bytes, cancelled=cancelled)
+        evaluation = evaluate(
+            model,
+            batches,
+            token_bytes=self.dataset.token_bytes,
+            document_ids=self.dataset.document_ids,
+            cancelled=cancelled,
+        )
         if evaluation is not None:
             self._take_in(evaluation.loss, step)
         return evaluation
@@ -101,6 +108,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     token_bytes: Tensor | None = None,  # (V,) int64, on the CPU
+    document_ids: DocumentIds = lambda _: None,
     cancelled: Callable[[], bool] = _NEVER,
 ) -> Evaluation | None:
     """Mean loss over every target that is not ignored, NaN where there is none.
@@ -115,7 +123,8 @@ def evaluate(
         for inputs, targets in batches:
             if cancelled():
                 return None
-            total += model(inputs.to(device), targets.to(device), reduction="sum")
+            inputs = inputs.to(device)
+            total += model(inputs, targets.to(device), documents=document_ids(inputs), reduction="sum")
             counted = targets[targets != IGNORE_INDEX]
             count += len(counted)
             n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0

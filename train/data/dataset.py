@@ -42,6 +42,7 @@ class TokenDataset:
     train_documents: int
     val_documents: int
     eot_id: int | None = None  # what ends a document; None: unknown, documents cannot be told apart
+    document_masks: bool = False  # whether a token is to attend to its own document only
     borders: Ints | None = None  # (R + 1,), where packed windows begin and end; see pack_documents
     token_bytes: Tensor | None = None  # (V,) int64, the length of each token in bytes, for bits per byte
 
@@ -125,8 +126,15 @@ class TokenDataset:
             yield torch.from_numpy(inputs).view(rows, T), torch.from_numpy(targets).view(rows, T)
 
     def document_ids(self, inputs: Tensor) -> Tensor | None:
-        """document_ids of a batch's inputs (B, T); None where no end-of-text is known."""
-        return None if self.eot_id is None else document_ids(inputs, self.eot_id)
+        """What the model takes as `documents` for a batch's inputs (B, T): (B, T) int32, None without masks.
+
+        Raises ValueError where documents are to be told apart and no end-of-text is known.
+        """
+        if not self.document_masks:
+            return None
+        if self.eot_id is None:
+            raise ValueError("--document-masks needs to know which token ends a document")
+        return document_ids(inputs, self.eot_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +215,7 @@ def mix_datasets(sets: Sequence[TokenDataset], weights: Sequence[float]) -> Toke
         train_documents=sum(one.train_documents for one in sets),
         val_documents=sum(one.val_documents for one in sets),
         eot_id=sets[0].eot_id,
+        document_masks=sets[0].document_masks,
         borders=sets[0].borders,  # for what asks whether windows are packed; each set has its own
         token_bytes=sets[0].token_bytes,
         sets=tuple(sets),

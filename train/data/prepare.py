@@ -42,13 +42,8 @@ def _no_text(paths: Sequence[Path]) -> DataError:
     return DataError(f"{', '.join(map(str, paths[:4]))} is empty")
 
 
-def tokenise(
-    documents: Sequence[str], tokenizer: Tokenizer, config: RunConfig, *, packing: bool = False
-) -> TokenDataset:
-    """The dataset of `documents`. Raises ValueError where there is too little text for one window.
-
-    packing: windows end where documents do.
-    """
+def tokenise(documents: Sequence[str], tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
+    """The dataset of `documents`. Raises ValueError where there is too little text for one window."""
     from fusedgpt.train.data.dataset import build_dataset, token_bytes
 
     dataset = build_dataset(
@@ -57,9 +52,9 @@ def tokenise(
         max_length=config.max_length,
         val_fraction=config.data.val_fraction,
         seed=config.train.seed,
-        packing=packing,
+        packing=config.data.packing,
     )
-    return replace(dataset, token_bytes=token_bytes(tokenizer))
+    return replace(dataset, token_bytes=token_bytes(tokenizer), document_masks=config.data.document_masks)
 
 
 def prepare(

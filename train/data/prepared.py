@@ -52,30 +52,26 @@ def is_prepared(path: Path) -> bool:
     return path.name == INDEX or path.suffix == ".bin"
 
 
-def read_data(
-    paths: Sequence[Path], config: RunConfig, *, packing: bool = False
-) -> tuple[TokenDataset, Tokenizer]:
+def read_data(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
     """What `train --data` names, text or token sets: its windows, and what made the ids.
 
     Raises as read_documents, tokenise and open_dataset do.
     """
     if any(is_prepared(path) or split_weight(path)[1] is not None for path in paths):
-        return open_dataset(paths, config, packing=packing)
+        return open_dataset(paths, config)
     texts = read_documents(paths)
     tokenizer = build_tokenizer(config.data.tokenizer, text="".join(texts))
-    return tokenise(texts, tokenizer, config, packing=packing), tokenizer
+    return tokenise(texts, tokenizer, config), tokenizer
 
 
-def open_dataset(
-    paths: Sequence[Path], config: RunConfig, *, packing: bool = False
-) -> tuple[TokenDataset, Tokenizer]:
+def open_dataset(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
     """The windows of one or more token sets, memory-mapped, and the tokenizer that made their ids.
 
     paths: folders that `fusedgpt prepare` made, or nanoGPT's (train.bin, val.bin), or .bin files of uint16;
     several are mixed in the proportion of their weights (`a:0.7`, `b:0.3`), without weights in that of their
     tokens. For .bin files, a meta.json beside them or config.data.tokenizer says what the ids mean, and
-    config.data.val_fraction how much of their end is held out where there is no val.bin. packing: windows end
-    where documents do. Raises FileNotFoundError, DataError or ValueError for what cannot be used.
+    config.data.val_fraction how much of their end is held out where there is no val.bin. Raises
+    FileNotFoundError, DataError or ValueError for what cannot be used.
     """
     if text := [path for path in paths if not is_prepared(path)]:
         raise _not_prepared(text[0])
@@ -86,7 +82,7 @@ def open_dataset(
             raise DataError(
                 f"{wanted[0][0]} and {path} were made with different tokenizers: prepare one of them again"
             )
-    datasets = [_windows(one, config.max_length, packing) for one in opened]
+    datasets = [_windows(one, config) for one in opened]
     weights = _weights([weight for _, weight in wanted], datasets)
     return mix_datasets(datasets, weights), opened[0].tokenizer
 
@@ -111,7 +107,8 @@ def _weights(given: list[float | None], datasets: list[TokenDataset]) -> list[fl
     return weights
 
 
-def _windows(one: _OpenSet, max_length: int, packing: bool) -> TokenDataset:
+def _windows(one: _OpenSet, config: RunConfig) -> TokenDataset:
+    max_length, packing = config.max_length, config.data.packing
     check_length(len(one.train), max_length)
     if packing and one.ends is None:
         raise DataError("a .bin file does not say where documents end, which packing takes: prepare the text")
@@ -123,6 +120,7 @@ def _windows(one: _OpenSet, max_length: int, packing: bool) -> TokenDataset:
         train_documents=counts[0],
         val_documents=counts[1],
         eot_id=one.tokenizer.eot_id,
+        document_masks=config.data.document_masks,
         borders=pack_documents(one.ends[0], max_length) if packing and one.ends else None,
         token_bytes=token_bytes(one.tokenizer),
     )
