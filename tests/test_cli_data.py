@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +100,25 @@ def test_the_fallback_leaves_the_models_texts_apart(tmp_path: Path) -> None:
         ),
         ("refine {tmp}/absent.jsonl --output {tmp}/o.jsonl", "there is no file {tmp}/absent.jsonl"),
         ("refine {tmp}/exists.jsonl --output {tmp}/exists.jsonl", "exists; remove it"),
+        ("generate x --output {tmp}/o.jsonl --gen-model a", "gen_model is given, but no model is asked"),
+        (
+            "refine {tmp}/exists.jsonl --output {tmp}/o.jsonl",
+            "no text is good enough to be kept: kept 0 of 1",
+        ),
+        ("refine {tmp}/empty.jsonl --output {tmp}/o.jsonl", "empty.jsonl holds no texts"),
+        ("refine {tmp}/binary.jsonl --output {tmp}/o.jsonl", "binary.jsonl, line 1: expected a JSON object"),
         ("refine {tmp}/bad.jsonl --output {tmp}/o.jsonl", "bad.jsonl, line 2: expected a JSON object"),
-        ("refine {tmp}/other.jsonl --output {tmp}/o.jsonl", 'every line needs a "text"; one has only'),
+        (
+            "refine {tmp}/other.jsonl --output {tmp}/o.jsonl",
+            'other.jsonl, line 1: every line needs a "text"; this has only',
+        ),
     ],
 )
 def test_errors(tmp_path: Path, arguments: str, message: str) -> None:
     (tmp_path / "exists.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nb\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
     names: dict[str, Any] = {"tmp": tmp_path, "dead": "--llm-host http://127.0.0.1:9 --gen-model a"}
     done = run(*arguments.format(**names).split())
@@ -109,6 +126,37 @@ def test_errors(tmp_path: Path, arguments: str, message: str) -> None:
     assert isinstance(done.exception, (ValueError, OSError))
     assert message.format(**names) in str(done.exception)
     assert "\n" not in str(done.exception)
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    raw, kept = tmp_path / "raw.jsonl", tmp_path / "kept.jsonl"
+
+    def interrupted(arguments: list[str | Path], growing: Path) -> str:
+        """Standard error of a command that got SIGINT once the file `growing` had five lines."""
+        command = [Path(sys.executable).with_name("fusedgpt"), "data", *arguments]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while not growing.exists() or growing.read_bytes().count(b"\n") < 5:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert errors.endswith("fusedgpt: interrupted\n")
+        return errors
+
+    with Fake(delay=0.1) as fake:
+        server = [*ollama(fake), "--llm-concurrency", "2"]
+        writing = ["generate", "poems", "--output", raw, "--tokens", "1400", *server]
+        assert re.match(r"\d+ samples .* are kept in .*: the same command goes on", interrupted(writing, raw))
+        before = texts_in(raw)
+        assert run(*writing).exit_code == 0
+        assert texts_in(raw)[: len(before)] == before
+        grading = ["refine", raw, "--output", kept, "--tokens", "500", *server]
+        assert "grades so far are kept" in interrupted(grading, tmp_path / "kept.grades.jsonl")
+        grades = json.loads(run(*grading, "--json").stdout)["grades"]
+    assert grades["from the cache"] >= 5
+    assert sum(grades.values()) == len(texts_in(raw))
 
 
 @pytest.mark.parametrize("command", ["generate", "refine"])

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fusedgpt.model.config import GPTConfig
@@ -22,6 +24,8 @@ from fusedgpt.model.folder import load_folder, save_folder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
 from fusedgpt.train import cli
+from fusedgpt.train.data.prepare import prepare
+from fusedgpt.train.data.shards import read_index
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
 
@@ -57,6 +61,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         save_folder(GPT(config, seed=1), tokenizer, root, name)
     (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 20)
+    prepare([root / "book.txt"], root / "set", tokenizer="byte")
+    prepare([root / "book.txt"], root / "all", tokenizer="byte", val_fraction=0.0)
+    (root / "bin").mkdir()
+    (root / "bin" / "val.bin").write_bytes(np.arange(9, dtype="<u2").tobytes())
     (root / "blank.txt").write_text(" \n")
     (root / "binary.txt").write_bytes(b"a\0b")
     (root / "latin.txt").write_bytes("café".encode("latin-1"))
@@ -107,6 +115,21 @@ def test_eval_prints_what_the_api_gives(fusedgpt: Run, root: Path) -> None:
     assert f"{result['bits_per_byte']:.4f} bits a byte" in plain
 
 
+def test_eval_takes_what_a_token_set_holds_out(fusedgpt: Run, root: Path) -> None:
+    done = fusedgpt("eval", root / "m", "--data", root / "set", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    held_out = read_index(root / "set").val.tokens
+    assert result["tokens"] == held_out - 1 > 20  # all but the end-of-text
+    bin_file = fusedgpt("eval", root / "m", "--data", root / "bin" / "val.bin", "--json")
+    assert json.loads(bin_file.stdout)["tokens"] == 9, bin_file.stderr
+
+
+def test_eval_may_replace_what_is_no_utf8(fusedgpt: Run, root: Path) -> None:
+    done = fusedgpt("eval", root / "m", "--data", root / "latin.txt", "--errors", "ignore", "--json")
+    assert json.loads(done.stdout)["tokens"] == len((root / "latin.txt").read_bytes()) - 1, done.stderr
+
+
 def test_eval_reads_standard_input(root: Path) -> None:
     done = process("eval", root / "m", "--data", "-", "--json", input="The cat")
     assert json.loads(done.stdout)["tokens"] == 7, done.stderr
@@ -141,31 +164,25 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
     """Ctrl-D, and Ctrl-C, at the prompt."""
     ours, theirs = pty.openpty()
     heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    command = [FUSEDGPT, "chat", root / "m", "--max-new-tokens", "5"]
-
-    def prepare() -> None:
-        os.setsid()
-        import fcntl
-        import termios
-
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C becomes SIGINT
-        heed()
-
+    # A new session's leader that opens a terminal has it as its own: Ctrl-C becomes SIGINT.
+    script = 'exec "$0" chat "$1" --max-new-tokens 5 <"$2" >"$2"'
+    command = ["sh", "-c", script, FUSEDGPT, root / "m", os.ttyname(theirs)]
     with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, preexec_fn=prepare
+        command, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heed
     ) as process:
-        os.close(theirs)
         said = b""
         for given in (b"hello\r", end):
             prompts = said.count(b"> ")
             deadline = time.monotonic() + 60
-            while said.count(b"> ") == prompts and time.monotonic() < deadline:
+            while said.count(b"> ") == prompts:
+                assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], said
                 said += os.read(ours, 4096)
             os.write(ours, given)
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == b""
     os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +199,10 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
         ("eval {root}/m --data {root}/absent", 1, "there is no file or folder {root}/absent"),
         ("eval {root}/m --data {root}/none", 1, "{root}/none holds no .txt"),
         ("eval {root}/m --data {root}/blank.txt", 1, "there is no text to evaluate"),
+        ("eval {root}/m --data {root}/set --data {root}/book.txt", 2, "one after the other"),
+        ("eval {root}/chars --data {root}/set", 1, "{root}/set was made with another tokenizer"),
+        ("eval {root}/m --data {root}/all", 1, "{root}/all holds nothing out"),
+        ("eval {root}/m --data {root}/none.bin", 1, "none.bin"),
         ("eval {root}/m --data {root}/binary.txt", 1, "binary.txt is a binary file"),
         ("eval {root}/m --data {root}/latin.txt", 1, "latin.txt is not UTF-8 text (byte 3)"),
         ("eval {root}/m --data {root}/lines.jsonl", 1, "lines.jsonl"),

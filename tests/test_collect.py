@@ -52,6 +52,7 @@ def test_templates_need_no_server(tmp_path: Path) -> None:
     assert 700 <= info["refinement"]["kept_tokens"] < 900
     assert len(texts) == info["refinement"]["kept"]
     assert info["refinement"]["grader"] == "heuristics"
+    assert info["generation"]["versions"].keys() == {"fusedgpt"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,6 +76,7 @@ def test_a_model_writes_and_another_grades(tmp_path: Path, source: str) -> None:
     assert again[0] == texts
     assert again[1]["refinement"]["grades"] == {"from the cache": made["samples"]}
     assert any(f"writer wrote {made['samples']} samples" in note for note in notes)
+    assert f"grades: {made['samples']} by the model" in notes
 
 
 def test_heuristics_may_grade_what_a_model_wrote(tmp_path: Path) -> None:
@@ -86,9 +88,21 @@ def test_heuristics_may_grade_what_a_model_wrote(tmp_path: Path) -> None:
 
 def test_the_grader_must_be_there_before_anything_is_written(tmp_path: Path) -> None:
     with Fake() as fake:
-        with pytest.raises(LLMError, match=r"no model 'absent' but .*choose another --refine-model"):
+        with pytest.raises(LLMError, match=r"no model 'absent'; it has .*choose another --refine-model"):
             gather(config_for(fake, refine_model="absent"), tmp_path)
         assert fake.bodies("/api/generate") == []
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_is(tmp_path: Path) -> None:
+    with Fake(fault=lambda path, number: "500") as fake, pytest.raises(LLMError) as caught:
+        gather(config_for(fake), tmp_path)
+    assert "kept" not in str(caught.value)
+
+
+def test_texts_that_are_all_bad_are_an_error(tmp_path: Path) -> None:
+    bad = Fake(reply=lambda body: "Score: 1" if "Score:" in prompt_of(body) else varied_text(seed_of(body)))
+    with bad as fake, pytest.raises(ValueError, match=r"no text is good enough to be kept: kept 0 of \d+"):
+        gather(config_for(fake), tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["refused", "500", "bad_json"])
@@ -163,6 +177,60 @@ def test_the_key_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     everything += "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
     assert "sk-secret" not in everything
     assert "MY_KEY" in everything
+
+
+@pytest.mark.parametrize("source", ["ollama", "openai"])
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, "data: Bearer {key}"),
+        (200, "Bearer {key}"),
+        (200, "data:" + "x" * 48 + "{key}"),  # where the message cuts it
+        (200, 'data: {{"error": {{"message": "bad {key}"}}}}'),
+        (200, '{{"error": "bad {key}"}}'),
+        (200, '{{"error": "bad {escaped}"}}'),
+        (200, '{{"response": ["{key}"]}}'),
+        (200, 'data: {{"choices": [{{"delta": {{"content": ["{key}"]}}}}]}}'),
+        (401, '{{"error": "bad {key}"}}'),
+        (404, '{{"detail": "bad {key}"}}'),
+        (500, '{{"error": "' + "x" * 290 + '{key}"}}'),
+    ],
+)
+def test_the_key_is_not_in_what_is_said_of_bad_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, status: int, body: str
+) -> None:
+    key = "sk-secret-12345"
+    monkeypatch.setenv("MY_KEY", key)
+    answer = body.format(key=key, escaped=key.replace("s", r"\u0073")).encode() + b"\n"
+    notes: list[str] = []
+    with Fake(models=("writer", key)) as fake:
+        for name in ("generate", "v1_complete"):
+            monkeypatch.setattr(
+                fake.server.RequestHandlerClass, name, lambda self, _: self.send_raw(status, answer, "a/b")
+            )
+        config = config_for(
+            fake,
+            llm_api_key_env="MY_KEY",
+            data_source=source,
+            fallback="templates",
+            refine_model="heuristics",
+        )
+        _, info = gather(config, tmp_path, notes)
+    everything = json.dumps([info, notes]) + "".join(
+        file.read_text() for file in tmp_path.rglob("*") if file.is_file()
+    )
+    assert "falling back" in everything
+    assert "sk-secr" not in everything
+
+
+def test_a_key_like_none_leaves_texts_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "salt")
+    with Fake(reply=reply) as fake:
+        texts, _ = gather(config_for(fake, refine_model="heuristics"), tmp_path / "a")
+        config = config_for(fake, refine_model="heuristics", llm_api_key_env="MY_KEY")
+        again, _ = gather(config, tmp_path / "b")
+    assert any("salt" in text for text in texts)
+    assert sorted(again)[:3] == sorted(texts)[:3]
 
 
 def test_the_total_time_counts_generation_and_grading_together(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -14,8 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fusedgpt.model.folder import load_folder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, byte_tokenizer
+from fusedgpt.train import evaluation
+from fusedgpt.train.data.shards import TokenStream
 from fusedgpt.train.data.sources import DataError, Piece, Source
-from fusedgpt.train.evaluation import TextEvaluation, evaluate_text
+from fusedgpt.train.evaluation import TextEvaluation, evaluate_text, evaluate_tokens
 
 W = 16  # the window
 TEXTS = [
@@ -96,6 +100,22 @@ def test_pieces_of_a_document_are_one_document(loaded: tuple[GPT, Tokenizer]) ->
     one, many = (evaluate_text(*loaded, p) for p in (documents([text]), iter(pieces)))
     assert many.loss == pytest.approx(one.loss, rel=1e-7)
     assert (many.tokens, many.documents) == (one.tokens, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+def test_token_sets_give_what_their_text_gives(
+    loaded: tuple[GPT, Tokenizer], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty document counts nothing; the last of a stream need not be ended."""
+    monkeypatch.setattr(evaluation, "_CHUNK", chunk)
+    ids = [[*text.encode(), 256] for text in (TEXTS[0], "", *TEXTS[1:])]
+    halves = list(chain(*ids[:4])), list(chain(*ids[4:]))[:-1]
+    streams = [TokenStream([np.asarray(half, dtype=np.uint16)]) for half in halves]
+    found = evaluate_tokens(*loaded, streams)
+    expected = evaluate_text(*loaded, documents(TEXTS))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-7)
+    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-7)
+    assert (found.tokens, found.documents) == (expected.tokens, 5)
 
 
 def test_the_window_may_be_shorter(loaded: tuple[GPT, Tokenizer]) -> None:

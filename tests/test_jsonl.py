@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedgpt.train.data import jsonl
-from fusedgpt.train.data.jsonl import JsonLines, read_objects, text_of, write_atomically, write_objects
+from fusedgpt.train.data.jsonl import (
+    JsonLines,
+    read_objects,
+    read_texts,
+    text_of,
+    write_atomically,
+    write_objects,
+)
 
 
 def test_what_is_appended_is_there_again(tmp_path: Path) -> None:
@@ -125,6 +132,24 @@ def test_text_of(tmp_path: Path) -> None:
     for record in ({}, {"text": 5}, {"content": "a"}):
         with pytest.raises(ValueError, match='every line needs a "text"'):
             text_of(record, tmp_path)
+
+
+def test_texts_are_read_and_a_line_without_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b", "n": 1}\n')
+    assert read_texts(path) == ["a", "b"]
+    path.write_text('{"text": "a"}\n\n{"txet": "b"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3: .*this has only \['txet'\]"):
+        read_texts(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"a.jsonl holds no texts"):
+        read_texts(path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*file/a.jsonl: "):
+        JsonLines(tmp_path / "file" / "a.jsonl")
 
 
 def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

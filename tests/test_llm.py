@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Coroutine
 from email.utils import formatdate
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import httpcore2
 import pytest
 from ollama_fake import Fake
 
@@ -114,7 +120,7 @@ def test_a_missing_model_is_told_with_those_there_are() -> None:
         with pytest.raises(LLMError) as caught:
             ask(config_for(fake, gen_model="llama9"))
         text = str(caught.value)
-        assert "has no model 'llama9' but grader:7b, writer:latest" in text
+        assert "has no model 'llama9'; it has grader:7b, writer:latest" in text
         assert "`ollama pull llama9` or choose another --gen-model" in text
         with pytest.raises(LLMError, match=r"--gen-model is needed; .* has grader:7b, writer:latest"):
             ask(config_for(fake, gen_model=None))
@@ -122,13 +128,27 @@ def test_a_missing_model_is_told_with_those_there_are() -> None:
             ask(config_for(fake, "openai", gen_model="x"), model="x")
 
 
-@pytest.mark.parametrize("fault", ["500", "bad_json", "empty", "silent"])
+@pytest.mark.parametrize("fault", ["500", "bad_json", "empty", "silent", "redirect"])
 def test_an_openai_server_need_not_list_its_models(fault: str) -> None:
     broken = {"/v1/models": fault}
     with Fake(reply=reply, fault=lambda path, number: broken.get(path)) as fake:
         assert ask(config_for(fake, "openai")) == [Answer(EGGS, True)]
         broken["/api/tags"] = fault
-        with pytest.raises(LLMError, match="no Ollama server"):
+        with pytest.raises(LLMError, match=r"no Ollama server|redirects to"):
+            ask(config_for(fake, "ollama"))
+
+
+def test_a_server_without_a_list_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """404 for it: an OpenAI-compatible one is asked all the same, but that is no Ollama."""
+    with Fake(reply=reply) as fake:
+        for name in ("tags", "v1_models"):
+            monkeypatch.setattr(
+                fake.server.RequestHandlerClass,
+                name,
+                lambda self, _: self.send_raw(404, b"404 page not found", "text/plain"),
+            )
+        assert ask(config_for(fake, "openai")) == [Answer(EGGS, True)]
+        with pytest.raises(LLMError, match=r"api/tags is not there .*is that an Ollama server"):
             ask(config_for(fake, "ollama"))
 
 
@@ -167,6 +187,39 @@ def test_names_that_lead_nowhere_or_astray(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(LLMError, match="cannot be found"):
         ask(config)
     assert time.monotonic() - started < 1
+
+
+def test_a_url_that_only_httpx_finds_fault_with() -> None:
+    with pytest.raises(ValueError, match=r"llm_host 'http://0251.0376.1.1' is no URL: "):
+        ask(LLMConfig(data_source="ollama", llm_host="http://0251.0376.1.1"))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+def test_the_certificate_has_to_be_that_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go to an address looked up before; the certificate is still checked against the name."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=box.example"
+    make += f" -addext subjectAltName=DNS:box.example -keyout {key} -out {certificate}"
+    subprocess.run(make.split(), check=True, capture_output=True)
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+    monkeypatch.setattr(llm, "_look_up", lambda url, seconds: ["127.0.0.1"])
+    with Fake(reply=reply) as fake:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        fake.server.socket = context.wrap_socket(fake.server.socket, server_side=True)
+        port = fake.url.rpartition(":")[2]
+
+        def ask_host(name: str) -> list[Answer]:
+            return ask(config_for(fake, llm_host=f"https://{name}:{port}", llm_api_key_env="MY_KEY"))
+
+        with pytest.raises(LLMError, match="certificate verify failed"):
+            ask_host("box.example")  # signed by nobody that is trusted
+        trusting = functools.partial(ssl.create_default_context, cafile=certificate)
+        monkeypatch.setattr(httpcore2, "default_ssl_context", lambda **_: trusting())
+        with pytest.raises(LLMError, match="Hostname mismatch"):
+            ask_host("other.example")
+        assert fake.requests == []
+        assert ask_host("box.example") == [Answer(EGGS, True)]
 
 
 def test_the_first_address_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

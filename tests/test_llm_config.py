@@ -112,6 +112,10 @@ def test_the_usual_key_goes_to_openai_only() -> None:
     assert named.api_key(environ) == "sk-2"
     with pytest.raises(ValueError, match="MINE holds no API key for http://box:1"):
         named.api_key({})
+    mistaken = LLMConfig(data_source="openai", llm_api_key_env="gsk_hunter2")  # the key in the name's place
+    with pytest.raises(ValueError, match="holds no API key") as caught:
+        mistaken.api_key({})
+    assert "hunter2" not in str(caught.value)
     with pytest.raises(ValueError, match="characters that no API key has") as caught:
         named.api_key({"MINE": "sk-2\r\nX: y"})
     assert "sk-2" not in str(caught.value)
@@ -133,8 +137,20 @@ def test_fingerprints_part_what_must_not_be_mixed() -> None:
 
 
 def test_who_grades() -> None:
-    assert LLMConfig(gen_model="a").grader is None
+    assert LLMConfig(data_source="template", gen_model="a").grader is None
     assert LLMConfig(data_source="ollama", gen_model="a").grader == "a"
     assert LLMConfig(data_source="ollama", gen_model="a", refine_model="b").grader == "b"
     assert LLMConfig(data_source="ollama", gen_model="a", refine_model="heuristics").grader is None
     assert LLMConfig(data_source="ollama").grader == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"llm_host": "http://box:1"}, {"gen_model": "a"}, {"refine_model": "a"}, {"llm_api_key_env": "MY_KEY"}],
+)
+def test_a_model_that_nothing_would_ask_is_an_error(options: dict[str, str]) -> None:
+    """Templates never take the place of a model in silence; who names them may keep the other settings."""
+    with pytest.raises(ValidationError, match=r"no model is asked: add --data-source ollama or openai"):
+        LLMConfig.model_validate(options)
+    assert LLMConfig.model_validate({**options, "data_source": "template"}).data_source == "template"
+    assert LLMConfig(refine_model="heuristics", fallback="templates").grader is None

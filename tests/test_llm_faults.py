@@ -57,7 +57,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def texts_in(path: Path) -> list[str]:
-    return [record["text"] for record in read_objects(path)]
+    return [record["text"] for record in read_objects(path)] if path.exists() else []
 
 
 QUICK = [(fault, ("ollama", "openai")[i % 2], 1) for i, fault in enumerate(FAULTS)]
@@ -95,7 +95,7 @@ def test_a_lasting_fault_ends_in_time_and_loses_nothing(
         assert after[: len(before)] == before
         assert after == texts_in(path)
         assert len(set(after)) == len(after)
-        assert info["runs"] == 2
+        assert info["runs"] == (2 if before else 1)
     print(f"{fault}, {source}: ended at most {overrun:.2f} s after the deadline")
 
 

@@ -186,3 +186,14 @@ def test_a_foreign_file_is_not_touched(tmp_path: Path) -> None:
         path.with_suffix(".info.json").write_text(damage)
         with pytest.raises(ValueError, match=r"info.json is damaged; remove it together with"):
             SampleFile(plan(path), CONFIG)
+
+
+def test_a_run_without_a_sample_leaves_no_file(tmp_path: Path) -> None:
+    """So that the next may be with another model."""
+    path = tmp_path / "s.jsonl"
+    with SampleFile(plan(path), CONFIG) as samples:
+        samples.take(0, Answer("Too short.", True))
+    assert [file.name for file in tmp_path.iterdir()] == [".s.jsonl.lock"]
+    with SampleFile(plan(path), CONFIG.model_copy(update={"gen_model": "other"})) as samples:
+        samples.take(0, Answer(SOUP, True))
+    assert json.loads(path.with_suffix(".info.json").read_text())["model"] == "other"

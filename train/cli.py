@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -61,7 +62,6 @@ def create(
     **options: Any,
 ) -> None:
     """Make a GPT from a prompt: data, refinement, training, test samples, model folder."""
-    from fusedgpt.train.data.collect import no_bar
     from fusedgpt.train.monitor import Monitor
     from fusedgpt.train.pipeline import create_config, run_full_pipeline
 
@@ -75,7 +75,7 @@ def create(
     prompt = told.get("prompt", prompt)
     if prompt is None:
         raise ConfigError('say what the GPT is to write: fusedgpt create "PROMPT"')
-    monitor, bar = Monitor(quiet=quiet), no_bar if quiet else progress_bar
+    monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
     result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options, bar=bar)
     _report(result, as_json)
 

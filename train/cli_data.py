@@ -61,13 +61,13 @@ def refine(
     """Keep the best texts, without repeats: graded by heuristics, or by a language model."""
     from fusedgpt.train.data.collect import refine_texts
     from fusedgpt.train.data.generate import choose_domain
-    from fusedgpt.train.data.jsonl import read_objects, text_of, write_objects
+    from fusedgpt.train.data.jsonl import read_texts, write_objects
 
     config = _config(options)
     _refuse_to_overwrite(output)
     if not texts.is_file():
         raise FileNotFoundError(f"there is no file {texts}")
-    samples = [text_of(record, texts) for record in read_objects(texts)]
+    samples = read_texts(texts)
     task = _task(prompt, choose_domain(prompt), 0, quiet)
     kept, info = refine_texts(samples, task, config, tokens, output.with_suffix(".grades.jsonl"))
     write_objects(output, ({"text": text} for text in kept))

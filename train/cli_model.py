@@ -1,18 +1,31 @@
 """Commands that take a model folder."""
 
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusedgpt.train.cli_common import Debug, Json, ModelFolder, Quiet, print_json, printable, progress_bar
+from fusedgpt.train.cli_common import (
+    Debug,
+    DecodingErrors,
+    Errors,
+    Json,
+    ModelFolder,
+    Quiet,
+    TextField,
+    print_json,
+    printable,
+    progress_bar,
+)
 from fusedgpt.train.config import ConfigError
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import what takes long
     from fusedgpt.model.generate import Sampling
+    from fusedgpt.train.data.sources import Source
 
 MaxNewTokens = Annotated[int, typer.Option(help="The longest continuation, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
@@ -161,7 +174,10 @@ def eval_model(
     model: ModelFolder,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, .jsonl or .parquet, or folders of them; - is standard input; repeatable."),
+        typer.Option(
+            help="Text, .jsonl, .parquet, folders of them, - for standard input; or a token set, whose "
+            "held-out part counts; may be repeated."
+        ),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens by which a window moves on (default: half of it).")
@@ -169,7 +185,8 @@ def eval_model(
     window: Annotated[
         int | None, typer.Option(help="Tokens of context (default: what training has seen).")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="The field with the text, of .jsonl and tables.")] = "text",
+    text_field: TextField = "text",
+    errors: Errors = DecodingErrors.STRICT,
     precision: Annotated[Precision, typer.Option(help="What to compute in.")] = Precision.FP32,
     device: Device = "auto",
     as_json: Json = False,
@@ -178,8 +195,9 @@ def eval_model(
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text, every token weighed the same."""
     from fusedgpt.model.folder import load_folder
+    from fusedgpt.train.data.prepared import is_prepared, open_held_out
     from fusedgpt.train.data.sources import Source
-    from fusedgpt.train.evaluation import evaluate_text
+    from fusedgpt.train.evaluation import evaluate_text, evaluate_tokens
     from fusedgpt.train.precision import resolve_device, resolve_precision, set_precision
 
     if not data:
@@ -187,34 +205,42 @@ def eval_model(
     gpt, tokenizer = load_folder(model)
     where = resolve_device(device)
     set_precision(gpt.to(where), resolve_precision(precision.value, where))
-    read = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal read
-        read += n_bytes
-
-    source = Source(inputs=tuple(data), text_field=text_field, cut=tokenizer.safe_cut, on_bytes=count)
-    size = source.size
-    with progress_bar("evaluating") as show:
-        result = evaluate_text(
-            gpt,
-            tokenizer,
-            source,
-            window=window,
-            stride=stride,
-            report=lambda _: None if quiet else show(read, max(size, read)),
-        )
+    with progress_bar("evaluating", quiet=quiet) as show:
+        options: dict[str, Any] = {"window": window, "stride": stride}
+        if not any(map(is_prepared, data)):
+            source = Source(
+                inputs=tuple(data), text_field=text_field, errors=errors.value, cut=tokenizer.safe_cut
+            )
+            result = evaluate_text(gpt, tokenizer, _counted(source, show), **options)
+        elif all(map(is_prepared, data)):
+            streams = [open_held_out(path, tokenizer) for path in data]
+            total = sum(map(len, streams))
+            result = evaluate_tokens(
+                gpt, tokenizer, streams, report=lambda done: show(done, total), **options
+            )
+        else:
+            raise ConfigError("evaluate on text and on token sets one after the other, not at once")
     if as_json:
         print_json({"model_path": str(model), "data": list(map(str, data)), **asdict(result)})
         return
-    typer.echo(
-        f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}, "
-        f"{result.bits_per_byte:.4f} bits a byte"
-    )
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits a byte"
+    typer.echo(f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}{bits}")
     typer.echo(
         f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; "
         f"window {result.window}, stride {result.stride}; {result.tokens / result.seconds:,.0f} tok/s"
     )
+
+
+def _counted(source: "Source", show: Callable[[int, int], None]) -> "Source":
+    """`source`, which shows how much of it was read."""
+    total, read = source.size, 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal read
+        read += n_bytes
+        show(read, max(total, read))
+
+    return replace(source, on_bytes=count)
 
 
 def export(

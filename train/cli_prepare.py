@@ -4,24 +4,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fusedgpt.train.cli_common import Debug, Json, Quiet, print_json
+from fusedgpt.train.cli_common import Debug, DecodingErrors, Errors, Json, Quiet, TextField, print_json
 
 _SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
 _SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
-
-
-class Errors(StrEnum):
-    """What to do with bytes that are not UTF-8."""
-
-    STRICT = "strict"
-    REPLACE = "replace"
-    IGNORE = "ignore"
 
 
 def prepare(
@@ -46,10 +37,8 @@ def prepare(
         int | None, typer.Option(help="Processes that tokenise (default: a core each).")
     ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens a file.")] = 100_000_000,
-    text_field: Annotated[str, typer.Option(help="The field with the text, of .jsonl and tables.")] = "text",
-    errors: Annotated[
-        Errors, typer.Option(help="What is not UTF-8: strict refuses, replace puts U+FFFD, ignore skips.")
-    ] = Errors.STRICT,
+    text_field: TextField = "text",
+    errors: Errors = DecodingErrors.STRICT,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

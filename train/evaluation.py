@@ -1,4 +1,4 @@
-"""The loss of a model over text: sliding windows, every token weighed the same.
+"""The loss of a model over text or token ids: sliding windows, every token weighed the same.
 
 Each document starts from end-of-text, so that all of its tokens are scored, in the context of those before
 them in the document. A window moves on by `stride` tokens; only the tokens that no earlier window scored
@@ -9,22 +9,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.dataset import IGNORE_INDEX, Batch
+from fusedgpt.train.data.shards import TokenStream
 from fusedgpt.train.data.sources import DataError, Piece
 from fusedgpt.train.validation import evaluate
 
 _BATCH_TOKENS = 8192
+_CHUNK = 1 << 16  # ids of a stream at a time
 _POOL = 16  # batches whose windows are sorted by length, so that little is padded
 
 Window = tuple[list[int], int]  # T + 1 ids, of which the last `scored` are scored
+
+
+class _Part(NamedTuple):
+    """Of a document."""
+
+    ids: list[int]
+    bytes: int  # of its text
+    ends: bool  # the document ends with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +45,7 @@ class TextEvaluation:
 
     loss: float  # nats a token
     perplexity: float
-    bits_per_byte: float  # of the text in UTF-8
+    bits_per_byte: float | None  # of the text in UTF-8; None for ids whose lengths are not known
     tokens: int
     bytes: int
     documents: int
@@ -64,6 +76,31 @@ def evaluate_text(
     how many tokens were scored so far. Raises ValueError for settings out of range or text that the
     tokenizer cannot encode, DataError where there is no text.
     """
+    return _evaluate(model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, report)
+
+
+def evaluate_tokens(
+    model: GPT,
+    tokenizer: Tokenizer,  # that made the ids
+    streams: Sequence[TokenStream],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> TextEvaluation:
+    """The same over ids whose documents end-of-text separates; they are mapped, not loaded."""
+    parts = (part for stream in streams for part in _documents(stream, tokenizer))
+    return _evaluate(model, parts, tokenizer.eot_id, window, stride, report)
+
+
+def _evaluate(
+    model: GPT,
+    parts: Iterable[_Part],
+    eot_id: int,
+    window: int | None,
+    stride: int | None,
+    report: Callable[[int], None],
+) -> TextEvaluation:
     window = model.config.window if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= window <= model.config.block_size:
@@ -72,8 +109,8 @@ def evaluate_text(
         raise ValueError(f"--stride: expected 1 to the window of {window}, got {stride}")
     counts = _Counts()
     start = time.perf_counter()
-    windows = _windows(pieces, tokenizer, window, stride, counts)
-    batches = _batches(windows, max(1, _BATCH_TOKENS // window), tokenizer.eot_id, report)
+    windows = _windows(parts, eot_id, window, stride, counts)
+    batches = _batches(windows, max(1, _BATCH_TOKENS // window), eot_id, report)
     result = evaluate(model, batches)
     if result is None or not counts.tokens:
         raise DataError("there is no text to evaluate: the data is empty")
@@ -83,7 +120,7 @@ def evaluate_text(
     return TextEvaluation(
         loss=result.loss,
         perplexity=math.exp(min(result.loss, 700.0)),  # beyond that there is no double
-        bits_per_byte=nats / math.log(2.0) / counts.bytes,
+        bits_per_byte=nats / math.log(2.0) / counts.bytes if counts.bytes else None,
         tokens=counts.tokens,
         bytes=counts.bytes,
         documents=counts.documents,
@@ -93,14 +130,30 @@ def evaluate_text(
     )
 
 
-def _windows(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, window: int, stride: int, counts: _Counts
-) -> Iterator[Window]:
-    held = [tokenizer.eot_id]  # ids from the start of the next window
-    unscored = 0  # at the end of them
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Part]:
     for text, ends in pieces:
-        ids = tokenizer.encode(text)
-        counts.bytes += len(text.encode("utf-8", "surrogatepass"))
+        yield _Part(tokenizer.encode(text), len(text.encode("utf-8", "surrogatepass")), ends)
+
+
+def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[_Part]:
+    lengths = np.asarray(tokenizer.token_bytes() or [0] * tokenizer.vocab_size)
+    for start in range(0, len(stream), _CHUNK):
+        ids = stream[start : start + _CHUNK]
+        begin = 0
+        for end in [*np.flatnonzero(ids == tokenizer.eot_id).tolist(), len(ids)]:
+            part = ids[begin:end]
+            yield _Part(part.tolist(), int(lengths[part].sum()), end < len(ids))
+            begin = end + 1
+    yield _Part([], 0, True)
+
+
+def _windows(
+    parts: Iterable[_Part], eot_id: int, window: int, stride: int, counts: _Counts
+) -> Iterator[Window]:
+    held = [eot_id]  # ids from the start of the next window
+    unscored = 0  # at the end of them
+    for ids, n_bytes, ends in parts:
+        counts.bytes += n_bytes
         counts.tokens += len(ids)
         held += ids
         unscored += len(ids)
@@ -114,8 +167,8 @@ def _windows(
         if ends:
             if unscored:
                 yield held, unscored
-            held, unscored = [tokenizer.eot_id], 0
-            counts.documents += 1
+                counts.documents += 1
+            held, unscored = [eot_id], 0
 
 
 def _batches(

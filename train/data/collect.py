@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fusedgpt.train.data.llm_protocols import LLMError
 from fusedgpt.train.data.refine import refine, worth_grading
 
 _SAMPLES_A_ROUND = 200
+_GRADES_KEPT = "the grades so far are kept: the same command goes on"
 Progress = Callable[[int, int], None]  # done, total
 Bar = Callable[[str], AbstractContextManager[Progress]]
 Note = Callable[[str], None]
@@ -94,7 +96,7 @@ def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tupl
     if config.data_source == "template":
         texts = generate_texts(task.prompt, domain=task.domain, n_tokens=n_tokens, seed=task.seed)
         task.note(f"generated {len(texts):,} samples from templates")
-        return texts, {"method": "template"}
+        return texts, {"method": "template", "versions": {"fusedgpt": version("fusedgpt")}}
     plan = Generation(
         prompt=task.prompt,
         domain=task.domain,
@@ -110,14 +112,20 @@ def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tupl
             if not samples.enough:
                 wanted = {"gen_model": config.gen_model} | _wanted_grader(config)
                 _ask(config, task, "writing", wanted, partial(write_samples, samples=samples))
+        except KeyboardInterrupt:
+            task.note(_goes_on(samples))
+            raise
         except LLMError as error:
             if not samples.enough:  # the time may be over just when all is there
                 if config.fallback == "none":
-                    kept = f"{samples} are kept in {path}: the same command goes on from there"
-                    raise LLMError(f"{error}; {kept}") from None
+                    raise LLMError(f"{error}; {_goes_on(samples)}" if samples.texts else str(error)) from None
                 return _filled_up(samples, task, str(error))
         task.note(f"{config.gen_model} wrote {samples}: {path}")
         return samples.texts, samples.report()
+
+
+def _goes_on(samples: SampleFile) -> str:
+    return f"{samples} are kept in {samples.plan.path}: the same command goes on from there"
 
 
 def _wanted_grader(config: LLMConfig) -> _Models:
@@ -154,7 +162,7 @@ def refine_texts(
     """The best of the texts, up to n_tokens GPT-2 tokens, and how they were chosen.
 
     A language model's grades are kept in the JSONL `cache`. Raises LLMError where the server gives out and
-    config.fallback is "none".
+    config.fallback is "none", ValueError where no text is left.
     """
     info: dict[str, Any] = {"grader": config.grader or HEURISTICS}
     with Grades(cache, config.grader, task.prompt) as grades:
@@ -164,9 +172,12 @@ def refine_texts(
             if todo:
                 work = partial(ask_for_grades, grades=grades, texts=todo)
                 _ask(config, task, "grading", _wanted_grader(config), work, spent)
+        except KeyboardInterrupt:
+            task.note(_GRADES_KEPT)
+            raise
         except LLMError as error:
             if config.fallback == "none":
-                raise LLMError(f"{error}; the grades so far are kept: the same command goes on") from None
+                raise LLMError(f"{error}; {_GRADES_KEPT}" if grades.report() else str(error)) from None
             task.note(f"{error}; falling back to heuristic grades")
             info["fallback"] = {"to": HEURISTICS, "why": str(error)}
         kept, report = refine(
@@ -178,5 +189,8 @@ def refine_texts(
         )
     if config.grader:
         info |= {"grades": grades.report(), "seconds": round(time.monotonic() - started, 1)}
+        task.note("grades: " + (", ".join(f"{n:,} {why}" for why, n in info["grades"].items()) or "none"))
+    if not kept:
+        raise ValueError(f"no text is good enough to be kept: {report}")
     task.note(str(report))
     return kept, {**asdict(report), **info}

@@ -23,12 +23,14 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise OSError(f"another process is writing {path}; wait for it or choose another file") from None
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}") from None
         try:
             no_follow = getattr(os, "O_NOFOLLOW", 0)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | no_follow, 0o644)
@@ -90,6 +92,18 @@ def _is_object(line: bytes) -> bool:
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; blank lines are skipped. Raises ValueError naming the line at fault."""
+    return (value for _, value in _numbered_objects(path))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The "text" of every line. Raises ValueError naming the line at fault, or where there is none."""
+    texts = [text_of(value, f"{path}, line {number}") for number, value in _numbered_objects(path)]
+    if not texts:
+        raise ValueError(f"{path} holds no texts")
+    return texts
+
+
+def _numbered_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_MAX_LINE_BYTES + 1):
@@ -104,14 +118,14 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
                 value = None
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
-            yield value
+            yield number, value
 
 
-def text_of(record: Mapping[str, Any], path: Path) -> str:
+def text_of(record: Mapping[str, Any], where: str | Path) -> str:
     """The record's "text". Raises ValueError where it has none."""
     text = record.get("text")
     if not isinstance(text, str):
-        raise ValueError(f'{path}: every line needs a "text"; one has only {sorted(record)[:5]}')
+        raise ValueError(f'{where}: every line needs a "text"; this has only {sorted(record)[:5]}')
     return text
 
 

@@ -42,6 +42,7 @@ from fusedgpt.train.data.llm_protocols import (
 _MAX_BODY_BYTES = 4 << 20  # an answer's text is a hundredth of its stream at most
 _TRIES, _TRIES_AFTER_TIMEOUT = 5, 2
 _LONGEST_WAIT = 60.0
+_SECRET_CHARS = 8  # a shorter "key" is one like "none", and may be part of any text
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _T = TypeVar("_T")
 
@@ -61,13 +62,17 @@ class LLMClient:
         self.faults: Counter[str] = Counter()  # tries that failed, by kind
         self.parallel = config.llm_concurrency  # falls where the server cannot keep up
         self.protocol = Ollama() if config.data_source == "ollama" else OpenAI()
-        self._key = config.api_key()
+        self._key = config.api_key() or ""
+        self._secret = self._key if len(self._key) >= _SECRET_CHARS else ""  # to be taken out of what comes
         self._reached = False
         self._listed: list[str] = []
         self._shrunk_at = self._resume_at = 0.0
 
     async def __aenter__(self) -> Self:
-        url = httpx2.URL(self.config.origin)
+        try:
+            url = httpx2.URL(self.config.origin)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"llm_host {self.config.origin!r} is no URL: {error}") from None
         self._addresses = _look_up(url, self.timeouts.connect)
         self._url = url.copy_with(host=self._addresses[0])
         self._extensions = {"sni_hostname": url.raw_host.decode("ascii")}
@@ -112,7 +117,9 @@ class LLMClient:
                 raise LLMError(f"{flag} is needed; {self.config.origin} has {self._listing()}")
             if self.config.data_source == "ollama" and model.removesuffix(":latest") not in known:
                 remedy = f"get it with `ollama pull {model}` or choose another {flag}"
-                raise LLMError(f"{self.config.origin} has no model {model!r} but {self._listing()}; {remedy}")
+                raise LLMError(
+                    f"{self.config.origin} has no model {model!r}; it has {self._listing()}; {remedy}"
+                )
 
     def _listing(self) -> str:
         return ", ".join(sorted(self._listed)[:20]) or "none that it lists"
@@ -125,12 +132,14 @@ class LLMClient:
             try:
                 tries = _TRIES if self.config.data_source == "ollama" else 1
                 return await self._retry(self._list_models, tries)
-            except RequestFailed as error:
+            except LLMError as error:
+                if self._reached and self.config.data_source == "openai":
+                    return []
+                if not isinstance(error, RequestFailed):
+                    raise
                 failure = error
             if self._reached:
                 break
-        if self._reached and self.config.data_source == "openai":
-            return []
         raise LLMError(self._down(failure))
 
     async def _list_models(self) -> list[str]:
@@ -138,7 +147,7 @@ class LLMClient:
         seconds = self.timeouts.connect + self.timeouts.grading
         data = json_object(await self._try("GET", path, None, seconds, _whole))
         try:
-            return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
+            return [self._safe(name) for name in self.protocol.models(data)[:1000]]
         except (KeyError, TypeError):
             raise Fault("bad JSON", f"its answer to {path} is no list of models") from None
 
@@ -200,7 +209,7 @@ class LLMClient:
                 async with self._http.stream(method, url, json=body, extensions=self._extensions) as response:
                     self._reached = True
                     await self._check(response, path)
-                    return await read(_lines(response))
+                    return await read(self._lines(response))
         except TimeoutError:
             self._reached = True  # connecting has a timeout of its own
             self._shrink(started)
@@ -210,7 +219,7 @@ class LLMClient:
         except httpx2.HTTPError as error:
             fault = Fault("cut", f"the connection broke: {self._safe(error)}")
         except Fault as error:
-            fault = error
+            fault = Fault(error.kind, self._safe(error))
         self.faults[fault.kind] += 1
         raise fault
 
@@ -225,7 +234,7 @@ class LLMClient:
             raise LLMError(
                 f"{where} redirects to {to!r}, which is not followed; give the address as --llm-host"
             )
-        said = self._safe(error_text(_json_or_none(await _whole(_lines(response)))))
+        said = self._safe(error_text(_json_or_none(await _whole(self._lines(response)))))
         if status in _PASSING_STATUS:
             self._hold_back(response.headers.get("retry-after"))
             raise Fault(str(status), f"{where} answers {status} {said!r}")
@@ -234,15 +243,15 @@ class LLMClient:
                 f"{where} refuses access ({status} {said!r}); --llm-api-key-env names the key's variable"
             )
         if status == 404:
-            raise LLMError(
-                f"{where} is not there (404 {said!r}); the server has the models {self._listing()}"
-            )
+            hint = f"is that an {self.protocol.name} server, and the address right?"
+            hint = f"the server has the models {self._listing()}" if self._listed else hint
+            raise LLMError(f"{where} is not there (404 {said!r}); {hint}")
         raise LLMError(f"{where} answers {status} {said!r}")
 
     def _safe(self, text: object) -> str:
         """What a server or a library says, fit to be shown."""
         shown = " ".join(plain_text(str(text)).split())
-        return (shown.replace(self._key, "[the API key]") if self._key else shown)[:300]
+        return (shown.replace(self._secret, "[the API key]") if self._secret else shown)[:300]
 
     def _hold_back(self, retry_after: str | None) -> None:
         """Let no request begin before the time that the server asks for."""
@@ -279,22 +288,21 @@ class LLMClient:
                 end = end or piece.end
         if end is None:
             raise Fault("cut", "the answer broke off")
-        text = "".join(texts)
-        return Answer(text.replace(self._key, "") if self._key else text, end != "length")
+        return Answer("".join(texts).replace(self._secret, ""), end != "length")  # two lines may share it
 
-
-async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """The body in lines. Raises Fault where it grows too big."""
-    size, rest = 0, b""
-    async for chunk in response.aiter_raw():
-        size += len(chunk)
-        if size > _MAX_BODY_BYTES:
-            raise Fault("too big", f"the answer is bigger than {_MAX_BODY_BYTES >> 20} MiB")
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
-    if rest:
-        yield rest
+    async def _lines(self, response: httpx2.Response) -> AsyncIterator[bytes]:
+        """The body in lines, without the key. Raises Fault where it grows too big."""
+        secret = self._secret.encode()
+        size, rest = 0, b""
+        async for chunk in response.aiter_raw():
+            size += len(chunk)
+            if size > _MAX_BODY_BYTES:
+                raise Fault("too big", f"the answer is bigger than {_MAX_BODY_BYTES >> 20} MiB")
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield line.replace(secret, b"")
+        if rest:
+            yield rest.replace(secret, b"")
 
 
 async def _whole(lines: AsyncIterator[bytes]) -> bytes:

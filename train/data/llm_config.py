@@ -92,6 +92,12 @@ class LLMConfig(BaseModel):
             check_host(self.llm_host)
         if self.llm_api_key_env is not None and not _ENV_NAME.fullmatch(self.llm_api_key_env):
             raise ValueError("llm_api_key_env must name an environment variable; the key itself goes in it")
+        if "data_source" not in self.model_fields_set:
+            for name in ("llm_host", "gen_model", "refine_model", "llm_api_key_env"):
+                if getattr(self, name) not in (None, HEURISTICS):
+                    raise ValueError(
+                        f"{name} is given, but no model is asked: add --data-source ollama or openai"
+                    )
         return self
 
     @property
@@ -124,7 +130,10 @@ class LLMConfig(BaseModel):
             return None
         key = environ.get(name, "").strip()
         if not key:
-            raise ValueError(f"the environment variable {name} holds no API key for {self.origin}")
+            shown = name if name.isupper() else "of --llm-api-key-env"  # some give the key itself
+            raise ValueError(
+                f"the environment variable {shown} holds no API key for {self.origin}; export one"
+            )
         if not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError(f"the environment variable {name} holds characters that no API key has")
         return key

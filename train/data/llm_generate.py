@@ -194,7 +194,11 @@ class SampleFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Leave no file behind that holds nothing: the next try may be with another model."""
         self.save_info()
+        if not self.texts:
+            self.plan.path.unlink()
+            self.plan.info_path.unlink()
         self.file.close()
 
     @property

@@ -60,11 +60,6 @@ def _in_range(number: str) -> float | None:
     return value if value <= 10 else None
 
 
-def content_key(model: str, prompt: str, text: str) -> str:
-    """What a grade depends on, as a key of the cache."""
-    return hashlib.sha256(json.dumps([model, prompt, text]).encode()).hexdigest()[:32]
-
-
 class Grades:
     """A model's grades of texts, kept in a JSONL file by content; with no model it has none.
 

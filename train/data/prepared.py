@@ -87,6 +87,25 @@ def open_dataset(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset
     return mix_datasets(datasets, weights), opened[0].tokenizer
 
 
+def open_held_out(path: Path, tokenizer: Tokenizer) -> TokenStream:
+    """The ids of a token set to evaluate on: what it holds out, or all of a .bin file.
+
+    Raises FileNotFoundError or DataError where there are none, or they are not `tokenizer`'s.
+    """
+    if path.name == INDEX or (path / INDEX).is_file():
+        opened = _open_ours(path.parent if path.name == INDEX else path)
+        stream, made_by = opened.val, opened.tokenizer
+    else:
+        file = path / "val.bin" if path.is_dir() else path
+        made_by = _nanogpt_tokenizer(file, tokenizer)
+        stream = _open_bin(file, made_by)
+    if not _same_ids(made_by, tokenizer):
+        raise DataError(f"{path} was made with another tokenizer than the model's: prepare its text again")
+    if not len(stream):
+        raise DataError(f"{path} holds nothing out to evaluate on: prepare it with --val-fraction")
+    return stream
+
+
 def _not_prepared(path: Path) -> Exception:
     real = split_weight(path)[0]
     if not real.exists():
@@ -156,7 +175,7 @@ def _open_ours(folder: Path) -> _OpenSet:
 
 def _open_nanogpt(file: Path, config: RunConfig) -> _OpenSet:
     """A .bin, and the val.bin beside a train.bin; else the end of the .bin is held out."""
-    tokenizer = _nanogpt_tokenizer(file, config)
+    tokenizer = _nanogpt_tokenizer(file, config.data.tokenizer)
     train = _open_bin(file, tokenizer)
     beside = file.with_name("val.bin")
     if file.name == "train.bin" and beside.is_file():
@@ -178,7 +197,8 @@ def _open_bin(file: Path, tokenizer: Tokenizer) -> TokenStream:
     return stream
 
 
-def _nanogpt_tokenizer(file: Path, config: RunConfig) -> Tokenizer:
+def _nanogpt_tokenizer(file: Path, otherwise: Tokenizer | str) -> Tokenizer:
+    """What made the ids, by the meta.json beside `file`; without one it is `otherwise`, or that name's."""
     meta, pickled = file.with_name("meta.json"), file.with_name("meta.pkl")
     if meta.is_file():
         return _meta_tokenizer(meta)
@@ -187,9 +207,11 @@ def _nanogpt_tokenizer(file: Path, config: RunConfig) -> Tokenizer:
             f"{pickled} is a pickle, which may run any code and is not read: write its `stoi` to {meta} "
             f'as {{"stoi": {{"a": 0, ...}}}} with the script that made it'
         )
-    if config.data.tokenizer == "char":
+    if isinstance(otherwise, Tokenizer):
+        return otherwise
+    if otherwise == "char":
         raise DataError(f"{file} does not say which characters its ids are: put a meta.json beside it")
-    return build_tokenizer(config.data.tokenizer)
+    return build_tokenizer(otherwise)
 
 
 def _meta_tokenizer(meta: Path) -> Tokenizer:
