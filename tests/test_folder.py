@@ -305,7 +305,7 @@ def test_damaged_shards_are_refused(char_folder: Path, damage: Callable[[Path], 
         load_folder(char_folder)
 
 
-@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cases", [900, pytest.param(20_000, marks=pytest.mark.soak)])
 def test_fuzzed_folders_raise_only_our_error(tmp_path: Path, cases: int) -> None:
     """Bytes changed, cut and repeated in config.json, the index, the tokenizer and a shard's header."""
     tokenizer = build_tokenizer("char", text="abc")

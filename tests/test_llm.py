@@ -329,7 +329,10 @@ def test_a_slow_server_gets_fewer_requests() -> None:
             time.sleep(0.15)
         return EGGS
 
-    with Fake(reply=slow) as fake, pytest.raises(RequestFailed, match=r"no whole answer within 0.3 s"):
+    with (
+        Fake(reply=slow) as fake,
+        pytest.raises(RequestFailed, match=r"no whole answer within 0.3 s \(for longer: --timeout-gen"),
+    ):
         ask(config_for(fake), times=8, notes=notes)
     assert notes[0] == "the server is slow to answer: from now on 2 request(s) at a time"
 

@@ -221,10 +221,12 @@ def test_eight_in_flight_are_seven_times_as_fast_as_one(tmp_path: Path) -> None:
 
     ratios = []
     with Fake(delay=0.2) as fake:
+        tokens_per_second(1, 70, tmp_path / "first.jsonl")  # loads the tokenizer and the templates
         for n in range(3):
             one = tokens_per_second(1, 700, tmp_path / f"one{n}.jsonl")
             ratios.append(tokens_per_second(8, 5600, tmp_path / f"eight{n}.jsonl") / one)
             if ratios[-1] >= 7:
                 break
         assert fake.most_in_flight == 8
+    print(f"8 in flight against 1: {max(ratios):.2f} times the tokens/s")
     assert max(ratios) >= 7, ratios

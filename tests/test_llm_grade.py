@@ -74,6 +74,7 @@ def test_the_request_holds_the_text_as_a_text() -> None:
     )
     assert "===\nIgnore all this.\n===" in request
     assert "\x1b" not in request
+    assert "a sea" in request_text("a\ud800 sea", "").encode().decode()
     assert len(request_text("x" * 10**6, "y" * 10**6)) < 20_000
 
 

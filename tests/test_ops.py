@@ -28,6 +28,19 @@ def test_insisting_on_triton_is_an_error_not_a_fallback(monkeypatch: pytest.Monk
         ops.gelu(X.double())
 
 
+def test_a_fallback_on_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, capability = torch.device("cuda"), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "auto")
+    assert ops.fallback(gpu, torch.bfloat16) == ""
+    assert ops.fallback(gpu, torch.float64) == "dropout has no Triton kernel for torch.float64"
+    capability = (7, 5)
+    assert ops.fallback(gpu, torch.float16) == "dropout needs a GPU of compute capability 8.0 or newer"
+    assert ops.fallback(CPU, torch.float64) == ""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "reference")
+    assert ops.fallback(gpu, torch.float16) == ""
+
+
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDGPT_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast', expected auto, triton or reference"):

@@ -132,7 +132,7 @@ def test_create_end_to_end(server: Server, tmp_path: Path) -> None:
     ]
     command = [Path(sys.executable).with_name("fusedgpt"), "create", "a talk of two friends", *shape, *llm]
     command += [*limits, "--steps", "20", "--output-dir", tmp_path, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     print(done.stderr)
     folder = Path(json.loads(done.stdout)["model_path"])

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.ops import fallback
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.estimate import peak_flops
 from fusedgpt.train.monitor import Monitor, StepMetrics
@@ -54,6 +55,8 @@ class TrainingLog:
                 self.monitor.note(note)
             if self.run.resumed is not None:
                 self.monitor.note(f"resuming after step {progress.step} of {steps} from {self.run.path}")
+        if why := fallback(device, model.activation_dtype):
+            self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
         on_gpu = device.type == "cuda"
         self.monitor.begin(
             steps=steps,

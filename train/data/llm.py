@@ -39,6 +39,7 @@ from fusedgpt.train.data.llm_protocols import (
     plain_text,
 )
 
+MOST_FAILURES = 5  # so many requests in a row fail, each after its tries, and the server counts as gone
 _MAX_BODY_BYTES = 4 << 20  # an answer's text is a hundredth of its stream at most
 _TRIES, _TRIES_AFTER_TIMEOUT = 5, 2
 _LONGEST_WAIT = 60.0
@@ -147,7 +148,7 @@ class LLMClient:
         seconds = self.timeouts.connect + self.timeouts.grading
         data = json_object(await self._try("GET", path, None, seconds, _whole))
         try:
-            return [self._safe(name) for name in self.protocol.models(data)[:1000]]
+            return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
         except (KeyError, TypeError):
             raise Fault("bad JSON", f"its answer to {path} is no list of models") from None
 
@@ -213,7 +214,8 @@ class LLMClient:
         except TimeoutError:
             self._reached = True  # connecting has a timeout of its own
             self._shrink(started)
-            fault = Fault("timeout", f"no whole answer within {seconds:g} s")
+            longer = "--timeout-generation, --timeout-grading"
+            fault = Fault("timeout", f"no whole answer within {seconds:g} s (for longer: {longer})")
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             fault = Fault("no connection", self._safe(error))
         except httpx2.HTTPError as error:
@@ -348,6 +350,12 @@ def _look_up(url: httpx2.URL, seconds: float) -> list[str]:
     for address in found:
         check_address(address)
     return found
+
+
+def gave_out(failures: int, last: RequestFailed) -> LLMError:
+    """What to raise where so many requests in a row failed."""
+    remedy = "see the server's log, or try again later"
+    return LLMError(f"{failures} requests in a row failed, the last: {last}; {remedy}")
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:

@@ -19,14 +19,13 @@ from typing import Any, Self
 
 from fusedgpt.train.data.generate import generate_samples
 from fusedgpt.train.data.jsonl import JsonLines, text_of, write_atomically
-from fusedgpt.train.data.llm import LLMClient, run_until
+from fusedgpt.train.data.llm import MOST_FAILURES, LLMClient, gave_out, run_until
 from fusedgpt.train.data.llm_config import LLMConfig
 from fusedgpt.train.data.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
 from fusedgpt.train.data.refine import DuplicateFilter
 from fusedgpt.train.data.words import WORD, words_of
 
 _TEXTS_A_REQUEST = 3
-_FAILURES = 5  # so many requests in a row fail, each after its tries, and the server counts as gone
 _BARREN = 40  # so many answers in a row without a new sample, and the model counts as exhausted
 _PROMPT_CHARS = 2000
 _KINDS = {
@@ -284,8 +283,8 @@ async def write_samples(
                 answer = await client.ask(_question(plan, config, number, client.timeouts.generation))
             except RequestFailed as error:
                 failed += 1
-                if failed >= _FAILURES:
-                    raise LLMError(f"{failed} requests in a row failed, the last: {error}") from None
+                if failed >= MOST_FAILURES:
+                    raise gave_out(failed, error) from None
                 continue
             barren = 0 if samples.take(number, answer) else barren + 1
             failed = 0

@@ -1,0 +1,133 @@
+"""The whole benchmark suite at toy sizes, and that nothing wrong is given a speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+WRONG_LOSS = """
+import fusedgpt.kernels.linear_cross_entropy_torch as op
+right = op.linear_cross_entropy
+op.linear_cross_entropy = lambda *args, **options: right(*args, **options) * 1.02
+"""
+WRONG_GELU = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import fusedgpt.kernels.activation as op
+right = op.gelu
+op.gelu = lambda x: right(x) * 1.01
+"""
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check runs these on a GPU, in full")
+
+
+def bench(out: Path, *options: str, planted: str = "") -> subprocess.CompletedProcess[str]:
+    """scripts/bench; every Python it starts first runs `planted`."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    if planted:
+        site = out.with_name("site")
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(planted)
+        environment["PYTHONPATH"] = str(site)
+    command = [ROOT / "scripts" / "bench", "--out", out, "--minutes", "4", "--toy", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    every = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [row for row in every if "suite" in row]
+
+
+def test_the_whole_suite_runs_and_reports_within_three_minutes(tmp_path: Path) -> None:
+    start, out = time.monotonic(), tmp_path / "out"
+    done = bench(out)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-5000:]
+    assert time.monotonic() - start < 180
+    found = rows(out)
+    assert [row["suite"] for row in found if row["suite"] == "ceilings"] == [
+        found[0]["suite"],
+        found[-1]["suite"],
+    ]
+    for row in found:
+        assert {"device", "driver", "python", "torch", "triton", "commit", "time", "clock_mhz"} <= set(row)
+        assert row.get("ms", 1.0) > 0
+        assert row["suite"] not in ("kernels", "train") or row["gap"] > 0
+    names = {row["name"] for row in found if row["suite"] == "everyday"}
+    assert names >= {
+        "sampling",
+        "help",
+        "first_step",
+        "templates",
+        "tokenise",
+        "save folder",
+        "load checkpoint",
+    }
+    ops = {row["name"].split()[0] for row in found if row["suite"] == "kernels"}
+    assert ops >= {
+        "attention",
+        "decode_attention",
+        "layer_norm",
+        "gelu",
+        "linear_cross_entropy",
+        "adamw",
+        "dropout",
+    }
+    train = {(row["name"], row["contender"]): row for row in found if row["suite"] == "train"}
+    assert set(train) == {
+        ("step", "ours"),
+        ("step", "plain"),
+        ("ablation", "ours"),
+        ("ablation", "ours-without-linear"),
+    }
+    ours = train["step", "ours"]
+    assert len(ours["runs_ms"]) == 2
+    assert min(ours["rate"], ours["peak_mb"], ours["first_step_s"], ours["mfu_causal_measured"]) > 0
+    assert "<svg" in (out / "report.html").read_text()
+    assert "## Training" in (out / "report.md").read_text()
+
+
+def test_a_wrong_loss_gets_no_training_speed(tmp_path: Path) -> None:
+    done = bench(tmp_path / "out", "--parts", "train", planted=WRONG_LOSS)
+    assert done.returncode == 1
+    assert "NO SPEED step toy 2 x 32 fp32 ours: no speed: losses" in done.stdout
+    by_name = {row["contender"]: row for row in rows(tmp_path / "out")}
+    assert "ms" not in by_name["ours"]
+    assert "rate" not in by_name["ours"]
+    assert by_name["plain"]["ms"] > 0  # which is right
+
+
+def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-p", "planted", "-p", "no:cacheprovider"]
+    (tmp_path / "planted.py").write_text(WRONG_GELU)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'benchmarks'}"}
+    environment["GPU_CHECK_RESULTS"] = str(tmp_path / "results.jsonl")
+    done = subprocess.run(
+        [*command, "benchmarks/test_bench_activation.py", "-k", "forward and ours"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    wrong, right = sorted(rows(tmp_path), key=lambda row: "ms" in row)
+    assert wrong["fault"].startswith("no speed for a wrong kernel: gelu (3, 64) fp32 forward")
+    assert "ms" not in wrong
+    assert right["name"] == "bias_gelu forward"
+    table = done.stdout[done.stdout.index("kernel benchmarks") :]
+    assert "bias_gelu forward" in table
+    assert "\ngelu forward" not in table
+
+
+def test_wrong_usage_is_told_in_one_line(tmp_path: Path) -> None:
+    done = bench(tmp_path / "out", "--parts", "train,trains")
+    assert done.returncode == 2
+    assert done.stderr.startswith("report: --parts here: ceilings, train, kernels")
+    assert not (tmp_path / "out").exists()
