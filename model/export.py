@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from fusedgpt.model.folder import sync, sync_files, write_files
+from fusedgpt.model.disk import sync
+from fusedgpt.model.folder import sync_files, write_files
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.model.weights import DTYPES, MAX_SHARD_BYTES, rounded

@@ -6,7 +6,6 @@ weights.py knows its tensors, this file the rest: config.json, what is saved bes
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.disk import sync
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
 from fusedgpt.model.weights import (
@@ -156,15 +156,6 @@ def _rename_to_free_name(temporary: Path, root: Path, name: str) -> Path:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_folder(folder: Path) -> tuple[GPT, Tokenizer]:

@@ -339,13 +339,18 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.end_header()
         self.wfile.write(data)
 
     def start_stream(self, kind: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Transfer-Encoding", "chunked")
+        self.end_header()
+
+    def end_header(self) -> None:
+        if self.close_connection:  # a fault; the next request must not go into a closed connection
+            self.send_header("Connection", "close")
         self.end_headers()
 
     def send_line(self, value: object) -> None:

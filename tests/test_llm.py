@@ -115,6 +115,19 @@ def test_the_key_goes_to_the_server_and_nowhere_else(source: str, monkeypatch: p
     assert "sk-secret" not in repr(config) + config.model_dump_json()
 
 
+@pytest.mark.parametrize("source", ["ollama", "openai"])
+def test_a_key_in_two_pieces_of_a_stream_is_taken_out(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+
+    def pieces(self: Any, body: dict[str, Any]) -> list[str]:
+        self.end = "stop"
+        return ["The key is sk-sec", "ret-1, they say."]
+
+    with Fake() as fake:
+        monkeypatch.setattr(fake.server.RequestHandlerClass, "pieces", pieces)
+        assert ask(config_for(fake, source, llm_api_key_env="MY_KEY"))[0].text == "The key is , they say."
+
+
 def test_a_missing_model_is_told_with_those_there_are() -> None:
     with Fake() as fake:
         with pytest.raises(LLMError) as caught:

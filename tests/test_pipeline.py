@@ -223,6 +223,9 @@ def test_a_language_model_may_write_the_data(tmp_path: Path) -> None:
         assert info["samples_generated"] == info["generation"]["samples"]
     info = json.loads((by_name.model_path / "generation_info.json").read_text())
     assert info["generation_method"] == "template"
+    cards = [(one.model_path / "README.md").read_text() for one in (result, by_name)]
+    assert "on text that `writer` wrote for the prompt `'poems'`" in cards[0]
+    assert "on text that templates wrote for the prompt `'poems'`" in cards[1]
     assert len(list_folders(tmp_path)) == 3  # the folder of the data is none of them
 
 

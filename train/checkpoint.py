@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedgpt.model.disk import sync
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _FORMAT = 1
@@ -127,7 +129,7 @@ class CheckpointStore:
             for _, path in sorted(_named(self.root, _STEP).items()):
                 if _is_directory(path):
                     self._remove(path)
-            _sync(self.root)
+            sync(self.root)
         self._whole.clear()
 
     def _checkpoints(self) -> dict[int, Path]:
@@ -162,13 +164,13 @@ class CheckpointStore:
         if _is_directory(target):
             os.rename(target, replaced)
         os.rename(saving, target)
-        _sync(self.root)
+        sync(self.root)
 
     def _clean_up(self) -> None:
         """Remove what a dead save or removal left; put back a replaced checkpoint without a replacement."""
         leftovers = _leftovers(self.root)
         if leftovers:
-            _sync(self.root)  # nothing is deleted on the strength of a rename that a power cut could undo
+            sync(self.root)  # nothing is deleted on the strength of a rename that a power cut could undo
         for path in leftovers:
             target = path.with_name(path.name[-len("step-00000000") :])
             if path.name.startswith(".replaced") and not target.exists():
@@ -198,7 +200,7 @@ class CheckpointStore:
     def _remove(self, path: Path) -> None:
         removing = path.with_name(f".removing-{path.name}")
         os.rename(path, removing)  # first, so that nothing half deleted has a checkpoint's name
-        _sync(self.root)
+        sync(self.root)
         shutil.rmtree(removing)
 
 
@@ -298,8 +300,8 @@ def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     files = {path.name: _hash_and_sync(path) for path in sorted(folder.iterdir())}
     manifest = {"files": files, "format": _FORMAT, "step": checkpoint.step}
     (folder / MANIFEST).write_bytes(_encode(manifest | {"sha256": _seal(manifest)}))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -316,14 +318,6 @@ def _hash_and_sync(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return {"sha256": _sha256(file), "size": os.fstat(file.fileno()).st_size}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: BufferedReader) -> str:
@@ -433,7 +427,7 @@ def _is_directory(path: Path) -> bool:
 def _make_directory(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, mode=0o700)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _named(root: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from fusedgpt.train.config import ConfigError, Sections, option_fields, parse_set, read_toml
 
+_SECONDS_BETWEEN_LINES = 10.0
 _SYNONYMS = {"preset": ["--size"]}
 
 OutputDir = Annotated[Path, typer.Option(help="Where finished model folders go.")]
@@ -126,14 +128,26 @@ def resolve_run(
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where that is a terminal: call it with what is done and the total."""
+    """A bar on standard error, or a line now and then where that is no terminal.
+
+    Call what it yields with what is done and the total.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
+    last = time.monotonic()
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if not quiet and not console.is_terminal and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                sys.stderr.write(f"{title}: {done:,} of {total:,}\n")
+
+        yield show
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -104,7 +104,8 @@ def run_full_pipeline(
 ) -> TrainingResult:
     """Prompt -> tokenizer, data, refinement, dataset, GPT, training, test samples, model folder.
 
-    generation_method: "template", "ollama" or "openai" in place of config.llm.data_source. Returns where the
+    generation_method: "template", "ollama" or "openai" in place of config.llm.data_source, which must be a
+    server's already where config.llm has settings of one. Returns where the
     model is and how it did. Raises ValueError for options at odds, OSError where output_dir cannot be written
     (before training), LLMError where a language model's server gives out, and what train raises.
     """
@@ -294,12 +295,19 @@ def loss_text(loss: float | None) -> str:
     return "none held out" if loss is None else f"{loss:.4f} nats a token"
 
 
+def _source(info: dict[str, Any]) -> str:
+    """What a model was trained on, in words."""
+    if "prompt" not in info:
+        return f"{info['documents']:,} document(s) of its maker's"
+    made = info["generation"]
+    writers = [f"`{made['model']}`"] if "model" in made else []
+    writers += ["templates"] if "fallback" in made or not writers else []
+    return f"text that {' and '.join(writers)} wrote for the prompt `{info['prompt'][:200]!r}`"
+
+
 def model_card(info: dict[str, Any], config: RunConfig) -> str:
     """The README.md of a model folder."""
     training, tokens, parameters = info["training"], info["tokens"], info["parameters"]
-    source = (
-        f"the prompt `{info['prompt'][:200]!r}`" if "prompt" in info else f"{info['documents']} text file(s)"
-    )
     folder = config.model.init_from
     beginning = "from scratch" if folder is None else f"on from the weights of `{Path(folder).name}`"
     return f"""---
@@ -309,7 +317,7 @@ tags: [gpt2, fusedgpt]
 ---
 # A small GPT-2 made with fusedgpt
 
-Trained {beginning} on {source}.
+Trained {beginning} on {_source(info)}.
 
 | | |
 |---|---|

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from fusedgpt.model.disk import sync
+
 _MAX_LINE_BYTES = 4 << 20
 
 
@@ -39,7 +41,7 @@ class JsonLines:
             raise OSError(f"cannot write {path}: {error.strerror}") from None
         try:
             self._repair()
-            _sync(path.parent)
+            sync(path.parent)
             self.records = list(read_objects(path))
         except BaseException:
             self.close()
@@ -72,15 +74,6 @@ class JsonLines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _sync(folder: Path) -> None:
-    """Bring the folder's entries to the disk: a new file's name, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_object(line: bytes) -> bool:

@@ -54,7 +54,7 @@ class LLMConfig(BaseModel):
 
     data_source: Literal["template", "ollama", "openai"] = Field(
         default="template",
-        description="What makes and grades texts: template, ollama, or openai for any OpenAI-compatible server.",
+        description="What makes and grades texts: template, ollama, openai (any OpenAI-compatible server).",
     )
     llm_host: str | None = Field(
         default=None,

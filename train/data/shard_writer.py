@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from fusedgpt.model.disk import sync
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.shards import (
     BLOCK,
@@ -213,7 +214,7 @@ class SetWriter:
         )
         (self.folder / INDEX).write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
         for name in ("tokenizer.json", "tokenizer_config.json", INDEX, "."):
-            _sync(self.folder / name)
+            sync(self.folder / name)
         return index
 
     def abandon(self) -> None:
@@ -258,7 +259,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def _sync_parent(out: Path) -> None:
     """Bring the new name of `out` down to the disk, or take it back."""
     try:
-        _sync(out.absolute().parent)
+        sync(out.absolute().parent)
     except OSError:
         shutil.rmtree(out)
         raise
@@ -288,11 +289,3 @@ def _write_errors(out: Path) -> Iterator[None]:
         if error.errno is None:  # ours
             raise
         raise OSError(f"cannot write {out}: {error.strerror}; nothing of it was kept") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
