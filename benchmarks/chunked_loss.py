@@ -20,19 +20,19 @@ from typing import Any
 
 os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
 
+import contenders
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import train  # benchmarks/train.py
 from fusedgpt.kernels import ops
 from fusedgpt.model.config import PRESETS
 
 
 def materialised(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str, **unused: float
 ) -> Tensor:
-    """kernels.reference without its z-loss, which would take a pass over the logits even if unused."""
+    """kernels.reference without z-loss and smoothing, whose passes over the logits would cost even at 0."""
     logits = (hidden @ weight[:vocab_size].to(hidden.dtype).T).float()
     return F.cross_entropy(logits, targets, reduction=reduction)
 
@@ -43,13 +43,18 @@ LOSSES = {"chunked": ops.linear_cross_entropy, "materialised": materialised}
 def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> dict[str, Any]:
     """Both losses in one training step, as one row."""
     torch.set_num_threads(arguments.threads)
-    loss, step = train.ours(PRESETS[arguments.preset], train.tokens(batch_size, arguments.length), precision)
+    batch = contenders.tokens(batch_size, arguments.length)
+    loss, step, gpt = contenders.ours(
+        PRESETS[arguments.preset], batch, precision, keep_memory=not arguments.plain_malloc
+    )
     first = {}
+    gpt.eval()
     for name, function in LOSSES.items():
         ops.linear_cross_entropy = function
-        first[name] = loss()
-    if abs(first["chunked"] - first["materialised"]) > train.LOSS_TOLERANCE[precision]:
+        first[name] = loss().item()
+    if abs(first["chunked"] - first["materialised"]) > contenders.LOSS_TOLERANCE[precision]:
         raise SystemExit(f"no speed: the losses differ, {first}")
+    gpt.train()
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for name in ("chunked", "materialised", "materialised", "chunked") * arguments.rounds:
         ops.linear_cross_entropy = LOSSES[name]
@@ -83,8 +88,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--plain-malloc", action="store_true", help="leave malloc as glibc sets it")
     arguments = parser.parse_args()
-    if arguments.plain_malloc:
-        train.keep_freed_memory = lambda: None
     for precision in arguments.precisions:
         for batch_size in arguments.batch_sizes:
             print(json.dumps(compare(arguments, batch_size, precision)), flush=True)

@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, for the check
 
 import kernel_bench
-from kernel_bench import Bench, Ceilings, Figures
+from ceilings import Ceilings, measure_ceilings
+from kernel_bench import DTYPE, Bench, Figures
 
 _RESULTS = pytest.StashKey[list[Figures]]()
 _CEILINGS = pytest.StashKey[Ceilings]()
@@ -35,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def ceilings(request: pytest.FixtureRequest) -> Ceilings:
-    measured = kernel_bench.measure_ceilings()
+    measured = measure_ceilings(DTYPE)
     request.config.stash[_CEILINGS] = measured
     return measured
 
@@ -67,5 +68,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("kernel benchmarks")
     for line in kernel_bench.table(results):
         terminalreporter.write_line(line)
-    for when, c in (("first", config.stash[_CEILINGS]), ("last", kernel_bench.measure_ceilings())):
+    for when, c in (("first", config.stash[_CEILINGS]), ("last", measure_ceilings(DTYPE))):
         terminalreporter.write_line(f"ceilings {when}: {c.tflops:.1f} TFLOP/s, {c.gbps:.0f} GB/s")

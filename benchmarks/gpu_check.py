@@ -5,7 +5,8 @@ CUDA context stops the next. Everything is in DIR as soon as it is known:
     summary.txt        part, verdict, seconds, one line each; printed last
     log.txt            the output of every command
     results.jsonl      every figure, finding and verdict, with the state of the GPU after each part
-    environment.json, check.json, kernels.json (pytest-benchmark's), tuning.json
+    report.html, report.md    the page of report.py, whose parts are among these
+    environment.json, check.json, tuning.json
 Exit code: 0 if every part passed, 1 if not, 2 for wrong usage or no GPU. README.md says how to run it there.
 """
 
@@ -18,16 +19,16 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import record
+import report
 from gpu_runner import Part, gpu_state, run_parts
 
-ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 SCRIPT, CLI = [PYTHON, __file__], [PYTHON, "-m", "fusedgpt.train.cli"]
 PYTEST = [
@@ -37,11 +38,6 @@ PYTEST = [
 PYTEST += shlex.split("--continue-on-collection-errors -o faulthandler_timeout=90")
 TESTED = "attention decode_attention layer_norm activation dropout linear_cross_entropy adamw optimizer"
 TESTED += " training_kernels"
-TRAIN = [
-    PYTHON,
-    *shlex.split("benchmarks/train.py --preset gpt2 --length 1024 --dropout 0 --precisions bf16"),
-]
-TRAIN += shlex.split("--batch-sizes 16 --steps 30")
 
 
 def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = False) -> list[Part]:
@@ -56,7 +52,6 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = Fa
     jobs = min(8, max(1, (os.cpu_count() or 1) // 2))
     workers = ["-n", str(jobs), "--dist", "worksteal"] if find_spec("xdist") else []
     files = [f"tests/test_{stem}.py" for stem in TESTED.split()]
-    benchmarks = ["benchmarks", f"--benchmark-json={out / 'kernels.json'}"]
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     tools = ("memcheck", "racecheck") if sanitizer else ()
     sanitize = [str(sanitizer), "--error-exitcode", "9"]
@@ -70,20 +65,18 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = Fa
         Part(name="check", share=18, commands=checks, jobs=jobs, needs_gpu=False, keeps_rows=True),
         Part(name="gpu_tests", share=20, commands=[[*PYTEST, *workers, "-m", "gpu", "tests"]]),
         Part(name="tests", share=15, commands=[[*PYTEST, *workers, "-m", "not gpu", *files]]),
-        Part(name="benchmarks", share=25, commands=[[*PYTEST, *benchmarks]]),
-        Part(name="train", share=20, commands=[[*TRAIN, *(["--peer", str(peer)] if peer else [])]]),
+        *report.parts(gpu=gpu, peer=peer),
+        Part(name="report", share=2, commands=[[PYTHON, report.__file__, "--out", str(out), "--render"]]),
         Part(name="sanitizer", share=10, commands=sanitized, jobs=jobs, environment=uncached),
-        Part(name="tune", share=30, commands=[tuning], environment=tuned),
-    ][: 8 if tune else 7]
+        *([Part(name="tune", share=30, commands=[tuning], environment=tuned)] if tune else []),
+    ]
 
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, apart from what `fusedgpt doctor` knows."""
     import torch
 
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    found: dict[str, Any] = {"commit": os.environ.get("COMMIT", commit), "python": platform.python_version()}
+    found: dict[str, Any] = {"commit": record.commit(), "python": platform.python_version()}
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "nvidia_smi": gpu_state()}
     if torch.cuda.is_available():
         found["gpu"] = str(torch.cuda.get_device_properties(0))
@@ -129,6 +122,7 @@ def main() -> int:
         return int(bool(faults))
     import torch
 
+    os.environ["COMMIT"] = record.commit()  # one for all parts
     gpu = torch.cuda.is_available()
     parts = all_parts(arguments.out, gpu=gpu, peer=arguments.peer, tune=arguments.tune)
     names = arguments.parts or [part.name for part in parts]

@@ -1,4 +1,4 @@
-"""Runs the parts of gpu_check.py: processes with time limits, their output, rows and verdicts."""
+"""Runs the parts of gpu_check.py and report.py: processes with time limits, their rows and verdicts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Part:
     jobs: int = 1  # how many run at once
     needs_gpu: bool = True
     keeps_rows: bool = False  # its JSON lines in DIR/<name>.json as well
+    may_be_cut: bool = False  # running out of time is no failure, if it has results by then
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,6 +37,8 @@ class Command:
 
     def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
         self.part, self.out, self.stopped, self.finished = part, out, False, False
+        self.rows: list[dict[str, Any]] = []
+        self.read = 0  # bytes of the output that were harvested
         self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
         self.output = out / f"{part.name}-{index}.out"
         path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -65,19 +68,29 @@ class Command:
             self.signal_group(signal.SIGINT)
         self.stopped = self.stopped or now > interrupt
 
+    def harvest(self, *, ended: bool = False) -> None:
+        """Keep what the command has printed since as rows: its whole lines of JSON."""
+        with self.output.open("rb") as file:
+            file.seek(self.read)
+            new = file.read()
+        new = new if ended else new[: new.rfind(b"\n") + 1]
+        self.read += len(new)
+        rows = [row for line in new.decode(errors="replace").splitlines() for row in json_rows(line)]
+        append(self.out / "results.jsonl", ({"part": self.part.name, **row} for row in rows))
+        self.rows += rows
+
     def finish(self) -> None:
-        """End what the command has left running, log its output and keep its JSON lines as rows."""
+        """End what the command has left running, log its output and keep its last rows."""
         self.signal_group(signal.SIGKILL)
         returned = self.process.poll()
         self.code = -signal.SIGKILL if returned is None else returned
+        self.harvest(ended=True)
         text = self.output.read_text(errors="replace")
-        self.rows = [row for line in text.splitlines() for row in json_rows(line)]
         lines = [line for line in text.splitlines() if line.strip()]
         self.last_line = lines[-1].strip(" =")[:150] if lines else f"exit code {self.code}"
         with (self.out / "log.txt").open("a") as log:
             log.write(f"\n=== {self.part.name}, exit code {self.code}: {' '.join(self.arguments)}\n{text}")
         self.output.unlink()
-        append(self.out / "results.jsonl", ({"part": self.part.name, **row} for row in self.rows))
         self.finished = True
 
 
@@ -103,6 +116,8 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
     waiting = list(range(len(part.commands)))
     begun: list[Command] = []
     running: list[Command] = []
+    results = out / "results.jsonl"
+    before = results.stat().st_size if results.exists() else 0
     try:
         while (running or (waiting and now < interrupt)) and now < end + 1.0:  # some hangs outlive SIGKILL
             while waiting and len(running) < part.jobs and now < interrupt:
@@ -111,11 +126,13 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
             time.sleep(0.05)
             now = time.monotonic()
             for command in running:
+                command.harvest()
                 command.enforce(now, interrupt, end)
             running = settle(part, out, begun)
     finally:
         settle(part, out, begun, abandon=True)
-    return judge(part, begun, now - start)
+    grew = results.exists() and results.stat().st_size > before
+    return judge(part, begun, now - start, may_be_cut=part.may_be_cut and grew)
 
 
 def settle(part: Part, out: Path, begun: Sequence[Command], *, abandon: bool = False) -> list[Command]:
@@ -130,13 +147,22 @@ def settle(part: Part, out: Path, begun: Sequence[Command], *, abandon: bool = F
     return [command for command in open_ if not command.finished]
 
 
-def judge(part: Part, commands: Sequence[Command], seconds: float) -> dict[str, Any]:
+def judge(
+    part: Part, commands: Sequence[Command], seconds: float, *, may_be_cut: bool = False
+) -> dict[str, Any]:
     """The row of the summary: verdict, counts, and the last line of the first command that failed."""
     failed = [command for command in commands if command.code or command.stopped]
     late = len(commands) < len(part.commands) or any(command.stopped for command in commands)
-    verdict = "skip" if not part.commands else "TIMEOUT" if late else "FAIL" if failed else "pass"
+    wrong = any(command.code and not command.stopped for command in commands)
+    wrong = wrong or any("fault" in row for command in commands for row in command.rows)
+    verdict = "cut" if may_be_cut and not wrong else "TIMEOUT"
+    verdict = "skip" if not part.commands else verdict if late else "FAIL" if failed else "pass"
     findings = [row["ok"] for command in commands for row in command.rows if "ok" in row]
     words = [f"{sum(findings)} of {len(findings)} findings ok"] if findings else []
+    measured = [row for command in commands for row in command.rows if "suite" in row]
+    if measured:
+        faults = [f"{row.get('contender', '')}: {row['fault']}" for row in measured if "fault" in row]
+        words.append(f"{len(measured) - len(faults)} figures{''.join(f'; {fault[:90]}' for fault in faults)}")
     if len(part.commands) > 1:
         words.append(f"{len(commands) - len(failed)} of {len(part.commands)} commands passed")
     words += [command.last_line for command in (failed or commands[-1:])[:1] if failed or not words]
@@ -157,7 +183,15 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
     """Run all within `seconds`; the exit code."""
     end = time.monotonic() + seconds - min(RESERVE, seconds / 10)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "log.txt", "check.json", "environment.json", "kernels.json", "summary.txt"):
+    for name in (
+        "results.jsonl",
+        "log.txt",
+        "check.json",
+        "environment.json",
+        "report.html",
+        "report.md",
+        "summary.txt",
+    ):
         (out / name).unlink(missing_ok=True)
     verdicts, lines = set(), []
     for i, part in enumerate(parts):
@@ -171,7 +205,7 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
     with (out / "log.txt").open("a") as log:
         log.writelines(["\n=== findings\n", *finding_lines(out / "check.json")])
     print("", *lines, sep="\n", flush=True)
-    return 0 if verdicts <= {"pass", "skip"} else 1
+    return 0 if verdicts <= {"pass", "skip", "cut"} else 1
 
 
 def gpu_state() -> dict[str, str]:

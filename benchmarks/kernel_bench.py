@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: the clock, the ceilings, the gate and the table.
+"""What the kernel benchmarks share: the gate, what is noted of a measurement, and the table.
 
     python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE] [--interpreted]
 
@@ -12,124 +12,43 @@ own statistics are of the host's clock, which on a GPU sees launches only.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+import record
 import torch
+from ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
 from torch import Tensor
 
 from fusedgpt.kernels import cases, check, ops
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+PRECISION = choose("bf16", "fp32")
+DTYPE = DTYPES[PRECISION]
 DIRECTIONS = ("forward", "backward", "both")
-_FLUSH_BYTES = 1 << 30  # beyond any L2, and long enough to write for Python to launch what is timed meanwhile
-_SECONDS, _ROUNDS = 0.5, (10, 200)  # a measurement's length, and how many calls at least and at most
-T = TypeVar("T")
-Call = Callable[[Any], object]
-
-
-def choose(gpu: T, cpu: T) -> T:
-    """`gpu` where there is one, else `cpu`."""
-    return gpu if CUDA else cpu
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """The most this machine does: TFLOP/s of a matmul in DTYPE, GB/s read and written by a copy."""
-
-    tflops: float
-    gbps: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One contender at one point; `ms` is the median."""
+    """One contender at one point, in the fields of record.py."""
 
-    op: str
+    name: str  # op and direction
     shape: str
-    direction: str
     contender: str
     ms: float
     p20: float
     p80: float
-    tflops: float | None
-    gbps: float | None
-    of_ceiling: float  # the fraction of the ceiling that bounds the op
+    spread: float
+    flops: float | None
+    bytes: float | None
+    floor_ms: float
+    gap: float
+    rate: float  # of what bounds the op
+    unit: str
     peak_mb: float | None  # allocated during the call beyond what was before; None on a CPU
-
-
-def samples(prepare: Callable[[], Any], call: Call, pedantic: Any = None) -> list[float]:
-    """Milliseconds of call(prepare()) without prepare, repeated by pytest-benchmark's `pedantic` if given."""
-    flush = torch.empty(_FLUSH_BYTES if CUDA else 0, dtype=torch.uint8, device=DEVICE)
-    spans: list[tuple[Any, Any]] = []
-
-    def set_up() -> tuple[tuple[Any], dict[str, Any]]:
-        prepared = prepare()
-        flush.zero_()
-        return (prepared,), {}
-
-    def timed(prepared: Any) -> None:
-        begin, end = _moment(), _moment()
-        begin.record()
-        call(prepared)
-        end.record()
-        spans.append((begin, end))
-
-    rounds = _rounds(prepare, call)
-    if pedantic is not None:
-        pedantic(timed, setup=set_up, rounds=rounds)
-    else:
-        for _ in range(rounds):
-            timed(*set_up()[0])
-    if CUDA:
-        torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in spans]
-
-
-class _HostMoment:
-    """torch.cuda.Event on the host's clock."""
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: _HostMoment) -> float:
-        return 1e3 * (end.seconds - self.seconds)
-
-
-def _moment() -> Any:
-    return torch.cuda.Event(enable_timing=True) if CUDA else _HostMoment()
-
-
-def _rounds(prepare: Callable[[], Any], call: Call) -> int:
-    """Warm up (compiling, allocating, clocks), and how often to measure."""
-    if not CUDA:
-        call(prepare())
-        return 3
-    for _ in range(5):
-        call(prepare())
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call(prepare())
-    torch.cuda.synchronize()
-    fitting = int(_SECONDS / (time.perf_counter() - begin))
-    return min(max(fitting, _ROUNDS[0]), _ROUNDS[1])
-
-
-def measure_ceilings() -> Ceilings:
-    """Of a matmul of 8192^3 and a copy of 1 GiB; toys on a CPU."""
-    n, size = choose((8192, 1 << 30), (256, 1 << 24))
-    a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    matmul = statistics.median(samples(lambda: None, lambda _: a @ b))
-    copy = statistics.median(samples(lambda: None, lambda _: target.copy_(source)))
-    return Ceilings(tflops=2e-9 * n**3 / matmul, gbps=2e-6 * size / copy)
+    suite: str = "kernels"
+    dtype: str = PRECISION
 
 
 @functools.cache
@@ -201,7 +120,7 @@ class Bench:
         flops: float = 0.0,
         bytes_: float = 0.0,
     ) -> None:
-        """Check the op, then time call(prepare()), which costs `flops`, or else `bytes_` of memory traffic.
+        """Check the op, then time call(prepare()), which costs `flops` and `bytes_` of memory traffic.
 
         case: made once a file, for it is checked once.
         """
@@ -210,23 +129,23 @@ class Bench:
             pytest.fail(f"no speed for a wrong kernel: {wrong[0]}", pytrace=False)
         self.benchmark.group = f"{case.op} {shape} {direction}"
         peak = _peak_mb(prepare, call)
-        times = sorted(samples(prepare, call, self.benchmark.pedantic))
-        ms = statistics.median(times)
-        tflops, gbps = flops / ms * 1e-9 or None, bytes_ / ms * 1e-6 or None
+        p20, ms, p80 = record.percentiles(samples(prepare, call, self.benchmark.pedantic))
+        ceilings = asdict(self.ceilings)
+        computes = flops / ceilings["tflops"] * 1e-9 > bytes_ / ceilings["gbps"] * 1e-6
         figures = Figures(
-            op=case.op,
+            name=f"{case.op} {direction}",
             shape=shape,
-            direction=direction,
             contender=contender,
             ms=ms,
-            p20=times[int(0.2 * len(times))],
-            p80=times[int(0.8 * len(times))],
-            tflops=tflops,
-            gbps=gbps,
-            of_ceiling=tflops / self.ceilings.tflops if tflops else (gbps or 0.0) / self.ceilings.gbps,
+            p20=p20,
+            p80=p80,
+            spread=round((p80 - p20) / ms, 4),
+            rate=flops / ms * 1e-9 if computes else bytes_ / ms * 1e-6,
+            unit="TFLOP/s" if computes else "GB/s",
             peak_mb=peak,
+            **record.floor(ms, flops=flops, bytes_=bytes_, **ceilings),
         )
-        self.benchmark.extra_info.update(asdict(figures), ceilings=asdict(self.ceilings))
+        self.benchmark.extra_info.update(asdict(figures))
         self.results.append(figures)
 
 
@@ -245,15 +164,14 @@ def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
 def table(results: list[Figures]) -> list[str]:
     """Lines; the last column is how many times faster ours is than the contender."""
     lines = [
-        f"{'op, shape, direction':<58}{'contender':<14}{'ms (p20, p80)':<32}{'rate':<15}ceiling     MB  ours"
+        f"{'op, direction, shape':<58}{'contender':<14}{'ms (p20, p80)':<32}{'rate':<15}ceiling     MB  ours"
     ]
-    ours = {(f.op, f.shape, f.direction): f.ms for f in results if f.contender == "ours"}
+    ours = {(f.name, f.shape): f.ms for f in results if f.contender == "ours"}
     for f in results:
-        rate = f"{f.tflops:.1f} TFLOP/s" if f.tflops else f"{f.gbps or 0.0:.0f} GB/s"
-        mine = ours.get((f.op, f.shape, f.direction))
+        mine = ours.get((f.name, f.shape))
         lines.append(
-            f"{f'{f.op} {f.shape} {f.direction}':<58}{f.contender:<14}"
-            f"{f'{f.ms:.4f} ({f.p20:.4f}, {f.p80:.4f})':<32}{rate:<15}{f.of_ceiling:>6.1%}"
+            f"{f'{f.name} {f.shape}':<58}{f.contender:<14}"
+            f"{f'{f.ms:.4f} ({f.p20:.4f}, {f.p80:.4f})':<32}{f'{f.rate:.1f} {f.unit}':<15}{1 / f.gap:>6.1%}"
             f"{'' if f.peak_mb is None else f'{f.peak_mb:.0f}':>7}  {f'{f.ms / mine:.2f}x' if mine else ''}"
         )
     return lines

@@ -16,10 +16,10 @@ import platform
 import statistics
 from typing import Any
 
+import contenders
 import torch
 from torch import Tensor
 
-import train  # benchmarks/train.py
 from fusedgpt.model.config import PRESETS
 from fusedgpt.model.gpt import CHECKPOINTING, GPT
 from fusedgpt.train.config import TrainConfig
@@ -55,13 +55,13 @@ def measure(preset: str, config: TrainConfig, arguments: argparse.Namespace, row
     gpt.checkpointing = config.checkpointing
     if arguments.compile:
         gpt.compile_blocks()
-    batch = train.tokens(config.batch_size, arguments.length)
+    batch = contenders.tokens(config.batch_size, arguments.length)
     batch = batch[0].to(device), batch[1].to(device)
     step = Step(gpt, build_optimizer(gpt, config), config)
     step_batch = StepBatch.collect([batch], Cursor())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = train.step_seconds(
+    seconds = contenders.step_seconds(
         lambda: step(step_batch, config.learning_rate), arguments.steps, arguments.device
     )
     if device.type == "cuda":

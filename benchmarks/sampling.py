@@ -1,60 +1,119 @@
-"""Tokens a second of our sampling and of transformers' generate, on this machine: A B B A, greedy, batch 1.
+"""Tokens a second of our sampling, transformers' generate and nanoGPT's: greedy, in the order A B C C B A.
 
-    python benchmarks/sampling.py [PRESET ...]
+    python benchmarks/sampling.py [PRESET ...] [--batch-sizes 1 32] [--tokens 200] [--peer NANOGPT]
 
-The same weights in both; the tokens must be the same, or there is no figure.
+The same weights in all, fp32; a rival whose tokens are not ours, or that is not installed, has no figure.
+nanoGPT has no greedy mode: it takes the likeliest of 1 (top_k=1).
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import record
 import torch
-from transformers import GPT2LMHeadModel
+from ceilings import DEVICE
+from contenders import peer_model
+from torch import Tensor
 
-from fusedgpt.model.config import PRESETS
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import gpt2_tokenizer
+from train import SHAPES
 
-TOKENS = 200
-
-
-def seconds(work: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    start = time.perf_counter()
-    tokens = work()
-    return time.perf_counter() - start, tokens
+PROMPT = 4  # tokens
+Sampler = Callable[[Tensor, int], Tensor]  # (prompt (B, T), new tokens) -> (B, new tokens)
 
 
-def compare(preset: str) -> str:
-    tokenizer = gpt2_tokenizer()
-    ours = GPT(PRESETS[preset], seed=1).eval()
-    with tempfile.TemporaryDirectory() as root:
-        folder = save_folder(ours, tokenizer, Path(root), "m")
-        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
-    prompt = torch.tensor([tokenizer.encode("The quick brown fox")])
-
-    def a() -> list[int]:
-        return [int(t) for t in generate(ours, prompt, max_new_tokens=TOKENS, temperature=0.0)]
-
-    def b() -> list[int]:
-        options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
-        return [int(t) for t in theirs.generate(prompt, eos_token_id=None, **options)[0, prompt.shape[1] :]]
-
-    assert a() == b(), "the two do not say the same"
-    times = [seconds(work)[0] for work in (a, b, b, a)]
-    first, second = min(times[0], times[3]), min(times[1], times[2])
-    return (
-        f"{preset}: fusedgpt {TOKENS / first:,.0f} tok/s, transformers {TOKENS / second:,.0f} tok/s, "
-        f"ratio {second / first:.2f}"
+def ours(gpt: GPT) -> Sampler:
+    return lambda prompt, n: torch.stack(
+        list(generate(gpt, prompt, max_new_tokens=n, temperature=0.0)), dim=1
     )
 
 
+def transformers(gpt: GPT) -> Sampler:
+    """transformers' generate, on the folder that ours saves."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = save_folder(gpt, gpt2_tokenizer(), Path(root), "m")
+        theirs = importlib.import_module("transformers").GPT2LMHeadModel.from_pretrained(folder)
+    theirs.eval().to(DEVICE)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def sample(prompt: Tensor, n: int) -> Tensor:
+        out: Tensor = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, **options
+        )
+        return out[:, prompt.shape[1] :]
+
+    return sample
+
+
+def peer(path: Path, gpt: GPT) -> Sampler:
+    """nanoGPT's generate; its padded rows of the vocabulary never win: their logits are 0."""
+    theirs = peer_model(path, gpt.config, gpt.state_dict()).eval().to(DEVICE)
+    return lambda prompt, n: theirs.generate(prompt, n, top_k=1)[:, prompt.shape[1] :]
+
+
+def seconds(sampler: Sampler, prompt: Tensor, n: int) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    out = sampler(prompt, n).cpu()  # waits for a GPU
+    return time.perf_counter() - start, out
+
+
+def compare(preset: str, samplers: dict[str, Sampler], prompt: Tensor, n: int) -> list[record.Row]:
+    """Every sampler twice, after a short run that is not counted."""
+    runs: dict[str, list[float]] = {name: [] for name in samplers}
+    said: dict[str, Tensor] = {}
+    for sampler in samplers.values():
+        seconds(sampler, prompt, 2)
+    for name in (*samplers, *reversed(samplers)):
+        time_, said[name] = seconds(samplers[name], prompt, n)
+        runs[name].append(time_)
+    rows = []
+    for name, times in runs.items():
+        row = {"suite": "everyday", "name": "sampling", "shape": f"{preset}, batch {len(prompt)}, {n} tokens"}
+        row |= {"dtype": "fp32", "contender": name}
+        if torch.equal(said[name], said["ours"]):
+            row |= record.summary([[1e3 * t] for t in times])
+            row |= {"rate": prompt.shape[0] * n / (1e-3 * row["ms"]), "unit": "tok/s"}
+        else:
+            row["fault"] = "no speed: its tokens are not ours"
+        record.emit(row)
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("presets", nargs="*", default=["12M", "117M"], help="of " + ", ".join(SHAPES))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanoGPT")
+    arguments = parser.parse_args()
+    rows = []
+    for preset in arguments.presets:
+        gpt = GPT(SHAPES[preset], seed=1).eval().to(DEVICE)
+        samplers = {"ours": ours(gpt)}
+        if find_spec("transformers") and preset != "toy":  # which has no tokenizer
+            samplers["transformers"] = transformers(gpt)
+        if arguments.peer:
+            samplers["peer"] = peer(arguments.peer, gpt)
+        for batch_size in arguments.batch_sizes:
+            generator = torch.Generator().manual_seed(0)
+            prompt = torch.randint(SHAPES[preset].vocab_size, (batch_size, PROMPT), generator=generator)
+            rows += compare(preset, samplers, prompt.to(DEVICE), arguments.tokens)
+    return 1 if record.faults(rows) else 0
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["12M", "117M"]:
-        print(compare(name), flush=True)
+    sys.exit(main())

@@ -23,6 +23,7 @@ CASE = cases.adamw_case(*choose((1000, 768), (9, 200)))
 TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=16)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
 MAX_NORM = 1.0
+FLOPS = 17  # a parameter, about, and of them 2 for the norm
 BYTES = {torch.float32: 24 + 2 * 4, torch.bfloat16: 26 + 2 * 2}
 
 
@@ -58,7 +59,7 @@ def torchs(made: list[nn.Parameter], **kind: bool) -> Callable[[], object]:
 
 @pytest.mark.parametrize("contender", ["ours", "ours_flat", "torch_fused", "torch_foreach"])
 @pytest.mark.parametrize("dtype", choose([torch.float32, torch.bfloat16], [torch.float32]), ids=str)
-@pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium"], ["tiny", "12M"]))
+@pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium", "gpt2-xl"], ["tiny", "12M"]))
 def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> None:
     made = parameters(PRESETS.get(size, TINY), dtype)
     if contender.startswith("ours"):
@@ -66,6 +67,7 @@ def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> N
         step = bench.contender("ours", "adamw", ours=ours)(tensors)
     else:
         step = torchs(made, **{contender.removeprefix("torch_"): True})
-    traffic = BYTES[dtype] * sum(p.numel() for p in made)
+    n = sum(p.numel() for p in made)
     label = f"{size} {str(dtype).removeprefix('torch.')}"
-    bench.run(CASE, contender, "step", label, lambda: None, lambda _: step(), bytes_=traffic)
+    work = {"flops": FLOPS * n, "bytes_": BYTES[dtype] * n}
+    bench.run(CASE, contender, "step", label, lambda: None, lambda _: step(), **work)

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
-from kernel_bench import CUDA, DEVICE, DIRECTIONS, Bench, choose, compiled, phases
+from kernel_bench import CUDA, DEVICE, DIRECTIONS, DTYPE, Bench, choose, compiled, phases
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -20,6 +20,7 @@ from fusedgpt.kernels import cases, ops
 CASES = {D: cases.attention_case(1, *choose((1024, 4), (65, 1)), D) for D in choose((64, 128), (16,))}
 LENGTHS = choose([512, 1024, 2048, 4096, 8192, 16384], [64])
 TOKENS, WIDTH = choose((16384, 2048), (64, 32))
+TENSORS = {"forward": 4, "backward": 8, "both": 12}  # (B, T, H, D) read and written
 FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 BACKENDS = {"sdpa_fa2": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -63,4 +64,7 @@ def test_attention(contender: str, D: int, T: int, direction: str, bench: Bench)
     inputs = {name: bench.randn(B, T, H, D) for name in ("q", "k", "v")}
     prepare, call = phases(lambda q, k, v: function(q, k, v), inputs, direction)
     flops = FACTOR[direction] * 0.5 * 4 * B * H * T * T * D
-    bench.run(CASES[D], contender, direction, f"({B}, {T}, {H}, {D})", prepare, call, flops=flops)
+    size = TENSORS[direction] * B * H * T * D * DTYPE.itemsize
+    bench.run(
+        CASES[D], contender, direction, f"({B}, {T}, {H}, {D})", prepare, call, flops=flops, bytes_=size
+    )

@@ -28,4 +28,13 @@ def test_decode_attention(contender: str, B: int, T: int, H: int, D: int, bench:
     inputs["lengths"] = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
     prepare, call = phases(function, inputs, "forward")
     size = 2 * B * T * H * D * DTYPE.itemsize
-    bench.run(CASE, contender, "forward", f"({B}, {T}, {H}, {D})", prepare, call, bytes_=size)
+    bench.run(
+        CASE,
+        contender,
+        "forward",
+        f"({B}, {T}, {H}, {D})",
+        prepare,
+        call,
+        flops=4 * B * T * H * D,
+        bytes_=size,
+    )

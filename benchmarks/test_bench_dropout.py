@@ -8,7 +8,7 @@ from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 from fusedgpt.kernels import cases, ops, reference
 
 CASE = cases.dropout_case(*choose((1024, 768), (3, 64)))
-PASSES = {"forward": 2, "backward": 2, "both": 4}
+PASSES = {"forward": 2, "backward": 2, "both": 4}  # and as many FLOPs an element
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled"])
@@ -18,5 +18,7 @@ def test_dropout(contender: str, N: int, C: int, direction: str, bench: Bench) -
     function = bench.contender(contender, "dropout", ours=ops.dropout, eager=reference.dropout)
     counters = bench.counters()
     prepare, call = phases(lambda x: function(x, 0.1, *counters), {"x": bench.randn(N, C)}, direction)
-    size = PASSES[direction] * N * C * DTYPE.itemsize
-    bench.run(CASE, contender, direction, f"({N}, {C})", prepare, call, bytes_=size)
+    flops = PASSES[direction] * N * C
+    bench.run(
+        CASE, contender, direction, f"({N}, {C})", prepare, call, flops=flops, bytes_=flops * DTYPE.itemsize
+    )

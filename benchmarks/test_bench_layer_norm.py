@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
+
 import pytest
-from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
+from kernel_bench import CUDA, DIRECTIONS, DTYPE, Bench, choose, phases
+from torch import Tensor
 
 from fusedgpt.kernels import cases, ops, reference
 
@@ -13,18 +17,32 @@ CASE, FUSED_CASE = cases.layer_norm_case(*CHECKED), cases.dropout_add_layer_norm
 # Tensors (N, C) read and written: x, y; dy, x, dx. Then x, residual, y, sum; dy, dsum, sum, dx, dresidual.
 PASSES = {"forward": 2, "backward": 3, "both": 5}
 FUSED_PASSES = {"forward": 4, "backward": 5, "both": 9}
+# An element, about.
+FLOPS = {"forward": 8, "backward": 11, "both": 19}
+FUSED_FLOPS = {"forward": 11, "backward": 13, "both": 24}
 CONTENDERS = ["ours", "eager", "compiled"]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Liger-Kernel's."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    y: Tensor = functional.liger_layer_norm(x, weight, bias, 1e-5)
+    return y
+
+
+@pytest.mark.parametrize("contender", [*CONTENDERS, "liger"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("N", "C"), SHAPES)
 def test_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
-    function = bench.contender(contender, "layer_norm", ours=ops.layer_norm, eager=reference.layer_norm)
+    if contender == "liger" and not (CUDA and find_spec("liger_kernel")):
+        pytest.skip("Liger needs a GPU and its package")
+    function = bench.contender(
+        contender, "layer_norm", ours=ops.layer_norm, eager=reference.layer_norm, liger=liger
+    )
     inputs = {"x": bench.randn(N, C), "weight": bench.weight(C), "bias": bench.weight(C)}
     prepare, call = phases(function, inputs, direction)
-    size = PASSES[direction] * N * C * DTYPE.itemsize
-    bench.run(CASE, contender, direction, f"({N}, {C})", prepare, call, bytes_=size)
+    size, flops = PASSES[direction] * N * C * DTYPE.itemsize, FLOPS[direction] * N * C
+    bench.run(CASE, contender, direction, f"({N}, {C})", prepare, call, flops=flops, bytes_=size)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -43,5 +61,5 @@ def test_dropout_add_layer_norm(contender: str, N: int, C: int, direction: str, 
     prepare, call = phases(
         lambda **tensors: function(**tensors, dropout_p=0.1, seed=seed, offset=offset), inputs, direction
     )
-    size = FUSED_PASSES[direction] * N * C * DTYPE.itemsize
-    bench.run(FUSED_CASE, contender, direction, f"({N}, {C})", prepare, call, bytes_=size)
+    size, flops = FUSED_PASSES[direction] * N * C * DTYPE.itemsize, FUSED_FLOPS[direction] * N * C
+    bench.run(FUSED_CASE, contender, direction, f"({N}, {C})", prepare, call, flops=flops, bytes_=size)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bench import DEVICE, Bench, choose, phases
+from kernel_bench import CUDA, DEVICE, DTYPE, Bench, choose, phases
 from torch import Tensor
 
 from fusedgpt.kernels import cases, ops
@@ -25,21 +28,32 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, options=options)
 
 
-@pytest.mark.parametrize("contender", ["ours", "eager", "compiled", "torch_chunked"])
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger-Kernel's, in chunks, with its gradients made in the forward pass."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    loss: Tensor = functional.liger_fused_linear_cross_entropy(hidden, weight.to(hidden.dtype), targets)
+    return loss
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager", "compiled", "torch_chunked", "liger"])
 @pytest.mark.parametrize("direction", ["forward", "both"])  # ours makes its gradients along with the loss
 @pytest.mark.parametrize(("N", "C", "V"), SHAPES)
 def test_linear_cross_entropy(contender: str, N: int, C: int, V: int, direction: str, bench: Bench) -> None:
     if contender == "torch_chunked" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy needs torch 2.13")
+    if contender == "liger" and not (CUDA and find_spec("liger_kernel")):
+        pytest.skip("Liger needs a GPU and its package")
     function = bench.contender(
         contender,
         "linear_cross_entropy",
         ours=ops.linear_cross_entropy,
         eager=materialised,
         torch_chunked=chunked,
+        liger=liger,
     )
     inputs = {"hidden": bench.randn(N, C), "weight": bench.weight(V, C)}
     inputs["targets"] = torch.randint(V, (N,), device=DEVICE)
     prepare, call = phases(function, inputs, direction)
     flops = (2 if direction == "forward" else 6) * N * C * V
-    bench.run(CASE, contender, direction, f"({N}, {C}, {V})", prepare, call, flops=flops)
+    size = (1 if direction == "forward" else 2) * (N * C * DTYPE.itemsize + 4 * V * C)  # and the gradients
+    bench.run(CASE, contender, direction, f"({N}, {C}, {V})", prepare, call, flops=flops, bytes_=size)

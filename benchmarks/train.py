@@ -1,219 +1,230 @@
-"""Training steps per second of ours against nanoGPT's model and loop, side by side.
+"""Training steps of ours beside its rivals, and what each fused op brings.
 
-    python benchmarks/train.py --peer PATH_TO_NANOGPT [--preset 12M] [--batch-sizes 2 16] [--length 128]
+    python benchmarks/train.py [--peer NANOGPT] [--presets 12M] [--batch-sizes 2 16] [--lengths 128]
+                               [--contenders ours plain-compiled ours-without-linear ...] [--data FILE.bin]
 
-Each measurement is a process of its own (ours changes its allocator's settings for good), in the order ours,
-peer, peer, ours; a JSON line on standard output has the median step of both runs of a side. Both start from
-the same weights and see the same tokens, and no speed is printed unless their losses without dropout agree.
-Without --peer the other side is ours on the reference ops, plain PyTorch.
+contenders.py says who they are. Each measurement is a process of its own (ours changes its allocator's
+settings for good), in the order A B C C B A; both runs of a contender make one row, printed when it is
+known. Tokens are Zipf-distributed, or the first of a .bin of uint16. No speed is printed for a contender
+whose losses, before and after GATE_STEPS steps without dropout, are not those of eager plain PyTorch; the
+exit code is then 1.
 
-On a GPU, which is taken where there is one, steps are timed between events and nothing waits for the device;
-nanoGPT runs there as its train.py runs it: TF32 allowed, compiled, bf16 autocast, fused AdamW. Its own loop
-knows bf16 on CUDA only; its bf16 line on a CPU is the same loop under torch.autocast.
+MFU is given for two counts of FLOPs a token, 6 N + 12 L C T (PaLM's and nanoGPT's) and 6 M + 6 L C T (what
+the matmuls and causal attention need, M their weights and the head's), as shares of the datasheet's rate and
+of the matmul rate measured here. The floor of a step is the second count at that rate and AdamW's bytes at
+the copy bandwidth, one after the other; the gap is how many times longer a step takes.
+
+On a GPU steps are timed between events and nothing waits for the device. Peak memory is torch's there, the
+whole process's on a CPU. The time to the first step counts from the launch of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
-import platform
-import statistics
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import contenders
+import record
 import torch
+from ceilings import DTYPES, Ceilings, measure_ceilings
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.model.gpt import GPT
-from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.loader import Cursor, StepBatch
-from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.precision import set_precision
-from fusedgpt.train.runtime import keep_freed_memory
-from fusedgpt.train.step import Step
+from fusedgpt.train.estimate import flops_per_token, peak_flops
 
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
-GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
-WARM_UPS = 3
-Side = tuple[Callable[[], float], Callable[[], object]]  # (loss without dropout, one training step)
+TOY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
+SHAPES = {**PRESETS, "toy": TOY}
+GATE_STEPS = 3
+ADAMW_BYTES = 32  # a parameter, see test_bench_adamw.py
 
 
-def tokens(batch_size: int, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T), Zipf-distributed ids below 50257."""
-    generator = torch.Generator().manual_seed(1)
-    uniform = torch.rand(batch_size, length + 1, generator=generator, dtype=torch.float64)
-    ids = (50257**uniform).long().clamp(max=50256)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def ours(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
-    """fusedgpt's step, as its trainer runs it."""
-    device = batch[0].device
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = GPT(config, seed=0).to(device)
-    set_precision(model, torch.bfloat16 if precision == "bf16" else torch.float32)
-    train_config = TrainConfig(learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
-    train_step = Step(model, build_optimizer(model, train_config), train_config)
-    step_batch = StepBatch.collect([batch], Cursor())
-
-    def loss() -> float:
-        model.eval()
-        with torch.no_grad():
-            return float(model(*batch))
-
-    def step() -> None:
-        model.train()
-        train_step(step_batch, LEARNING_RATE)
-
-    return loss, step
-
-
-def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
-    """nanoGPT's model, its optimizer and what its loop does in a step, from the weights ours starts with."""
-    sys.path.insert(0, str(path))
-    import model as nanogpt
-
-    shape = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.padded_vocab_size, bias=True, **shape))
-    weights = GPT(config, seed=0).state_dict()
-    missing, unexpected = model.load_state_dict(
-        {f"transformer.{k}": v for k, v in weights.items()}, strict=False
-    )
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}  # tied
-    with torch.no_grad():  # ours leaves the padding out of the softmax; here it must lose by itself
-        model.lm_head.weight[config.vocab_size :] = 0.0
-    device = batch[0].device.type
-    model.to(device)
-    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), device)
-    context: Any = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
-    forward = torch.compile(model) if device == "cuda" else model
-
-    def loss() -> float:
-        model.eval()
-        with torch.no_grad(), context:
-            logits = model(*batch)[0][..., : config.vocab_size].float()
-        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()))
-
-    def step() -> None:
-        model.train()
-        with context:
-            _, step_loss = forward(*batch)
-        step_loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return loss, step
-
-
-def step_seconds(step: Callable[[], object], steps: int, device: str) -> list[float]:
-    """Of each step after the warm-ups, on the device's own clock."""
-    if device == "cpu":
-        moments = [time.perf_counter()]
-        for _ in range(WARM_UPS + steps):
-            step()
-            moments.append(time.perf_counter())
-        return [end - begin for begin, end in pairwise(moments)][WARM_UPS:]
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UPS + steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)][WARM_UPS:]
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One side, in this process: its loss before training, the seconds of each step and the peak memory."""
+def measure(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One contender, in this process: losses, seconds of each step and to the first, peak memory."""
     torch.set_num_threads(arguments.threads)
-    config = PRESETS[arguments.preset].model_copy(update={"dropout": arguments.dropout})
-    inputs, targets = (x.to(arguments.device) for x in tokens(arguments.batch_sizes[0], arguments.length))
-    precision, batch = arguments.precisions[0], (inputs, targets)
-    if arguments.side == "peer":
-        loss, step = peer(arguments.peer, config, batch, precision)
-    else:
-        loss, step = ours(config, batch, precision)
-    first_loss = loss()
-    seconds = step_seconds(step, arguments.steps, arguments.device)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if arguments.device == "cuda" else None
-    return {"loss": first_loss, "seconds": seconds, "peak_mb": peak}
-
-
-def compare(arguments: argparse.Namespace, batch_size: int, precision: str) -> dict[str, Any]:
-    """Ours and the other side in the order A B B A, as one row."""
-    other = "peer" if arguments.peer else "reference"
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], other: []}
-    for side in ("ours", other, other, "ours"):
-        command = [sys.executable, __file__, "--side", side, "--device", arguments.device]
-        command += ["--preset", arguments.preset, "--length", str(arguments.length)]
-        command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-        command += ["--batch-sizes", str(batch_size), "--precisions", precision]
-        command += ["--dropout", str(arguments.dropout)]
-        command += ["--peer", str(arguments.peer)] if arguments.peer else []
-        environment = {**os.environ, **({"FUSEDGPT_KERNELS": "reference"} if side == "reference" else {})}
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-    losses = {side: both[0]["loss"] for side, both in runs.items()}
-    if not abs(losses["ours"] - losses[other]) <= LOSS_TOLERANCE[precision]:
-        raise SystemExit(
-            f"no speed: the losses differ, ours {losses['ours']:.5f}, {other} {losses[other]:.5f}"
+    (batch_size,), (length,), (preset,) = arguments.batch_sizes, arguments.lengths, arguments.presets
+    config = SHAPES[preset].model_copy(
+        update={"dropout": arguments.dropout, "block_size": max(length, SHAPES[preset].block_size)}
+    )
+    ids = contenders.tokens(batch_size, length, config.vocab_size, arguments.data)
+    inputs, targets = (x.to(arguments.device) for x in ids)
+    backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    backend = backends.get(contender.rpartition("-")[2])
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        loss, step, model = contenders.build(
+            contender, config, (inputs, targets), arguments.precisions[0], arguments.peer
         )
-    row = {
-        "preset": arguments.preset,
-        "precision": precision,
-        "batch": f"{batch_size} x {arguments.length}",
-        "dropout": arguments.dropout,
+        model.train(arguments.dropout == 0.0)  # the losses of the gate are without
+        losses, first_step_s = gate(loss, step, arguments)
+        model.train()
+        seconds = contenders.step_seconds(step, arguments.steps, arguments.device) if arguments.steps else []
+    return {"losses": losses, "seconds": seconds, "first_step_s": first_step_s, "peak_mb": peak_mb()}
+
+
+def gate(
+    loss: Callable[[], Tensor], step: Callable[[], object], arguments: argparse.Namespace
+) -> tuple[list[float], float]:
+    """The losses before and after GATE_STEPS steps, and the seconds from launch to the end of the first."""
+
+    def current() -> float:
+        with torch.no_grad():
+            return float(loss())
+
+    start = time.time()
+    losses, lost = [current()], time.time() - start
+    step()
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    first_step_s = time.time() - arguments.began - lost
+    for _ in range(GATE_STEPS - 1):
+        step()
+    return [*losses, current()], first_step_s
+
+
+def peak_mb() -> float:
+    """The most memory this process has had: torch's on a GPU, else all of it."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def run(contender: str, arguments: argparse.Namespace, point: list[str], steps: int) -> dict[str, Any]:
+    """`measure` in a process of its own; {"fault": ...} or {"skipped": ...} where that fails."""
+    command = [sys.executable, __file__, "--contender", contender, "--steps", str(steps), *point]
+    command += ["--device", arguments.device, "--threads", str(arguments.threads)]
+    command += ["--dropout", str(arguments.dropout), "--began", str(time.time())]
+    command += ["--peer", str(arguments.peer)] if arguments.peer else []
+    command += ["--data", str(arguments.data)] if arguments.data else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    sys.stderr.write(done.stderr)
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {"skipped" if "OutOfMemoryError" in said else "fault": said[:300]}
+
+
+def different(losses: list[float], expected: list[float], precision: str) -> str:
+    """What is wrong with a contender's losses; empty if nothing."""
+    gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    if gap <= contenders.LOSS_TOLERANCE[precision]:  # False for NaN
+        return ""
+    shown = [", ".join(f"{x:.4f}" for x in values) for values in (losses, expected)]
+    return f"losses {shown[0]}, of plain PyTorch {shown[1]}"
+
+
+def compare(
+    arguments: argparse.Namespace, preset: str, precision: str, batch_size: int, length: int
+) -> list[dict[str, Any]]:
+    """All contenders at one point, in the order A B C C B A; prints a row for each as soon as it is known."""
+    point = ["--presets", preset, "--precisions", precision, "--batch-sizes", str(batch_size)]
+    point += ["--lengths", str(length)]
+    ablation = any("-without-" in contender for contender in arguments.contenders)
+    base = {
+        "suite": "train",
+        "name": "ablation" if ablation else "step",
+        "shape": f"{preset} {batch_size} x {length}",
+        "dtype": precision,
     }
-    median = {
-        side: statistics.median(s for run in both for s in run["seconds"]) for side, both in runs.items()
-    }
-    for side, both in runs.items():
-        row[f"{side}_ms"] = round(1e3 * median[side], 1)
-        row[f"{side}_tokens_per_second"] = round(batch_size * arguments.length / median[side])
-        row |= {f"{side}_peak_mb": round(both[0]["peak_mb"])} if both[0]["peak_mb"] else {}
+    base |= {"preset": preset, "batch_size": batch_size, "length": length, "dropout": arguments.dropout}
+    truth = run("plain", arguments, point, steps=0)
+    if "losses" not in truth:
+        rows = [{**base, "contender": "plain", **truth}]
+        record.emit(rows[0])
+        return rows
+    ceilings = measure_ceilings(DTYPES[precision])
+    torch.cuda.empty_cache()  # for the processes to come
+    runs: dict[str, list[dict[str, Any]]] = {}
+    rows = []
+    for contender in (*arguments.contenders, *reversed(arguments.contenders)):
+        before = runs.setdefault(contender, [])
+        if any("losses" not in found for found in before):
+            continue
+        found = run(contender, arguments, point, arguments.steps)
+        wrong = different(found["losses"], truth["losses"], precision) if "losses" in found else ""
+        before.append({"fault": f"no speed: {wrong}"} if wrong else found)
+        if len(before) == 2 or "losses" not in before[-1]:
+            row = {**base, "contender": contender}
+            row |= figures(before, row, ceilings) if "losses" in before[-1] else before[-1]
+            record.emit(row)
+            rows.append(row)
+    return rows
+
+
+def figures(runs: list[dict[str, Any]], base: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """What the runs of one contender come to."""
+    row = record.summary([[1e3 * s for s in run["seconds"]] for run in runs])
+    config, length = SHAPES[base["preset"]], base["length"]
+    tokens_a_step, seconds = base["batch_size"] * length, 1e-3 * row["ms"]
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    palm = flops_per_token(config, length)
+    causal = 6.0 * weights + 6.0 * config.n_layer * config.n_embd * length
+    bf16_peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
+    peak = bf16_peak if base["dtype"] == "bf16" else 0.0
+    for name, flops in (("palm", palm), ("causal", causal)):
+        rate = flops * tokens_a_step / seconds
+        row[f"mfu_{name}_measured"] = rate / (1e12 * ceilings.tflops)
+        row[f"mfu_{name}_datasheet"] = rate / peak if peak else None
+    flops, bytes_ = causal * tokens_a_step, ADAMW_BYTES * config.parameter_counts()[0]
+    least = flops / ceilings.tflops * 1e-9 + bytes_ / ceilings.gbps * 1e-6
     return row | {
-        "speedup": round(median[other] / median["ours"], 2),
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-        "threads": arguments.threads,
+        "rate": tokens_a_step / seconds,
+        "unit": "tok/s",
+        "flops": flops,
+        "bytes": bytes_,
+        "floor_ms": least,
+        "gap": row["ms"] / least,
+        "peak_mb": max(run["peak_mb"] for run in runs),
+        "first_step_s": min(run["first_step_s"] for run in runs),
+        "losses": runs[0]["losses"],
     }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--preset", default="12M", choices=PRESETS)
+    parser.add_argument("--presets", default=["12M"], nargs="+", choices=SHAPES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128])
+    parser.add_argument("--contenders", nargs="+", help="default: ours and the peer, or plain-compiled")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
-    )
+    parser.add_argument("--data", type=Path, help="uint16 token ids; default: Zipf-distributed")
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--side", choices=["ours", "peer", "reference"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(measure(arguments)))
-        return
-    for precision in arguments.precisions:
-        for batch_size in arguments.batch_sizes:
-            print(json.dumps(compare(arguments, batch_size, precision)), flush=True)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # a child's
+    parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
+    found = parser.parse_args()
+    found.contenders = found.contenders or ["ours", "peer" if found.peer else "plain-compiled"]
+    known = contenders.names(found.device, peer=bool(found.peer))
+    unknown = set(found.contenders) - set(known)
+    if unknown:
+        parser.error(f"no contender {', '.join(sorted(unknown))} here; there are {', '.join(known)}")
+    return found
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.contender:
+        print(json.dumps(measure(arguments.contender, arguments)))
+        return 0
+    axes = (arguments.presets, arguments.precisions, arguments.batch_sizes, arguments.lengths)
+    rows = [row for point in itertools.product(*axes) for row in compare(arguments, *point)]
+    return 1 if record.faults(rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -239,6 +240,38 @@ def test_one_fused_op_can_be_undone(load: Any, monkeypatch: pytest.MonkeyPatch) 
     load("contenders").undo("gelu")
     found = {op: ops.backend(op, torch.device("cpu"), torch.float32) for op in ("gelu", "bias_gelu")}
     assert found == {"gelu": "reference", "bias_gelu": "triton bias_gelu"}
+
+
+def test_results_are_kept_as_they_come_and_a_cut_is_no_failure(load: Any, tmp_path: Path) -> None:
+    runner = load("gpu_runner")
+    results = tmp_path / "results.jsonl"
+    slow = f"""
+import json, time
+print(json.dumps({{"suite": "train", "ms": 1.0}}), flush=True)
+while '"ms"' not in open({str(results)!r}).read(): time.sleep(0.01)
+print(json.dumps({{"suite": "train", "ms": 2.0}}), flush=True)
+time.sleep(60)
+"""
+    results.touch()
+    parts = {
+        "cut": ([sys.executable, "-c", slow], "cut", "2 figures"),
+        "empty": ([sys.executable, "-c", "import time; time.sleep(60)"], "TIMEOUT", "KeyboardInterrupt"),
+        "wrong": (
+            [sys.executable, "-c", 'print(\'{"suite": "train", "fault": "x"}\'); exit(1)'],
+            "FAIL",
+            "0 figures",
+        ),
+    }
+    for name, (command, verdict, line) in parts.items():
+        part = runner.Part(name=name, share=1, commands=[command], may_be_cut=True)
+        row = runner.run_part(part, tmp_path, 3.0)
+        assert row["verdict"] == verdict
+        assert line in row["line"]
+    assert [row["part"] for row in map(json.loads, results.read_text().splitlines())] == [
+        "cut",
+        "cut",
+        "wrong",
+    ]
 
 
 def test_what_was_cut_short_is_left_out(record: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""The clock of the benchmarks, and the most this machine does: a big matmul and a big copy.
+
+    python benchmarks/ceilings.py [--precisions fp32 bf16]
+
+A JSON line for each precision. On a GPU device time, with L2 flushed before each call. On a CPU the matmul is
+the better of torch's and oneDNN's, for which ours goes in fp32 (kernels/linear.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import record
+import torch
+
+from fusedgpt.kernels.linear import matmul_nt
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FLUSH_BYTES = 1 << 30  # beyond any L2, and long enough to write for Python to launch what is timed meanwhile
+_SECONDS, _ROUNDS = 0.5, (10, 200)  # a measurement's length, and how many calls at least and at most
+T = TypeVar("T")
+Call = Callable[[Any], object]
+
+
+def choose(gpu: T, cpu: T) -> T:
+    """`gpu` where there is one, else `cpu`."""
+    return gpu if CUDA else cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """TFLOP/s of a matmul in one dtype, GB/s read and written by a copy."""
+
+    tflops: float
+    gbps: float
+
+
+def samples(prepare: Callable[[], Any], call: Call, pedantic: Any = None) -> list[float]:
+    """Milliseconds of call(prepare()) without prepare, repeated by pytest-benchmark's `pedantic` if given."""
+    flush = torch.empty(_FLUSH_BYTES if CUDA else 0, dtype=torch.uint8, device=DEVICE)
+    spans: list[tuple[Any, Any]] = []
+
+    def set_up() -> tuple[tuple[Any], dict[str, Any]]:
+        prepared = prepare()
+        flush.zero_()
+        return (prepared,), {}
+
+    def timed(prepared: Any) -> None:
+        begin, end = _moment(), _moment()
+        begin.record()
+        call(prepared)
+        end.record()
+        spans.append((begin, end))
+
+    rounds = _rounds(prepare, call)
+    if pedantic is not None:
+        pedantic(timed, setup=set_up, rounds=rounds)
+    else:
+        for _ in range(rounds):
+            timed(*set_up()[0])
+    if CUDA:
+        torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in spans]
+
+
+class _HostMoment:
+    """torch.cuda.Event on the host's clock."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostMoment) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def _moment() -> Any:
+    return torch.cuda.Event(enable_timing=True) if CUDA else _HostMoment()
+
+
+def _rounds(prepare: Callable[[], Any], call: Call) -> int:
+    """Warm up (compiling, allocating, clocks), and how often to measure."""
+    if not CUDA:
+        call(prepare())
+        return 3
+    for _ in range(5):
+        call(prepare())
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call(prepare())
+    torch.cuda.synchronize()
+    fitting = int(_SECONDS / (time.perf_counter() - begin))
+    return min(max(fitting, _ROUNDS[0]), _ROUNDS[1])
+
+
+def measure_ceilings(dtype: torch.dtype) -> Ceilings:
+    """Of a matmul of 8192^3 and a copy of 1 GiB, medians; on a CPU of 1024^3 and 64 MiB, the best."""
+    n, size = choose((8192, 1 << 30), (1024, 1 << 26))
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    matmuls: list[Call] = [lambda _: a @ b, *([] if CUDA else [lambda _: matmul_nt(a, b)])]
+    middle = choose(statistics.median, min)
+    matmul = min(middle(samples(lambda: None, call)) for call in matmuls)
+    copy = middle(samples(lambda: None, lambda _: target.copy_(source)))
+    return Ceilings(tflops=2e-9 * n**3 / matmul, gbps=2e-6 * size / copy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES)
+    for name in parser.parse_args().precisions:
+        record.emit({"suite": "ceilings", "dtype": name, **asdict(measure_ceilings(DTYPES[name]))})
+
+
+if __name__ == "__main__":
+    main()

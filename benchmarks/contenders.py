@@ -1,0 +1,218 @@
+"""Who takes part in the training benchmark: each builds its model and returns its loss and its step.
+
+    ours                what `fusedgpt train` does in a long run: its compile and CUDA graph defaults
+    ours-eager          neither compiled nor captured
+    ours-without-OP     one of ABLATIONS undone: the op's reference in its place
+    plain               plain_gpt.py under autocast, torch's fused AdamW, clip_grad_norm_
+    plain-compiled      the same under torch.compile; plain-fa2, plain-cudnn: with that attention, on a GPU
+    peer                nanoGPT's model and loop, unmodified; peer-cudnn: with cuDNN's attention, on a GPU
+
+All start from the same weights and see the same tokens. On a GPU nanoGPT runs as its train.py runs it: TF32
+allowed, compiled, bf16 autocast, fused AdamW. Its own loop knows bf16 on CUDA only; its bf16 on a CPU is the
+same loop under torch.autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ceilings import DTYPES
+from plain_gpt import PlainGPT
+from torch import Tensor
+
+from fusedgpt.kernels import linear, linear_cross_entropy_torch, ops, reference
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.gpt import GPT
+from fusedgpt.train.acceleration import choose_compile, choose_cuda_graphs
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loader import Cursor, StepBatch
+from fusedgpt.train.optimizer import build_optimizer
+from fusedgpt.train.precision import set_precision
+from fusedgpt.train.runtime import keep_freed_memory
+from fusedgpt.train.step import GraphedStep, Step
+
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
+GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
+WARM_UPS = 3
+LONG_RUN = 100_000  # steps, by which ours decides whether to compile
+ABLATIONS = {
+    "cuda": [
+        "attention",
+        "linear_cross_entropy",
+        "dropout_add_layer_norm",
+        "layer_norm",
+        "bias_gelu",
+        "adamw",
+    ],
+    "cpu": ["linear_cross_entropy", "linear", "kept_memory"],
+}
+Side = tuple[Callable[[], Tensor], Callable[[], object], Any]  # (the loss, one training step, the model)
+
+
+def names(device: str, *, peer: bool) -> list[str]:
+    """All contenders there are."""
+    gpu = device == "cuda"
+    found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS[device])]
+    found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else [])]
+    return found + (["peer", *(["peer-cudnn"] if gpu else [])] if peer else [])
+
+
+def tokens(
+    batch_size: int, length: int, vocab_size: int = 50257, data: Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T): Zipf-distributed ids below vocab_size, or the first of the file `data`."""
+    n = batch_size * (length + 1)
+    if data is None:
+        generator = torch.Generator().manual_seed(1)
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+        ids = (vocab_size**uniform).long().clamp(max=vocab_size - 1)
+    else:
+        ids = torch.from_numpy(np.fromfile(data, dtype="<u2", count=n).astype(np.int64))
+    ids = ids.view(batch_size, length + 1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def ours(
+    config: GPTConfig,
+    batch: tuple[Tensor, Tensor],
+    precision: str,
+    *,
+    eager: bool = True,
+    keep_memory: bool = True,
+) -> Side:
+    """fusedgpt's step; unless `eager`, compiled and captured as its trainer would in a long run."""
+    device, length = batch[0].device, batch[0].shape[1]
+    if device.type == "cpu" and keep_memory:
+        keep_freed_memory()
+    model = GPT(config, seed=0).to(device)
+    set_precision(model, DTYPES[precision])
+    train_config = TrainConfig(batch_size=len(batch[0]), learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
+    if not eager and choose_compile(train_config, model, LONG_RUN, length) == "block":
+        model.compile_blocks()
+    train_step: Step | GraphedStep = Step(model, build_optimizer(model, train_config), train_config)
+    if not eager and choose_cuda_graphs(train_config, model, length):
+        train_step = GraphedStep(train_step)
+    step_batch = StepBatch.collect([batch], Cursor())
+    return lambda: model(*batch), lambda: train_step(step_batch, LEARNING_RATE), model
+
+
+def undo(op: str) -> None:
+    """Put the reference in the place of one fused op, in this process."""
+    backend = ops.backend
+
+    def without(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        return "reference" if name == op else backend(name, device, dtype)
+
+    ops.backend = without
+    if op == "linear_cross_entropy":
+        linear_cross_entropy_torch.linear_cross_entropy = reference.linear_cross_entropy
+    if op == "linear":
+        linear.HAS_ONEDNN = False
+
+
+def plain(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str, *, compiled: bool) -> Side:
+    """Plain PyTorch's step."""
+    model = PlainGPT(config)
+    model.load_state_dict(GPT(config, seed=0).state_dict())
+    model.to(batch[0].device)
+    forward: Callable[..., Tensor] = torch.compile(model) if compiled else model
+    optimizer = model.build_optimizer(LEARNING_RATE)
+    context = autocast(batch, precision)
+
+    def loss() -> Tensor:
+        with context:
+            return model(*batch)
+
+    return loss, usual_step(lambda: forward(*batch), model, optimizer, context), model
+
+
+def peer_model(path: Path, config: GPTConfig, weights: dict[str, Tensor]) -> Any:
+    """nanoGPT's model with the weights of ours."""
+    sys.path.insert(0, str(path))
+    nanogpt = importlib.import_module("model")
+    shape = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.padded_vocab_size, bias=True, **shape))
+    missing, unexpected = model.load_state_dict(
+        {f"transformer.{k}": v for k, v in weights.items()}, strict=False
+    )
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    return model
+
+
+def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
+    """nanoGPT's model, its optimizer and what its loop does in a step, from the weights ours starts with."""
+    model = peer_model(path, config, GPT(config, seed=0).state_dict())
+    device = batch[0].device.type
+    model.to(device)
+    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), device)
+    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
+    forward = torch.compile(model) if device == "cuda" else model
+    context = autocast(batch, precision)
+
+    def loss() -> Tensor:  # ours leaves the padding out of the softmax, nanoGPT lets it lose
+        with context:
+            logits = model(*batch)[0][..., : config.vocab_size].float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+
+    return loss, usual_step(lambda: forward(*batch)[1], model, optimizer, context), model
+
+
+def autocast(batch: tuple[Tensor, Tensor], precision: str) -> Any:
+    """The context in which a rival's forward pass runs."""
+    bf16 = precision == "bf16"
+    return torch.autocast(batch[0].device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def usual_step(forward: Callable[[], Tensor], model: Any, optimizer: Any, context: Any) -> Callable[[], None]:
+    """What everyone's loop does with the loss that `forward` returns."""
+
+    def step() -> None:
+        with context:
+            loss = forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def build(
+    name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str, nanogpt: Path | None
+) -> Side:
+    """The contender of that name."""
+    if name.startswith("ours"):
+        op = name.removeprefix("ours-").removeprefix("without-")
+        undo(op)
+        return ours(config, batch, precision, eager=op == "eager", keep_memory=op != "kept_memory")
+    if name.startswith("peer"):
+        assert nanogpt is not None
+        return peer(nanogpt, config, batch, precision)
+    return plain(config, batch, precision, compiled=name != "plain")
+
+
+def step_seconds(step: Callable[[], object], steps: int, device: str) -> list[float]:
+    """Of each step after the warm-ups, on the device's own clock."""
+    if device == "cpu":
+        moments = [time.perf_counter()]
+        for _ in range(WARM_UPS + steps):
+            step()
+            moments.append(time.perf_counter())
+        return [end - begin for begin, end in pairwise(moments)][WARM_UPS:]
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UPS + steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)][WARM_UPS:]

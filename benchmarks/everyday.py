@@ -1,0 +1,200 @@
+"""What surrounds the training step: starting, making data, tokenising, saving and loading.
+
+    python benchmarks/everyday.py [NAME ...] [--preset 12M] [--tokens 100000] [--rounds 3]
+
+A JSON line for each NAME, default all:
+    help             `fusedgpt --help`, from launch to exit
+    first_step       `fusedgpt train` on a small text, from launch to its first step: with empty caches of
+                     compiled kernels (cold), then with full ones (warm)
+    templates        text of the templates until it has as many tokens
+    tokenise         the same text to GPT-2 tokens on disk, beside tiktoken on one thread in memory
+    folder           saving a model folder, and loading it
+    checkpoint       saving a resumable checkpoint with AdamW's moments, and loading it
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import record
+
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.folder import load_model, save_folder
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import gpt2_tokenizer
+from fusedgpt.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from fusedgpt.train.data.generate import generate_samples
+from fusedgpt.train.data.prepare import prepare
+from train import SHAPES
+
+CLI = [sys.executable, "-m", "fusedgpt.train.cli"]
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+PROMPT = "A fun GPT that writes cooking recipes"
+
+
+def timed(work: Callable[[], object], rounds: int) -> list[float]:
+    """Milliseconds of each of `rounds` calls, after one that pays for imports and caches."""
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def row(name: str, shape: str, times: list[float], work: float = 0.0, unit: str = "") -> record.Row:
+    """One result; `work` is what is done in the time, for a rate of `unit`."""
+    found = {"suite": "everyday", "name": name, "shape": shape, "dtype": "fp32", "contender": "ours"}
+    found |= record.summary([times])
+    return found | ({"rate": work / (1e-3 * found["ms"]), "unit": unit} if work else {})
+
+
+def measure_help(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    def work() -> None:
+        subprocess.run([*CLI, "--help"], check=True, stdout=subprocess.DEVNULL)
+
+    yield row("help", "", timed(work, arguments.rounds))
+
+
+def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    """The progress line tells of the first step when its loss is on the host."""
+    toy = arguments.preset == "toy"
+    small = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32"] if toy else ["--preset", arguments.preset]
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text("\n\n".join(texts(2000)[0]))
+        caches = {name: str(Path(scratch) / name) for name in CACHES}
+        for cache in ("cold", "warm"):
+            command = [*CLI, "train", "--data", str(text), "--steps", "1", *small]
+            command += ["--run-dir", f"{scratch}/{cache}", "--output-dir", f"{scratch}/models"]
+            ms = until("1/1 steps", command, {**os.environ, **caches})
+            yield row("first_step", f"{arguments.preset}, {cache} cache", [ms])
+
+
+def until(sign: str, command: list[str], environment: dict[str, str]) -> float:
+    """Milliseconds from the command's launch to `sign` in what it says; raises if it fails."""
+    start, ms = time.perf_counter(), 0.0
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        said = []
+        for line in process.stderr or ():
+            said.append(line)
+            ms = ms or (1e3 * (time.perf_counter() - start) if sign in line else 0.0)
+    if process.returncode or not ms:
+        raise RuntimeError("".join(said[-5:]).strip())
+    return ms
+
+
+def texts(n_tokens: int) -> tuple[list[str], int]:
+    """Texts of the templates with at least that many tokens together, and how many they have."""
+    tokenizer, found, count = gpt2_tokenizer(), [], 0
+    for text in generate_samples(PROMPT):
+        found.append(text)
+        count += len(tokenizer.encode(text))
+        if count >= n_tokens:
+            break
+    return found, count
+
+
+def measure_templates(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    """Without the tokenizer, which counts only."""
+    made, count = texts(arguments.tokens)
+
+    def work() -> None:
+        for _, text in zip(made, generate_samples(PROMPT), strict=False):
+            assert text
+
+    yield row("templates", f"{arguments.tokens:,} tokens", timed(work, arguments.rounds), count, "tok/s")
+
+
+def measure_tokenise(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    """`fusedgpt prepare` on a file, to a synced token set; tiktoken on one thread beside it, in memory."""
+    made, count = texts(arguments.tokens)
+    tokenizer, shape = gpt2_tokenizer(), f"{arguments.tokens:,} tokens"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "text.txt"
+        file.write_text("\n\n".join(made))
+
+        def work() -> None:
+            prepare([file], Path(scratch) / "out", val_fraction=0.0)
+            shutil.rmtree(Path(scratch) / "out")
+
+        yield row("tokenise", shape, timed(work, arguments.rounds), count, "tok/s")
+    alone = timed(lambda: [tokenizer.encode(text) for text in made], arguments.rounds)
+    yield {**row("tokenise", shape, alone, count, "tok/s"), "contender": "tiktoken, one thread"}
+
+
+def measure_folder(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    gpt, tokenizer = GPT(SHAPES[arguments.preset]), gpt2_tokenizer()
+    if arguments.preset == "toy":
+        gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8))  # with the vocabulary of the tokenizer
+    megabytes = 4e-6 * gpt.config.parameter_counts()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = iter(range(1_000_000))
+        save = timed(lambda: save_folder(gpt, tokenizer, Path(scratch), f"m{next(saved)}"), arguments.rounds)
+        yield row("save folder", arguments.preset, save, megabytes, "MB/s")
+        load = timed(lambda: load_model(Path(scratch) / "m0"), arguments.rounds)
+        yield row("load folder", arguments.preset, load, megabytes, "MB/s")
+
+
+def measure_checkpoint(arguments: argparse.Namespace) -> Iterator[record.Row]:
+    """Parameters and both moments, written, hashed and synced."""
+    model = {name: p.detach() for name, p in GPT(SHAPES[arguments.preset]).named_parameters()}
+    moments = {f"{name}.{kind}": p.clone() for name, p in model.items() for kind in ("exp_avg", "exp_avg_sq")}
+    megabytes = 1e-6 * sum(p.nbytes for p in (*model.values(), *moments.values()))
+    with tempfile.TemporaryDirectory() as scratch:
+        store, step = CheckpointStore(Path(scratch) / "checkpoints", keep_last=1), iter(range(1, 1_000_000))
+
+        def save() -> Path:
+            tensors = {"model": model, "optimizer": moments}
+            return store.save(Checkpoint(step=next(step), tensors=tensors, state={}))
+
+        yield row("save checkpoint", arguments.preset, timed(save, arguments.rounds), megabytes, "MB/s")
+        path = save()
+        load = timed(lambda: load_checkpoint(path), arguments.rounds)
+        yield row("load checkpoint", arguments.preset, load, megabytes, "MB/s")
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], Iterator[record.Row]]] = {
+    "help": measure_help,
+    "first_step": measure_first_step,
+    "templates": measure_templates,
+    "tokenise": measure_tokenise,
+    "folder": measure_folder,
+    "checkpoint": measure_checkpoint,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=list(MEASURES), metavar="NAME")
+    parser.add_argument("--preset", default="12M", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    failed = False
+    for name in arguments.names:
+        try:
+            for result in MEASURES[name](arguments):
+                record.emit(result)
+        except Exception as error:  # the others are still worth measuring
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            record.emit({"suite": "everyday", "name": name, "contender": "ours", "fault": fault})
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
