@@ -130,12 +130,18 @@ def decode_attention(
     scale: float | None = None,
 ) -> Tensor:
     """One query token against a key-value cache; see ops.decode_attention. Returns (B, H, D)."""
-    valid = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, T)
+    T = k_cache.shape[1]
+    masked = True
+    if q.device.type == "cpu":  # where asking for them waits for nothing
+        shortest, longest = (int(length) for length in lengths.aminmax())
+        k_cache, v_cache, T = k_cache[:, :longest], v_cache[:, :longest], min(T, longest)
+        masked = shortest < T
+    valid = torch.arange(T, device=q.device) < lengths[:, None] if masked else None  # (B, T)
     return F.scaled_dot_product_attention(
         q[:, :, None],
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
-        attn_mask=valid[:, None, None],
+        attn_mask=None if valid is None else valid[:, None, None],
         scale=scale,
     )[:, :, 0]
 

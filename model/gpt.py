@@ -297,6 +297,11 @@ class GPT(nn.Module):
         """The blocks, first to last."""
         return list(self.h)  # type: ignore[arg-type]  # ModuleList says nothing of what it holds
 
+    def matrices(self) -> list[Tensor]:
+        """The weights (K, C) that every token is multiplied with."""
+        linears = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        return [*linears, self.wte.weight]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
         return ops.linear(hidden, self.wte.weight[: self.config.vocab_size])
