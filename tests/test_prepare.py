@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer, load_tokenizer
 from fusedgpt.train import cli_prepare
@@ -36,10 +37,16 @@ EOT = 50256
 MIXED = "Zoë's 猫 sat。\n\n  It's 3.14 😀👩‍👩‍👧‍👦 \x1b[0m\x85 rained\r\n\tдождь שלום مرحبا ไทย\u3000 don't "
 
 
+@cache
+def tiktoken_encoding() -> tiktoken.Encoding:
+    """tiktoken with its own pattern on our vocabulary: its download of the same is not for tests."""
+    ranks = gpt2_tokenizer()._bpe._mergeable_ranks  # type: ignore[attr-defined]
+    special = {"<|endoftext|>": EOT}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
 def tiktoken_ids(text: str) -> list[int]:
-    """tiktoken's own Encoding on our vocabulary: its download of the same is not for tests."""
-    encoding: tiktoken.Encoding = gpt2_tokenizer()._bpe  # type: ignore[attr-defined]
-    return encoding.encode_ordinary(text)
+    return tiktoken_encoding().encode_ordinary(text)
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
