@@ -2,13 +2,15 @@
 
     python benchmarks/sampling.py [PRESET ...] [--batch-sizes 1 32] [--tokens 200] [--peer NANOGPT]
 
-The same weights in all, fp32; a rival whose tokens are not ours, or that is not installed, has no figure.
+The same weights in all, fp32, laid out as each wants them before the clock starts. A rival whose tokens are
+not ours, or that is not installed, has no figure.
 nanoGPT has no greedy mode: it takes the likeliest of 1 (top_k=1).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import sys
 import tempfile
@@ -34,6 +36,7 @@ Sampler = Callable[[Tensor, int], Tensor]  # (prompt (B, T), new tokens) -> (B, 
 
 
 def ours(gpt: GPT) -> Sampler:
+    gpt = copy.deepcopy(gpt).for_sampling()
     return lambda prompt, n: torch.stack(
         list(generate(gpt, prompt, max_new_tokens=n, temperature=0.0)), dim=1
     )

@@ -7,8 +7,7 @@ plain op and chooses by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,10 +19,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[n
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
-
-_CHUNKS = 4
-_Table = tuple[Tensor, Tensor, Tensor]  # (chunks * C, K / chunks), its rows' numbers, each chunk's first
-_row_tables: dict[int, _Table] = {}  # by the weight's address
+_BAGS = 4  # of one product, so that all threads have one
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -39,34 +35,32 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@contextmanager
-def row_tables(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Within, one row times one of `weights`, fp32 (K, C) on a CPU, reads a transposed copy of it.
+def transposed_storage(weight: Tensor) -> Tensor:
+    """`weight` (K, C) with its transpose in memory, where one row times it is faster so: fp32 on a CPU.
 
     oneDNN multiplies one row at little more than half of the memory's bandwidth; embedding_bag's weighted
-    sum of the rows of weight.T comes close to it (docs/experiments.md). The copies take as much memory as the
-    weights; what is written into a weight meanwhile is not seen.
+    sum of the rows of weight.T comes close to it (docs/experiments.md).
     """
-    mine = {}
-    for weight in weights:
-        K, C = weight.shape
-        usable = weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
-        if usable and K % _CHUNKS == 0:  # several bags, so that all threads have one
-            chunks = weight.detach().view(_CHUNKS, K // _CHUNKS, C).transpose(1, 2)
-            every = torch.arange(_CHUNKS * C, dtype=torch.int32)
-            table = chunks.reshape(_CHUNKS * C, K // _CHUNKS)
-            mine[weight.data_ptr()] = (table, every, every[::C].contiguous())
-    _row_tables.update(mine)
-    try:
-        yield
-    finally:
-        for address in mine:
-            _row_tables.pop(address, None)
+    usable = weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
+    return weight.T.contiguous().T if usable and len(weight) % _BAGS == 0 else weight
 
 
-def _one_row(x: Tensor, table: _Table, K: int, bias: Tensor | None) -> Tensor:
-    C = x.shape[-1]
-    y = torch.embedding_bag(*table, False, 0, False, x.reshape(C).repeat(_CHUNKS))[0].view(-1)[:K]
+def _has_transposed_storage(weight: Tensor) -> bool:
+    K, _ = weight.shape
+    return K > 1 and weight.stride() == (1, K) and K % _BAGS == 0
+
+
+@lru_cache
+def _bags(C: int) -> tuple[Tensor, Tensor]:
+    """Which rows of a (C * bags, K / bags) table each bag sums, in one list, and where in it each begins."""
+    rows = torch.arange(_BAGS * C, dtype=torch.int32)
+    return rows.view(C, _BAGS).T.flatten(), rows[::C].contiguous()
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    K, C = weight.shape
+    table = weight.T.view(_BAGS * C, K // _BAGS)
+    y = torch.embedding_bag(table, *_bags(C), False, 0, False, torch.cat((x.view(C),) * _BAGS))[0].view(K)
     return (y if bias is None else y + bias).view(*x.shape[:-1], K)
 
 
@@ -92,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if plain or not HAS_ONEDNN or x.numel() == 0:
         return reference.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        table = _row_tables.get(weight.data_ptr()) if x.numel() == x.shape[-1] else None
-        return _forward(x, weight, bias) if table is None else _one_row(x, table, len(weight), bias)
+        one_row = x.numel() == x.shape[-1] and _has_transposed_storage(weight)
+        return _one_row(x, weight, bias) if one_row else _forward(x, weight, bias)
     y: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y

@@ -11,12 +11,9 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels.linear import row_tables
 from fusedgpt.model.gpt import GPT, KVCache
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer
-
-_TABLES_PAY_FROM = 64  # tokens
 
 
 class Sampling(TypedDict, total=False):
@@ -82,6 +79,7 @@ def generate(
 
     repetition_penalty: see `penalise`; it counts the prompt's tokens too.
     When the context that training has seen is full, its older half is dropped and the rest read anew.
+    `GPT.for_sampling` makes it faster on a CPU.
     Raises ValueError for an empty prompt or settings out of range.
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
@@ -94,25 +92,23 @@ def generate(
     seen = torch.zeros(len(prompt), model.config.vocab_size, dtype=torch.bool, device=prompt.device)
     seen.scatter_(1, prompt, True)
     cache: KVCache | None = None
-    alone = len(prompt) == 1 and max_new_tokens >= _TABLES_PAY_FROM
-    with row_tables(model.matrices() if alone else ()):
-        for _ in range(max_new_tokens):
-            if cache is None or cache.length == window:
-                context = context if cache is None else context[:, -(window // 2 + 1) :]
-                cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
-                fresh = context
-            logits = model.logits(model.hidden(fresh, cache=cache)[:, -1])
-            token = next_token(
-                penalise(logits, seen, repetition_penalty),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-            )
-            yield token
-            seen.scatter_(1, token[:, None], True)
-            fresh = token[:, None]
-            context = torch.cat((context, fresh), dim=1)
+    for _ in range(max_new_tokens):
+        if cache is None or cache.length == window:
+            context = context if cache is None else context[:, -(window // 2 + 1) :]
+            cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
+            fresh = context
+        logits = model.logits(model.hidden(fresh, cache=cache)[:, -1])
+        token = next_token(
+            penalise(logits, seen, repetition_penalty),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        yield token
+        seen.scatter_(1, token[:, None], True)
+        fresh = token[:, None]
+        context = torch.cat((context, fresh), dim=1)
 
 
 def check_settings(

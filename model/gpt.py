@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.linear import transposed_storage
 from fusedgpt.model.config import GPTConfig
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -297,14 +298,16 @@ class GPT(nn.Module):
         """The blocks, first to last."""
         return list(self.h)  # type: ignore[arg-type]  # ModuleList says nothing of what it holds
 
-    def matrices(self) -> list[Tensor]:
-        """The weights (K, C) that every token is multiplied with."""
+    def for_sampling(self) -> GPT:
+        """This model, in eval mode, its matrices stored as sampling reads them fastest; not to be trained."""
         linears = [module.weight for module in self.modules() if isinstance(module, Linear)]
-        return [*linears, self.wte.weight]
+        for weight in (*linears, self.wte.weight):
+            weight.data = transposed_storage(weight.data)
+        return self.requires_grad_(False).eval()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
-        return ops.linear(hidden, self.wte.weight[: self.config.vocab_size])
+        return ops.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
     def forward(
         self,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RepetitionPenaltyLogitsProcessor
 
-from fusedgpt.kernels.linear import row_tables
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model
 from fusedgpt.model.generate import generate, next_token, penalise, sample_batch, sample_texts
@@ -178,20 +177,24 @@ def test_a_sample_is_told_as_it_comes_and_ends_before_a_stop(tiny_gpt: GPT) -> N
     assert cut[0] == "a" + whole[0][1 : whole[0].index(stop, 1)]
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [1, 2, 3]]])  # one row reads tables
-def test_200_steps_with_the_cache_equal_recomputing_the_prefix(prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [1, 2, 3]]])  # one row has a way of its own
+@pytest.mark.parametrize("transposed", [True, False])
+def test_200_steps_with_the_cache_equal_recomputing_the_prefix(
+    prompts: list[list[int]], transposed: bool
+) -> None:
     gpt = GPT(GPTConfig(vocab_size=257, block_size=256, n_layer=3, n_head=2, n_embd=32), seed=2).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in gpt.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        if transposed:
+            gpt.for_sampling()
         prompt = torch.tensor(prompts)
         tokens = list(generate(gpt, prompt, max_new_tokens=200, temperature=0.0))
         text = torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
         whole = gpt(text)
         assert torch.equal(whole[:, 2:-1].argmax(-1), text[:, 3:])
         cache = KVCache(gpt.config, len(prompts), dtype=torch.float32, device=torch.device("cpu"))
-        with row_tables(gpt.matrices()):
-            steps = [gpt.logits(gpt.hidden(text[:, i : i + 1], cache=cache)) for i in range(text.shape[1])]
+        steps = [gpt.logits(gpt.hidden(text[:, i : i + 1], cache=cache)) for i in range(text.shape[1])]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
     assert len(text[0].unique()) > 10

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.linear import HAS_ONEDNN
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT, DropoutState, KVCache
@@ -129,6 +130,19 @@ def test_cache_gives_the_logits_of_the_whole_text(tiny_gpt: GPT) -> None:
     steps = [tiny_gpt.hidden(IDS[:, :4], cache=cache)]
     steps += [tiny_gpt.hidden(IDS[:, t : t + 1], cache=cache) for t in range(4, 12)]
     torch.testing.assert_close(tiny_gpt.logits(torch.cat(steps, dim=1)), whole)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
+def test_a_model_for_sampling_is_the_same_model(tiny_gpt: GPT) -> None:
+    plain = {name: value.clone() for name, value in tiny_gpt.state_dict().items()}
+    logits = tiny_gpt.eval()(IDS)
+    assert tiny_gpt.train().for_sampling() is tiny_gpt
+    for name, value in tiny_gpt.state_dict().items():
+        assert torch.equal(value, plain[name])
+        matrix = value.ndim == 2 and name != "wpe.weight"
+        assert not matrix or value.T.is_contiguous()
+    assert not any(p.requires_grad for p in tiny_gpt.parameters())
+    torch.testing.assert_close(tiny_gpt(IDS), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_too_long_a_context_is_refused(tiny_gpt: GPT) -> None:

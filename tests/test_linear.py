@@ -111,32 +111,34 @@ def test_bad_input_is_named(weight: Tensor, bias: Tensor | None, message: str) -
 
 
 @needs_onednn
-@pytest.mark.parametrize(("K", "used", "with_bias"), [(300, 300, True), (128, 101, False), (4, 4, True)])
-def test_one_row_reads_the_table_of_its_weight(
-    K: int, used: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("K", [4, 300])
+def test_one_row_sums_the_rows_of_transposed_storage(
+    K: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of the first rows of the weight: logits leave its padding out."""
     generator = torch.Generator().manual_seed(K)
-    x, weight, bias = (torch.randn(s, generator=generator) for s in ((1, 1, 97), (K, 97), (used,)))
-    product = (weight[:used].double() @ x.double().view(-1)).view(1, 1, used)
-    with torch.no_grad(), kernel.row_tables([weight]):
-        monkeypatch.setattr(kernel, "_forward", None)  # what would be called without a table
-        y = ops.linear(x, weight[:used], bias if with_bias else None)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((1, 1, 97), (K, 97), (K,)))
+    args = (x, kernel.transposed_storage(weight), bias if with_bias else None)
+    assert torch.equal(args[1], weight)
+    with torch.no_grad():
+        monkeypatch.setattr(kernel, "_forward", None)  # what would be called otherwise
+        y = ops.linear(*args)
         monkeypatch.undo()
-        assert ops.linear(x.expand(2, 1, 97), weight).shape == (2, 1, K)  # two rows take the usual way
-    expected = product + bias.double() if with_bias else product
+    expected = reference.linear(*(a if a is None else a.double() for a in args))
     torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-5)
-    assert not kernel._row_tables
+    assert y.is_contiguous()
 
 
 @needs_onednn
-def test_weights_without_a_table_take_the_usual_way() -> None:
-    """Rows that no chunks of one size cover; a gradient that is asked for; other dtypes."""
-    x, odd, even = torch.randn(1, 8), torch.randn(5, 8), torch.randn(8, 8)
-    with kernel.row_tables([odd, even, even.double()]):
-        assert list(kernel._row_tables) == [even.data_ptr()]
-        with torch.no_grad():
-            torch.testing.assert_close(ops.linear(x, odd), x @ odd.T)
-        weight = even.requires_grad_()
-        ops.linear(x, weight).sum().backward()
-    torch.testing.assert_close(weight.grad, x.expand(8, 8))
+def test_all_else_takes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, a gradient that is asked for, and numbers of rows that no bags of one size cover."""
+    monkeypatch.setattr(kernel, "_one_row", None)
+    x, odd = torch.randn(1, 8), torch.randn(5, 8)
+    assert kernel.transposed_storage(odd) is odd
+    weight = kernel.transposed_storage(torch.randn(16, 8))
+    with torch.no_grad():
+        for w in (odd, odd.T.contiguous().T, weight):
+            torch.testing.assert_close(ops.linear(x.expand(2, 8), w), x.expand(2, 8) @ w.T)
+        torch.testing.assert_close(ops.linear(x, odd.T.contiguous().T), x @ odd.T)
+    ops.linear(x, weight.requires_grad_()).sum().backward()
+    torch.testing.assert_close(weight.grad, x.expand(16, 8))

@@ -92,7 +92,7 @@ def sample(
         begun = True
 
     texts = sample_batch(
-        gpt.to(resolve_device(device)),
+        gpt.to(resolve_device(device)).for_sampling(),
         tokenizer,
         prompts,
         n_samples=n_samples,
@@ -135,9 +135,8 @@ def chat(
 
     gpt, tokenizer = load_folder(model)
     sampling = _sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    talk = Chat(
-        gpt.to(resolve_device(device)), tokenizer, user=user, reply=reply, stop=stop or (), **sampling
-    )
+    gpt = gpt.to(resolve_device(device)).for_sampling()
+    talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
     if not sys.stdin.isatty():
         converse(talk, read_lines_from(sys.stdin), TerminalWriter(sys.stdout))
         return
