@@ -55,11 +55,12 @@ def backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -
     choice = os.environ.get("FUSEDGPT_KERNELS", "auto")
     if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"FUSEDGPT_KERNELS is {choice!r}, expected auto, triton or reference")
+    if choice == "reference" or (choice == "auto" and device.type != "cuda"):  # the interpreter on request
+        return "reference"
     obstacle = _obstacle(op, device, dtype)
     if choice == "triton" and obstacle:
         raise ValueError(f"FUSEDGPT_KERNELS=triton, but {op} {obstacle}")
-    on_gpu = device.type == "cuda"  # on a CPU the interpreter must be asked for
-    return "triton" if not obstacle and (choice == "triton" or (choice == "auto" and on_gpu)) else "reference"
+    return "reference" if obstacle else "triton"
 
 
 def fallback(device: torch.device, dtype: torch.dtype) -> str:
@@ -83,28 +84,33 @@ def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"has no Triton kernel for {device.type} tensors (TRITON_INTERPRET=1 interprets it on a CPU)"
 
 
-def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+# The checks below run for each layer and token: an error's text is made only where one is raised.
+
+
+def _unexpected(argument: str, expected: str, got: object) -> ValueError:
+    got = tuple(got) if isinstance(got, torch.Size) else got
+    return ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 def _check_floating(**tensors: Tensor) -> None:
     device = next(iter(tensors.values())).device
-    for name, x in tensors.items():  # five times for each block and token: no text is made up in vain
+    for name, x in tensors.items():
         if not x.is_floating_point():
-            _expect(False, name, "a floating-point tensor", x.dtype)
+            raise _unexpected(name, "a floating-point tensor", x.dtype)
         if x.device != device:
-            _expect(False, name, f"device {device}", x.device)
+            raise _unexpected(name, f"device {device}", x.device)
 
 
 def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
-    _expect(0.0 <= p < 1.0, "dropout_p", "0 <= p < 1", p)
+    if not 0.0 <= p < 1.0:
+        raise _unexpected("dropout_p", "0 <= p < 1", p)
     for name, scalar in (("seed", seed), ("offset", offset)) if p > 0.0 else ():
-        _expect(scalar is not None, name, "an int64 scalar tensor when dropout_p > 0", scalar)
-        assert scalar is not None
-        fits = scalar.dtype == torch.int64 and scalar.ndim == 0
-        _expect(fits, name, "an int64 scalar tensor", (scalar.dtype, scalar.shape))
-        _expect(scalar.device == x.device, name, f"device {x.device}", scalar.device)
+        if scalar is None:
+            raise _unexpected(name, "an int64 scalar tensor when dropout_p > 0", scalar)
+        if scalar.dtype != torch.int64 or scalar.ndim != 0:
+            raise _unexpected(name, "an int64 scalar tensor", (scalar.dtype, scalar.shape))
+        if scalar.device != x.device:
+            raise _unexpected(name, f"device {x.device}", scalar.device)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -143,10 +149,10 @@ def attention(
     Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
     """
     _check_floating(q=q, k=k, v=v)
-    _expect(q.ndim == 4, "q", "(B, T, H, D)", tuple(q.shape))
+    if q.ndim != 4:
+        raise _unexpected("q", "(B, T, H, D)", q.shape)
     for name, x in (("k", k), ("v", v)):
-        _expect(x.shape == q.shape, name, f"the shape of q, {tuple(q.shape)}", tuple(x.shape))
-        _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
+        _check_like_q(name, x, q)
     scale = _check_attention(q, "q", dropout_p, seed, offset, scale, documents)
     if backend("attention", q.device, q.dtype) == "triton":
         _check_head_size(q, "q")
@@ -171,7 +177,8 @@ def qkv_attention(
     qkv: (B, T, 3, H, D), any strides; q, k, v are its three slices. Everything else as in `attention`.
     """
     _check_floating(qkv=qkv)
-    _expect(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv", "(B, T, 3, H, D)", tuple(qkv.shape))
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise _unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
     scale = _check_attention(qkv, "qkv", dropout_p, seed, offset, scale, documents)
     if backend("attention", qkv.device, qkv.dtype) == "triton":
         _check_head_size(qkv, "qkv")
@@ -180,6 +187,13 @@ def qkv_attention(
     return reference.qkv_attention(
         qkv, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
+
+
+def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
+    if x.shape != q.shape:
+        raise _unexpected(name, f"the shape of q, {tuple(q.shape)}", x.shape)
+    if x.dtype != q.dtype:
+        raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
 
 
 def _check_attention(
@@ -193,20 +207,29 @@ def _check_attention(
 ) -> float:
     """Raise for what both forms of attention refuse; returns the scale."""
     _check_dropout(x, dropout_p, seed, offset)
-    _expect(x.shape[-1] > 0, name, "a head size D above 0", tuple(x.shape))
-    scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else scale
-    _expect(0.0 < scale < math.inf, "scale", "a positive number", scale)
+    if x.shape[-1] == 0:
+        raise _unexpected(name, "a head size D above 0", x.shape)
     if documents is not None:
-        _expect(documents.shape == x.shape[:2], "documents", f"{tuple(x.shape[:2])}", tuple(documents.shape))
-        integer = documents.dtype in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
-        _expect(integer, "documents", "an integer tensor", documents.dtype)
-        _expect(documents.device == x.device, "documents", f"device {x.device}", documents.device)
+        if documents.shape != x.shape[:2]:
+            raise _unexpected("documents", f"{tuple(x.shape[:2])}", documents.shape)
+        if documents.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
+            raise _unexpected("documents", "an integer tensor", documents.dtype)
+        if documents.device != x.device:
+            raise _unexpected("documents", f"device {x.device}", documents.device)
+    return _checked_scale(scale, x.shape[-1])
+
+
+def _checked_scale(scale: float | None, D: int) -> float:
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    if not 0.0 < scale < math.inf:
+        raise _unexpected("scale", "a positive number", scale)
     return scale
 
 
 def _check_head_size(x: Tensor, name: str) -> None:
-    remedy = "at most 128 for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
-    _expect(x.shape[-1] <= _LARGEST_HEAD, name, f"a head size D of {remedy}", x.shape[-1])
+    if x.shape[-1] > _LARGEST_HEAD:
+        remedy = "at most 128 for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
+        raise _unexpected(name, f"a head size D of {remedy}", x.shape[-1])
 
 
 def decode_attention(
@@ -223,19 +246,23 @@ def decode_attention(
     Returns (B, H, D) in q's dtype. scale: > 0, 1 / sqrt(D) if None. Raises ValueError naming the argument.
     """
     _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
-    _expect(q.ndim == 3, "q", "(B, H, D)", tuple(q.shape))
+    if q.ndim != 3:
+        raise _unexpected("q", "(B, H, D)", q.shape)
     B, H, D = q.shape
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (B, H, D)
-        _expect(fits, name, f"({B}, T, {H}, {D})", tuple(x.shape))
-        _expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
-    same = k_cache.shape == v_cache.shape
-    _expect(same, "v_cache", f"the shape of k_cache, {tuple(k_cache.shape)}", tuple(v_cache.shape))
-    _expect(lengths.shape == (B,), "lengths", f"({B},)", tuple(lengths.shape))
-    _expect(not lengths.is_floating_point(), "lengths", "an integer tensor", lengths.dtype)
-    _expect(lengths.device == q.device, "lengths", f"device {q.device}", lengths.device)
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
-    _expect(0.0 < scale < math.inf, "scale", "a positive number", scale)
+        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (B, H, D):
+            raise _unexpected(name, f"({B}, T, {H}, {D})", x.shape)
+        if x.dtype != q.dtype:
+            raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
+    if v_cache.shape != k_cache.shape:
+        raise _unexpected("v_cache", f"the shape of k_cache, {tuple(k_cache.shape)}", v_cache.shape)
+    if lengths.shape != (B,):
+        raise _unexpected("lengths", f"({B},)", lengths.shape)
+    if lengths.is_floating_point():
+        raise _unexpected("lengths", "an integer tensor", lengths.dtype)
+    if lengths.device != q.device:
+        raise _unexpected("lengths", f"device {q.device}", lengths.device)
+    scale = _checked_scale(scale, D)
     if backend("decode_attention", q.device, q.dtype) == "triton":
         _check_head_size(q, "q")
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
@@ -244,11 +271,13 @@ def decode_attention(
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    _check_floating(x=x, weight=weight, bias=bias)
-    _expect(x.ndim > 0 and x.shape[-1] > 0, "x", "(..., C) with C > 0", tuple(x.shape))
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise _unexpected("x", "(..., C) with C > 0", x.shape)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        _expect(parameter.shape == x.shape[-1:], name, f"{tuple(x.shape[-1:])}", tuple(parameter.shape))
-    _expect(eps > 0.0, "eps", "a positive number", eps)
+        if parameter.shape != x.shape[-1:]:
+            raise _unexpected(name, f"{tuple(x.shape[-1:])}", parameter.shape)
+    if not eps > 0.0:
+        raise _unexpected("eps", "a positive number", eps)
 
 
 def _takes_triton(op: str, *tensors: Tensor) -> bool:
@@ -257,9 +286,9 @@ def _takes_triton(op: str, *tensors: Tensor) -> bool:
     return all(backend(op, device, dtype) == "triton" for dtype in dict.fromkeys(x.dtype for x in tensors))
 
 
-def _expect_width(x: Tensor, most: int) -> None:
-    width = x.shape[-1]
-    _expect(width <= most, "x", f"rows of at most {most} (FUSEDGPT_KERNELS=reference takes any)", width)
+def _check_width(x: Tensor, most: int) -> None:
+    if x.shape[-1] > most:
+        raise _unexpected("x", f"rows of at most {most} (FUSEDGPT_KERNELS=reference takes any)", x.shape[-1])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -268,9 +297,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     x: (..., C); weight, bias: (C,), any floating dtype. Returns x's shape and dtype. Raises ValueError.
     Source: Ba et al. 2016.
     """
+    _check_floating(x=x, weight=weight, bias=bias)
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
-        _expect_width(x, layer_norm_.MAX_C)
+        _check_width(x, layer_norm_.MAX_C)
         y: Tensor = layer_norm_.layer_norm(x, weight, bias, eps)[0]
         return y
     return reference.layer_norm(x, weight, bias, eps)
@@ -290,12 +320,13 @@ def dropout_add_layer_norm(
 
     The sum is made in fp32 and rounded once to residual's dtype, which is also y's. Raises ValueError.
     """
+    _check_floating(x=x, weight=weight, bias=bias, residual=residual)
     _check_norm(x, weight, bias, eps)
-    _check_floating(x=x, residual=residual)
-    _expect(residual.shape == x.shape, "residual", f"the shape of x, {tuple(x.shape)}", tuple(residual.shape))
+    if residual.shape != x.shape:
+        raise _unexpected("residual", f"the shape of x, {tuple(x.shape)}", residual.shape)
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
-        _expect_width(x, layer_norm_.MAX_C)
+        _check_width(x, layer_norm_.MAX_C)
         y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(
             x, residual, weight, bias, eps, dropout_p, seed, offset
         )
@@ -309,12 +340,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight: (K, C); bias: (K,) or None; both of any floating dtype, cast to x's. Raises ValueError.
     """
     _check_floating(x=x, weight=weight)
-    _expect(
-        weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", f"(K, {x.shape[-1]})", weight.shape
-    )
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise _unexpected("weight", f"(K, {x.shape[-1]})", weight.shape)
     if bias is not None:
         _check_floating(x=x, bias=bias)
-        _expect(bias.shape == weight.shape[:1], "bias", f"{tuple(weight.shape[:1])}", tuple(bias.shape))
+        if bias.shape != weight.shape[:1]:
+            raise _unexpected("bias", f"{tuple(weight.shape[:1])}", bias.shape)
         bias = bias.to(x.dtype)
     return linear_.linear(x, weight.to(x.dtype), bias)
 
@@ -331,8 +362,10 @@ def gelu(x: Tensor) -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype. Raises ValueError."""
     _check_floating(x=x, bias=bias)
-    _expect(x.ndim > 0, "x", "(..., C)", tuple(x.shape))
-    _expect(bias.shape == x.shape[-1:], "bias", f"{tuple(x.shape[-1:])}", tuple(bias.shape))
+    if x.ndim == 0:
+        raise _unexpected("x", "(..., C)", x.shape)
+    if bias.shape != x.shape[-1:]:
+        raise _unexpected("bias", f"{tuple(x.shape[-1:])}", bias.shape)
     if _takes_triton("bias_gelu", x, bias):
         y: Tensor = activation_.bias_gelu(x, bias)
         return y
@@ -358,17 +391,10 @@ def linear_cross_entropy(
     z_loss * logsumexp(logits)^2 a row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
     """
     _check_floating(hidden=hidden, weight=weight)
-    _expect(hidden.ndim == 2, "hidden", "(N, C)", tuple(hidden.shape))
-    fits = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
-    _expect(fits, "weight", f"(P, {hidden.shape[1]})", tuple(weight.shape))
-    _expect(targets.shape == hidden.shape[:1], "targets", f"({len(hidden)},)", tuple(targets.shape))
-    _expect(targets.dtype == torch.int64, "targets", "int64", targets.dtype)
-    _expect(targets.device == hidden.device, "targets", f"device {hidden.device}", targets.device)
-    _expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
+    _check_loss(hidden, weight, targets, reduction, label_smoothing, z_loss)
     vocab_size = len(weight) if vocab_size is None else vocab_size
-    _expect(0 < vocab_size <= len(weight), "vocab_size", f"1 to {len(weight)}", vocab_size)
-    _expect(0.0 <= label_smoothing < 1.0, "label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
-    _expect(0.0 <= z_loss < math.inf, "z_loss", "a number >= 0", z_loss)
+    if not 0 < vocab_size <= len(weight):
+        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
     function = linear_cross_entropy_torch.linear_cross_entropy
     if backend("linear_cross_entropy", hidden.device, hidden.dtype) == "triton":
         function = linear_cross_entropy_.linear_cross_entropy
@@ -382,3 +408,24 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+
+
+def _check_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, label_smoothing: float, z_loss: float
+) -> None:
+    if hidden.ndim != 2:
+        raise _unexpected("hidden", "(N, C)", hidden.shape)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise _unexpected("weight", f"(P, {hidden.shape[1]})", weight.shape)
+    if targets.shape != hidden.shape[:1]:
+        raise _unexpected("targets", f"({len(hidden)},)", targets.shape)
+    if targets.dtype != torch.int64:
+        raise _unexpected("targets", "int64", targets.dtype)
+    if targets.device != hidden.device:
+        raise _unexpected("targets", f"device {hidden.device}", targets.device)
+    if reduction not in ("mean", "sum", "none"):
+        raise _unexpected("reduction", "mean, sum or none", reduction)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise _unexpected("label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
+    if not 0.0 <= z_loss < math.inf:
+        raise _unexpected("z_loss", "a number >= 0", z_loss)

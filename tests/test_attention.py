@@ -334,6 +334,10 @@ def test_a_cuda_graph_draws_a_new_mask_each_replay(device: torch.device) -> None
         (lambda x: ops.attention(x, x, x, scale=0.0), "scale: expected a positive number"),
         (lambda x: ops.attention(x, x, x, scale=float("nan")), "scale: expected a positive number"),
         (lambda x: ops.attention(x, x, x, documents=torch.zeros(2, 3)), "documents: expected"),
+        (
+            lambda x: ops.attention(x, x, x, documents=torch.zeros(1, 4, device="meta").long()),
+            "documents: expected device",
+        ),
         (lambda x: ops.attention(x.double(), x.double(), x.double()), "no Triton kernel for torch.float64"),
     ],
 )

@@ -114,6 +114,8 @@ def test_opcheck_and_compile(device: torch.device) -> None:
         ({"v_cache": torch.zeros(2, 5, 2, 16).half()}, "v_cache: expected the dtype of q"),
         ({"lengths": torch.ones(2)}, "lengths: expected an integer tensor"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths: expected \(2,\)"),
+        ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, "lengths: expected device cpu"),
+        ({"q": torch.zeros(2, 1, 2, 16)}, r"q: expected \(B, H, D\)"),
         ({"scale": -1.0}, "scale: expected a positive number"),
         ({"k_cache": torch.zeros(2, 6, 2, 16)}, "v_cache: expected the shape of k_cache"),
     ],
