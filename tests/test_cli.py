@@ -248,11 +248,28 @@ def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str
     assert sorted(root.rglob("*")) == before  # nothing half-written
 
 
-@pytest.mark.parametrize("arguments", ["", "trian", "train --steps x --data y", "train --nonsense"])
-def test_wrong_usage_is_exit_code_2(arguments: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "No such command 'trian'"),
+        ("train --steps x --data y", "Invalid value for '--steps'"),
+        ("train --nonsense", "No such option: --nonsense"),
+        ("sample", "Missing argument 'MODEL'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: str, message: str) -> None:
     done = fusedgpt(*arguments.split())
     assert done.returncode == 2
-    assert "Usage: fusedgpt" in done.stdout + done.stderr
+    assert re.fullmatch(rf"fusedgpt: {message}.*; --help says more\n", done.stderr)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", ["", "data"])
+def test_no_arguments_print_the_help(arguments: str) -> None:
+    done = fusedgpt(*arguments.split())
+    assert done.returncode == 2
+    assert f"Usage: fusedgpt {arguments}".strip() in done.stdout + done.stderr
+    assert "internal error" not in done.stderr
 
 
 def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:

@@ -190,19 +190,30 @@ def main() -> None:
     if sys.argv[1:2] in (["create"], ["train"]):  # they run for long; sampling is 1.3 times faster without
         spin_briefly()
     try:
-        app()
-    except (KeyboardInterrupt, SystemExit) as end:  # typer turns the first into the second
-        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
-            raise
-        _fail("interrupted", _INTERRUPTED)
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:  # before typer makes it an exit code
+        code = _INTERRUPTED
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        expected = isinstance(error, (ValueError, OSError)) or type(error).__name__ in _EXPECTED
-        kind = "" if expected else f"internal error, {type(error).__name__}: "
-        hint = "" if expected else " (--debug shows where; please report it)"
-        code = getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1)
-        _fail(f"{kind}{' '.join(str(error).split())}{hint}", code)
+        _explain(error)
+    if code == _INTERRUPTED:
+        _fail("interrupted", code)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> NoReturn:
+    usage = getattr(error, "format_message", None)  # typer's errors; their class depends on its version
+    if usage is not None and not usage():  # no arguments at all
+        typer.echo(error.ctx.get_help(), err=True)  # type: ignore[attr-defined]
+        sys.exit(2)
+    if usage is not None:
+        _fail(f"{' '.join(usage().split()).rstrip('.')}; --help says more", 2)
+    expected = isinstance(error, (ValueError, OSError)) or type(error).__name__ in _EXPECTED
+    kind = "" if expected else f"internal error, {type(error).__name__}: "
+    hint = "" if expected else " (--debug shows where; please report it)"
+    code = getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1)
+    _fail(f"{kind}{' '.join(str(error).split())}{hint}", code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
