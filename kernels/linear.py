@@ -19,8 +19,6 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[n
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
-_BAGS = 4  # of one product, so that all threads have one
-
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
@@ -42,25 +40,27 @@ def transposed_storage(weight: Tensor) -> Tensor:
     sum of the rows of weight.T comes close to it (docs/experiments.md).
     """
     usable = weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
-    return weight.T.contiguous().T if usable and len(weight) % _BAGS == 0 else weight
+    return weight.T.contiguous().T if usable else weight
 
 
 def _has_transposed_storage(weight: Tensor) -> bool:
-    K, _ = weight.shape
-    return K > 1 and weight.stride() == (1, K) and K % _BAGS == 0
+    K, C = weight.shape
+    return weight.stride() == (1, K) and C > 1
 
 
 @lru_cache
-def _bags(C: int) -> tuple[Tensor, Tensor]:
-    """Which rows of a (C * bags, K / bags) table each bag sums, in one list, and where in it each begins."""
-    rows = torch.arange(_BAGS * C, dtype=torch.int32)
-    return rows.view(C, _BAGS).T.flatten(), rows[::C].contiguous()
+def _bags(K: int, C: int, threads: int) -> tuple[int, Tensor, Tensor]:
+    """A bag of columns for each thread: (number of bags, the table's rows in each, where each begins)."""
+    n = next(n for n in range(threads, 0, -1) if K % n == 0)
+    rows = torch.arange(n * C, dtype=torch.int32)
+    return n, rows.view(C, n).T.flatten(), rows[::C].contiguous()
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     K, C = weight.shape
-    table = weight.T.view(_BAGS * C, K // _BAGS)
-    y = torch.embedding_bag(table, *_bags(C), False, 0, False, torch.cat((x.view(C),) * _BAGS))[0].view(K)
+    n, rows, starts = _bags(K, C, torch.get_num_threads())
+    table = weight.as_strided((C * n, K // n), (K // n, 1))  # weight.T.view in one op
+    y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x.view(C),) * n))[0].view(K)
     return (y if bias is None else y + bias).view(*x.shape[:-1], K)
 
 

@@ -29,22 +29,25 @@ from fusedgpt.model.config import GPTConfig
 CHECKPOINTING = ("none", "selective", "full")
 _OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
 _BLOCK_SITES = 3  # places with dropout in a block; site 0 of the network is the embedding
+Dropout = tuple[float, Tensor | None, Tensor | None]  # p and, where it is not 0, seed and offset
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutState:
-    """Where a step's dropout masks come from: every site, a place in the network, has its own seed."""
+    """Where a step's dropout masks come from, if from anywhere: every place in the network has its seed."""
 
-    p: float
-    seeds: Tensor  # (sites, 2) int64, the second column unused: Triton likes pointers 16 bytes apart
-    offset: Tensor  # int64 scalar
+    p: float = 0.0
+    seeds: Tensor | None = None  # (sites, 2) int64, the second unused: Triton likes pointers 16 bytes apart
+    offset: Tensor | None = None  # int64 scalar
 
-    def at(self, site: int) -> tuple[float, Tensor, Tensor]:
+    def at(self, site: int) -> Dropout:
         """(p, seed, offset) for one place in the network."""
-        return self.p, self.seeds[site, 0], self.offset
+        return self.p, None if self.seeds is None else self.seeds[site, 0], self.offset
 
     def of_block(self, layer: int) -> DropoutState:
         """The block's own three sites, as 0 to 2: so every block looks the same to torch.compile."""
+        if self.seeds is None:
+            return self
         first = 1 + _BLOCK_SITES * layer
         return DropoutState(p=self.p, seeds=self.seeds[first : first + _BLOCK_SITES], offset=self.offset)
 
@@ -73,21 +76,22 @@ def _call(module: nn.Module, *args: Any, recompute: bool) -> Any:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: (n_layer, B, window, H, D) each, `length` rows filled."""
+    """Keys and values of the tokens seen so far, `length` rows filled: for each layer (B, window, H, D)."""
 
     def __init__(
         self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.n_layer, batch_size, config.window, config.n_head, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch_size, config.window, config.n_head, config.head_dim)
+        self.k, self.v = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2)
+        )
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, H, D) behind what is there; returns the layer's whole cache (B, window, H, D)."""
-        end = self.length + k.shape[1]
-        self.k[layer, :, self.length : end], self.v[layer, :, self.length : end] = k, v
-        return self.k[layer], self.v[layer]
+        k_cache, v_cache, end = self.k[layer], self.v[layer], self.length + k.shape[1]
+        k_cache[:, self.length : end], v_cache[:, self.length : end] = k, v
+        return k_cache, v_cache
 
 
 class Linear(nn.Linear):
@@ -109,9 +113,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(
-        self, x: Tensor, residual: Tensor, dropout: tuple[float, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
         """(norm of the new residual, the new residual); new residual = residual + dropout(x)."""
         return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, *dropout)
 
@@ -128,7 +130,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        dropout: tuple[float, Tensor, Tensor],
+        dropout: Dropout,
         documents: Tensor | None,  # (B, T)
         cache: KVCache | None,
     ) -> Tensor:
@@ -255,9 +257,9 @@ class GPT(nn.Module):
         return self.compute_dtype or self.wte.weight.dtype
 
     def _dropout_state(self) -> DropoutState:
-        sites = 1 + _BLOCK_SITES * self.config.n_layer
         if not self.training or self.config.dropout == 0.0:
-            return DropoutState(p=0.0, seeds=self.dropout_seed.expand(sites, 2), offset=self.dropout_step)
+            return DropoutState()
+        sites = 1 + _BLOCK_SITES * self.config.n_layer
         step = _next_step(self.dropout_step)
         seeds = self.dropout_seed + torch.arange(2 * sites, device=step.device) // 2
         return DropoutState(p=self.config.dropout, seeds=seeds.view(sites, 2), offset=step << _OFFSET_BITS)

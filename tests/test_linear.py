@@ -112,18 +112,19 @@ def test_bad_input_is_named(weight: Tensor, bias: Tensor | None, message: str) -
 
 @needs_onednn
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("K", [4, 300])
+@pytest.mark.parametrize(("K", "threads", "bags"), [(4, 4, 4), (301, 2, 1), (300, 7, 6)])
 def test_one_row_sums_the_rows_of_transposed_storage(
-    K: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+    K: int, threads: int, bags: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(K)
     x, weight, bias = (torch.randn(s, generator=generator) for s in ((1, 1, 97), (K, 97), (K,)))
     args = (x, kernel.transposed_storage(weight), bias if with_bias else None)
     assert torch.equal(args[1], weight)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernel, "_forward", None)  # what would be called otherwise
     with torch.no_grad():
-        monkeypatch.setattr(kernel, "_forward", None)  # what would be called otherwise
         y = ops.linear(*args)
-        monkeypatch.undo()
+    assert kernel._bags(K, 97, threads)[0] == bags
     expected = reference.linear(*(a if a is None else a.double() for a in args))
     torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-5)
     assert y.is_contiguous()
@@ -131,14 +132,12 @@ def test_one_row_sums_the_rows_of_transposed_storage(
 
 @needs_onednn
 def test_all_else_takes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows, a gradient that is asked for, and numbers of rows that no bags of one size cover."""
+    """Two rows, a gradient that is asked for, plain storage."""
     monkeypatch.setattr(kernel, "_one_row", None)
-    x, odd = torch.randn(1, 8), torch.randn(5, 8)
-    assert kernel.transposed_storage(odd) is odd
-    weight = kernel.transposed_storage(torch.randn(16, 8))
+    x, plain = torch.randn(1, 8), torch.randn(16, 8)
+    weight = kernel.transposed_storage(plain)
     with torch.no_grad():
-        for w in (odd, odd.T.contiguous().T, weight):
-            torch.testing.assert_close(ops.linear(x.expand(2, 8), w), x.expand(2, 8) @ w.T)
-        torch.testing.assert_close(ops.linear(x, odd.T.contiguous().T), x @ odd.T)
+        torch.testing.assert_close(ops.linear(x, plain), x @ plain.T)
+        torch.testing.assert_close(ops.linear(x.expand(2, 8), weight), x.expand(2, 8) @ weight.T)
     ops.linear(x, weight.requires_grad_()).sum().backward()
     torch.testing.assert_close(weight.grad, x.expand(16, 8))
