@@ -51,7 +51,7 @@ def test_spinning_is_short_unless_the_user_says_otherwise(
     code = (
         "import os, sys\n"
         "from fusedgpt.train.runtime import spin_briefly\n"
-        "spin_briefly()\n"
+        "spin_briefly(1000)\n"
         "assert 'torch' not in sys.modules\n"  # libgomp reads its settings when torch loads it
         "print(os.environ.get('GOMP_SPINCOUNT'))"
     )

@@ -27,14 +27,14 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(option, value) for option, value in settings)
 
 
-def spin_briefly() -> None:
-    """Let OpenMP threads sleep soon when they wait for each other. Call before torch is imported.
+def spin_briefly(count: int) -> None:
+    """Let OpenMP threads sleep after `count` looks at what they wait for. Call before torch is imported.
 
     By default they spin for milliseconds on cores that another process could use: two trainings at once on
     two cores ran 50 times slower (docs/experiments.md, "Spinning"). The user's own setting stands.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", str(count))
 
 
 @contextmanager

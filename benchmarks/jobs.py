@@ -1,0 +1,209 @@
+"""Whole jobs, from launch to exit: their time and validation loss, nanoGPT's beside ours.
+
+    python benchmarks/jobs.py [NAME ...] [--text FILE] [--peer NANOGPT] [--presets 12M 33M 117M] [--steps N]
+
+A JSON line for each job and contender. NAME is of these, default those that FILE and the machine allow:
+    pipeline       `fusedgpt create` as in the pipeline that this project began as: 15,000 / 25,000 / 50,000
+                   tokens for 12M / 33M / 117M, 20 epochs, 2 x 128 a step
+    shakespeare    FILE, tiny Shakespeare, by characters in nanoGPT's setting (without a GPU in its setting
+                   for a CPU): ours, and NANOGPT's train.py, on the same split, validating as often
+    parity         gpt2 in bf16, 16 x 1024, on FILE: the kernels' losses against the reference's; on a GPU.
+                   No speed where they differ by more than 0.02 on average over the last fifth of the steps
+
+ms is from launch to exit, train_ms the training alone, goal_ms from launch to a validation loss <= goal.
+nanoGPT validates on random windows of both splits, ours on the whole of the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle  # noqa: TID251 - nanoGPT reads its vocabulary from one
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import record
+from ceilings import DEVICE
+from record import Row
+
+CLI = [sys.executable, "-m", "fusedgpt.train.cli"]
+PROMPT = "A fun GPT that writes cooking recipes"
+KIND = DEVICE.type
+SHAPE = {"cuda": (6, 384, 256, 64, 0.2), "cpu": (4, 128, 64, 12, 0.0)}[KIND]  # layers, C, T, batch, dropout
+STEPS, EVAL_BATCHES, GOAL = {"cuda": (5000, 200, 1.47), "cpu": (2000, 20, 1.90)}[KIND]
+PARITY_STEPS, LARGEST_GAP = 300, 0.02  # nats
+VALIDATION = re.compile(r"step \d+: .*val(?:idation)? loss ([\d.]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a command did."""
+
+    ms: float  # from launch to exit
+    validations: list[tuple[float, float]]  # (milliseconds since its launch, loss)
+    output: list[str]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What --json printed."""
+        found: dict[str, Any] = json.loads(next(line for line in self.output if line.startswith("{")))
+        return found
+
+
+def run(command: list[str], folder: Path, **environment: str) -> Run:
+    """Raises RuntimeError with the end of what the command said if it fails."""
+    start, validations, output = time.perf_counter(), [], []
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=os.environ | environment, **pipes) as process:
+        for line in process.stdout or ():
+            output.append(line)
+            if found := VALIDATION.search(line):
+                validations.append((1e3 * (time.perf_counter() - start), float(found[1])))
+    if process.returncode:
+        raise RuntimeError(" ".join(output[-5:]).strip())
+    return Run(ms=1e3 * (time.perf_counter() - start), validations=validations, output=output)
+
+
+def row(name: str, shape: str, contender: str, done: Run, dtype: str = "auto") -> Row:
+    """One result; ours tells how long it trained."""
+    found = {"suite": "jobs", "name": name, "shape": shape, "dtype": dtype, "contender": contender}
+    found |= {"ms": done.ms, "spread": None}
+    if contender.startswith("ours"):
+        told = done.result
+        found |= {"train_ms": 1e3 * told["seconds"], "rate": told["tokens_per_second"], "unit": "tok/s"}
+    if done.validations:
+        found["val_loss"] = min(loss for _, loss in done.validations)
+    return found
+
+
+def pipeline(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    for preset in arguments.presets:
+        toy = shlex.split(
+            "--n-layer 1 --n-head 1 --n-embd 16 --raw-tokens 4000 --refined-tokens 2000 --epochs 1"
+        )
+        size = toy if preset == "toy" else ["--size", preset]
+        done = run([*CLI, "create", PROMPT, *size, "--json"], scratch)
+        yield row("pipeline", preset, "ours", done)
+
+
+def shakespeare(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    layers, width, length, batch, dropout = SHAPE
+    steps = arguments.steps or STEPS
+    every, warmup = min(250, steps), min(100, steps // 2)
+    setting = {"n_layer": layers, "n_head": layers, "n_embd": width, "block_size": length, "dropout": dropout}
+    setting |= {"batch_size": batch, "learning_rate": 1e-3, "beta2": 0.99, "weight_decay": 0.1}
+    ours = setting | {"steps": steps, "min_learning_rate": 1e-4, "warmup": warmup, "eval_every": every}
+    theirs = setting | {"max_iters": steps, "lr_decay_iters": steps, "min_lr": 1e-4, "warmup_iters": warmup}
+    theirs |= {"eval_interval": every, "eval_iters": EVAL_BATCHES, "gradient_accumulation_steps": 1}
+    theirs |= {"device": KIND, "compile": KIND == "cuda", "always_save_checkpoint": False}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in ours.items()]
+    commands = {"ours": [*CLI, "train", f"--data={arguments.text}", "--tokenizer=char", "--json", *flags]}
+    if arguments.peer:
+        install(arguments.peer, arguments.text, scratch)
+        flags = [f"--{name}={value}" for name, value in theirs.items()]
+        commands["peer"] = [sys.executable, "train.py", "--dataset=text", *flags]
+    for contender, command in commands.items():
+        done = run(command, scratch)
+        shape = f"{layers} layers of {width}, {batch} x {length}, {steps} steps"
+        found = row("shakespeare", shape, contender, done) | {"goal": GOAL}
+        yield found | {"goal_ms": next((ms for ms, loss in done.validations if loss <= GOAL), None)}
+
+
+def install(peer: Path, text: Path, folder: Path) -> None:
+    """nanoGPT's loop in `folder`, with the characters of `text` as its data/shakespeare_char makes them."""
+    for name in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(peer / name, folder)
+    characters = text.read_text(encoding="utf-8")
+    stoi = {character: i for i, character in enumerate(sorted(set(characters)))}
+    ids = np.array([stoi[character] for character in characters], dtype=np.uint16)
+    data = folder / "data" / "text"
+    data.mkdir(parents=True)
+    cut = int(0.9 * len(ids))
+    ids[:cut].tofile(data / "train.bin")
+    ids[cut:].tofile(data / "val.bin")
+    meta = {"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def parity(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    steps = arguments.steps or PARITY_STEPS
+    options = shlex.split(f"--json --steps={steps} --dropout=0 --log-every=1 --eval-every={steps}")
+    options += shlex.split("--compile=off --cuda-graphs=off --precision=bf16 --learning-rate=6e-4")
+    gpt2 = shlex.split("--preset=gpt2 --batch-size=16 --max-length=1024")
+    toy = shlex.split("--n-layer=1 --n-head=2 --n-embd=32 --batch-size=2 --max-length=16 --block-size=16")
+    command = [*CLI, "train", f"--data={arguments.text}", *options, *(toy if KIND == "cpu" else gpt2)]
+    found, losses = [], []
+    for contender, kernels in {"ours": "auto", "ours-reference": "reference"}.items():
+        done = run(command, scratch, FUSEDGPT_KERNELS=kernels)
+        metrics = scratch / done.result["run_path"] / "metrics.jsonl"
+        losses.append([r["loss"] for r in map(json.loads, metrics.open()) if "loss" in r])
+        found.append(row("parity", f"gpt2 16 x 1024, {steps} steps", contender, done, "bf16"))
+    yield from judged(found, losses)
+
+
+def judged(rows: list[Row], losses: list[list[float]]) -> list[Row]:
+    """The rows, ours first, with its losses' distance from the reference's; a fault where it is too large."""
+    ours, reference = (curve[-max(1, len(curve) // 5) :] for curve in losses)
+    apart = abs(fmean(ours) - fmean(reference))
+    rows[0] |= {"loss_gap": apart}
+    if not apart <= LARGEST_GAP:
+        del rows[0]["ms"]
+        rows[0] |= {"fault": f"no speed: at the end the losses are {apart:.3f} from the reference's"}
+    return rows
+
+
+JOBS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
+    "pipeline": pipeline,
+    "shakespeare": shakespeare,
+    "parity": parity,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(JOBS))
+    parser.add_argument("--text", type=lambda path: Path(path).absolute(), metavar="FILE")
+    parser.add_argument("--peer", type=lambda path: Path(path).absolute(), metavar="NANOGPT")
+    parser.add_argument("--presets", nargs="+", default=["12M", "33M", "117M"])
+    parser.add_argument("--steps", type=int, help="instead of a job's own number")
+    found = parser.parse_args()
+    possible = (
+        ["pipeline"] + ["shakespeare"] * bool(found.text) + ["parity"] * bool(found.text and KIND != "cpu")
+    )
+    found.names = found.names or possible
+    if wrong := [name for name in found.names if name not in JOBS or (name != "pipeline" and not found.text)]:
+        parser.error(f"{wrong[0]}: needs --text" if wrong[0] in JOBS else f"no job {wrong[0]}")
+    return found
+
+
+def main() -> int:
+    arguments, failed = parse(), False
+    for name in arguments.names:
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                for result in JOBS[name](arguments, Path(scratch)):
+                    record.emit(result)
+                    failed = failed or "fault" in result
+        except (RuntimeError, OSError) as error:  # the others are still worth measuring
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            record.emit({"suite": "jobs", "name": name, "contender": "ours", "fault": fault})
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
