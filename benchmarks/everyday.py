@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+from prepare import stock_tiktoken
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model, save_folder
@@ -120,7 +121,7 @@ def measure_templates(arguments: argparse.Namespace) -> Iterator[record.Row]:
 def measure_tokenise(arguments: argparse.Namespace) -> Iterator[record.Row]:
     """`fusedgpt prepare` on a file, to a synced token set; tiktoken on one thread beside it, in memory."""
     made, count = texts(arguments.tokens)
-    tokenizer, shape = gpt2_tokenizer(), f"{arguments.tokens:,} tokens"
+    shape = f"{arguments.tokens:,} tokens"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "text.txt"
         file.write_text("\n\n".join(made))
@@ -130,7 +131,8 @@ def measure_tokenise(arguments: argparse.Namespace) -> Iterator[record.Row]:
             shutil.rmtree(Path(scratch) / "out")
 
         yield row("tokenise", shape, timed(work, arguments.rounds), count, "tok/s")
-    alone = timed(lambda: [tokenizer.encode(text) for text in made], arguments.rounds)
+    encode = stock_tiktoken().encode_ordinary
+    alone = timed(lambda: [encode(text) for text in made], arguments.rounds)
     yield {**row("tokenise", shape, alone, count, "tok/s"), "contender": "tiktoken, one thread"}
 
 

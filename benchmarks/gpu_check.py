@@ -40,7 +40,9 @@ TESTED = "attention decode_attention layer_norm activation dropout linear_cross_
 TESTED += " training_kernels"
 
 
-def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = False) -> list[Part]:
+def all_parts(
+    out: Path, *, gpu: bool, peer: Path | None = None, text: Path | None = None, tune: bool = False
+) -> list[Part]:
     """Every part in its order; tuning, which is long and no check, only if asked for."""
     import torch
 
@@ -65,7 +67,7 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, tune: bool = Fa
         Part(name="check", share=18, commands=checks, jobs=jobs, needs_gpu=False, keeps_rows=True),
         Part(name="gpu_tests", share=20, commands=[[*PYTEST, *workers, "-m", "gpu", "tests"]]),
         Part(name="tests", share=15, commands=[[*PYTEST, *workers, "-m", "not gpu", *files]]),
-        *report.parts(gpu=gpu, peer=peer),
+        *report.parts(gpu=gpu, peer=peer, text=text),
         Part(name="report", share=2, commands=[[PYTHON, report.__file__, "--out", str(out), "--render"]]),
         Part(name="sanitizer", share=10, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", share=30, commands=[tuning], environment=tuned)] if tune else []),
@@ -101,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=lambda path: Path(path).absolute(), metavar="DIR")
     parser.add_argument("--minutes", type=float, metavar="N", help="all parts together")
     parser.add_argument("--peer", type=lambda path: Path(path).absolute(), help="a checkout of nanoGPT")
+    parser.add_argument("--text", type=lambda path: Path(path).absolute(), help="tiny Shakespeare, for jobs")
     parser.add_argument("--parts", type=lambda names: names.split(","), help="only these, in this order")
     parser.add_argument("--tune", action="store_true", help="search for faster attention tiles at the end")
     parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
@@ -124,7 +127,8 @@ def main() -> int:
 
     os.environ["COMMIT"] = record.commit()  # one for all parts
     gpu = torch.cuda.is_available()
-    parts = all_parts(arguments.out, gpu=gpu, peer=arguments.peer, tune=arguments.tune)
+    options = {"peer": arguments.peer, "text": arguments.text, "tune": arguments.tune}
+    parts = all_parts(arguments.out, gpu=gpu, **options)
     names = arguments.parts or [part.name for part in parts]
     chosen = [part for name in names for part in parts if part.name == name]
     if len(chosen) < len(names) or (not gpu and any(part.needs_gpu for part in chosen)):

@@ -40,6 +40,7 @@ def sections(
         ablation(rows),
         kernels(rows),
         everyday(rows),
+        jobs(rows),
         past([*history, rows]),
     ]
     return [section for section in every if section and (section.words or section.table or section.charts)]
@@ -378,6 +379,25 @@ def everyday(rows: Sequence[Row]) -> Section | None:
         for row in found
     ]
     return Section(title="Generating, data, checkpoints, starting", table=table)
+
+
+def jobs(rows: Sequence[Row]) -> Section | None:
+    """Whole trainings from launch to exit."""
+    found = [row for row in record.timed(rows).values() if row["suite"] == "jobs"]
+    table = [
+        {
+            "job": f"{row['name']} {row['shape']}",
+            "contender": row["contender"],
+            "launch to exit": milliseconds(row["ms"]),
+            "training": milliseconds(row["train_ms"]) if row.get("train_ms") else "",
+            "tok/s": number(row["rate"]) if row.get("rate") else "",
+            "best validation loss": f"{row['val_loss']:.4f}" if row.get("val_loss") else "",
+            "until": f"{row['goal']}: {milliseconds(row['goal_ms'])}" if row.get("goal_ms") else "",
+            "losses apart": f"{row['loss_gap']:.4f}" if "loss_gap" in row else "",
+        }
+        for row in found
+    ]
+    return Section(title="Whole jobs", table=table)
 
 
 def past(runs: Sequence[Sequence[Row]]) -> Section | None:

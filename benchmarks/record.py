@@ -11,7 +11,9 @@ and where they apply
     flops, bytes             counted, of one call
     floor_ms, gap            the time they take at the ceilings of the run, and ms / floor_ms
     peak_mb                  memory
-`stamp` adds the machine, its state, the versions and the commit. Suites: ceilings, kernels, train, everyday.
+    train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see jobs.py
+`stamp` adds the machine, its state, the versions and the commit.
+Suites: ceilings, kernels, train, everyday, jobs.
 """
 
 from __future__ import annotations

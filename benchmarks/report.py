@@ -1,6 +1,7 @@
 """One command that tells the truth about this machine: measures what fits the time, then writes a page.
 
-    python benchmarks/report.py --out DIR --minutes N [--peer NANOGPT] [--compare OLD.jsonl] [--parts A,B]
+    python benchmarks/report.py --out DIR --minutes N [--peer NANOGPT] [--text TINYSHAKESPEARE]
+                                [--compare OLD.jsonl] [--parts A,B]
     python benchmarks/report.py --out DIR --render [--compare OLD.jsonl]
     python benchmarks/report.py --docs
 
@@ -36,10 +37,10 @@ PYTEST = [PYTHON, *shlex.split("-m pytest -p gpu_pytest -p no:cacheprovider -vv 
 PYTEST += shlex.split("--continue-on-collection-errors -o faulthandler_timeout=90")
 
 
-def parts(*, gpu: bool, peer: Path | None = None, toy: bool = False) -> list[Part]:
-    """All there is to measure, in its order."""
+def parts(*, gpu: bool, peer: Path | None = None, text: Path | None = None, toy: bool = False) -> list[Part]:
+    """All there is to measure, in its order; whole jobs only with the text for them."""
     shares = {"ceilings": 2, "train": 25, "kernels": 25, "sampling": 6, "everyday": 8, "ablation": 15}
-    shares |= {"sweep": 10, "presets": 10, "ceilings_end": 2}
+    shares |= {"sweep": 10, "presets": 10, "jobs": 40, "ceilings_end": 2}
     shares |= {} if gpu or toy else {"train": 70, "kernels": 8, "ablation": 25}  # whose kernels are toys
     sizes = _TOY if toy else _GPU if gpu else _CPU
     rivals = " peer peer-cudnn" if gpu else " peer"
@@ -51,6 +52,9 @@ def parts(*, gpu: bool, peer: Path | None = None, toy: bool = False) -> list[Par
             [PYTHON, *shlex.split(line), *(with_peer if _takes_peer(line) else [])] for line in peered
         ]
     commands["kernels"] = [[*PYTEST, "benchmarks"]]
+    if text:
+        brief = ["--presets", "toy", "--steps", "10"] if toy else [] if gpu else ["--presets", "12M"]
+        commands["jobs"] = [[PYTHON, "benchmarks/jobs.py", "--text", str(text), *with_peer, *brief]]
     return [
         Part(
             name=name,
@@ -190,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=lambda path: Path(path).absolute(), metavar="DIR")
     parser.add_argument("--minutes", type=float, metavar="N", help="for all parts together")
     parser.add_argument("--peer", type=lambda path: Path(path).absolute(), help="a checkout of nanoGPT")
+    parser.add_argument("--text", type=lambda path: Path(path).absolute(), help="tiny Shakespeare, for jobs")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="results.jsonl of an older run")
     parser.add_argument("--parts", type=lambda names: names.split(","), help="only these, in this order")
     parser.add_argument("--render", action="store_true", help="only write the page again")
@@ -213,7 +218,8 @@ def main() -> int:
     if not arguments.render:
         import torch
 
-        every = parts(gpu=torch.cuda.is_available(), peer=arguments.peer, toy=arguments.toy)
+        rivals = {"peer": arguments.peer, "text": arguments.text}
+        every = parts(gpu=torch.cuda.is_available(), toy=arguments.toy, **rivals)
         names = arguments.parts or [part.name for part in every]
         unknown = set(names) - {part.name for part in every}
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -131,3 +132,60 @@ def test_wrong_usage_is_told_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("report: --parts here: ceilings, train, kernels")
     assert not (tmp_path / "out").exists()
+
+
+NANOGPTS_LOOP = """
+import pickle, sys
+from pathlib import Path
+assert {"--device=cpu", "--n_layer=4", "--max_iters=10", "--dataset=text"} <= set(sys.argv)
+ids = Path("data/text/train.bin").read_bytes() + Path("data/text/val.bin").read_bytes()
+meta = pickle.loads(Path("data/text/meta.pkl").read_bytes())
+assert "".join(meta["itos"][i] for i in ids[::2]) == Path(TEXT).read_text()
+print("step 0: train loss 4.2000, val loss 4.1000")
+print("step 10: train loss 1.8000, val loss 1.8500")
+"""
+
+
+def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 60)
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    for name in ("model.py", "configurator.py"):
+        (peer / name).touch()
+    (peer / "train.py").write_text(NANOGPTS_LOOP.replace("TEXT", repr(str(text))))
+    options = ["--peer", peer, "--text", text, "--presets", "toy", "--steps", "10"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "jobs.py", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pipeline, ours, theirs = map(json.loads, done.stdout.splitlines())
+    assert (pipeline["name"], pipeline["shape"]) == ("pipeline", "toy")
+    assert pipeline["ms"] > pipeline["train_ms"] > 0
+    assert (ours["contender"], ours["shape"]) == ("ours", "4 layers of 128, 12 x 64, 10 steps")
+    assert 1.0 < ours["val_loss"] < 4.0
+    assert (ours["goal_ms"] is None) is (ours["val_loss"] > ours["goal"])
+    assert (theirs["contender"], theirs["val_loss"]) == ("peer", 1.85)
+    assert 0 < theirs["goal_ms"] < theirs["ms"]
+
+
+def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "jobs.py"]
+    (tmp_path / "empty").touch()
+    done = subprocess.run([*command, "shakespeare", "--text", tmp_path / "empty"], capture_output=True)
+    assert done.returncode == 1
+    assert "empty" in json.loads(done.stdout)["fault"]
+    done = subprocess.run([*command, "shakespeare"], capture_output=True)
+    assert done.returncode == 2
+    assert b"needs --text" in done.stderr
+
+
+def test_losses_that_part_from_the_references_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    jobs = importlib.import_module("jobs")
+    falling = [10.0 - 0.1 * i for i in range(50)]
+    for late, fault in ((0.01, False), (0.05, True), (float("nan"), True)):
+        ours = [*falling[:40], *(x + late for x in falling[40:])]
+        first, second = jobs.judged([{"ms": 1.0}, {"ms": 2.0}], [ours, falling])
+        assert ("fault" in first, "ms" in first) == (fault, not fault)
+        assert second == {"ms": 2.0}

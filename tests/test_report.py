@@ -82,6 +82,8 @@ def made_up() -> list[Row]:
         for name, ms in (("ours", 2.0), ("sdpa_cudnn", 2.1))
     ]
     rows.append({**kernel("save checkpoint", "ours", 900.0), "suite": "everyday", "shape": "gpt2"})
+    job = {**kernel("shakespeare", "peer", 61_000.0), "suite": "jobs", "shape": "5000 steps"}
+    rows.append({**job, "val_loss": 1.4712, "goal": 1.48, "goal_ms": 52_100.0})
     return [*rows, ceiling(785.0)]
 
 
@@ -129,6 +131,7 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(report: ModuleType,
         "0123456789",
         "790 TFLOP/s",
         "564,966",
+        "1.48: 52.1 s",
         "1.31x",
         "50.0%",
     ):
@@ -226,8 +229,12 @@ def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(
     report: ModuleType, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, lines = load("train"), []
-    for part in report.parts(gpu=True, peer=ROOT):
+    jobs = load("jobs")
+    for part in report.parts(gpu=True, peer=ROOT, text=ROOT / "README.md"):
         lines += [command for command in part.commands if command[1] == "benchmarks/train.py"]
+        for command in part.commands if part.name == "jobs" else ():
+            monkeypatch.setattr("sys.argv", command[1:])
+            assert jobs.parse().peer == ROOT
     assert len(lines) == 8
     for line in lines:
         monkeypatch.setattr("sys.argv", [*line[1:], "--device", "cuda"])
