@@ -59,6 +59,7 @@ def all_parts(
     sanitize = [str(sanitizer), "--error-exitcode", "9"]
     sanitized = [[*sanitize, "--tool", tool, *SCRIPT, "--small-check", op] for tool in tools for op in ops]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one tensor's end is another's beginning
+    memory = [PYTHON, "benchmarks/memory.py", "--presets", "12M", "gpt2", "gpt2-medium", "--compile"]
     describe = [[*SCRIPT, "--environment"], [*CLI, "doctor", "--json"]]
     tuning = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}"]
     tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
@@ -68,6 +69,7 @@ def all_parts(
         Part(name="gpu_tests", share=20, commands=[[*PYTEST, *workers, "-m", "gpu", "tests"]]),
         Part(name="tests", share=15, commands=[[*PYTEST, *workers, "-m", "not gpu", *files]]),
         *report.parts(gpu=gpu, peer=peer, text=text),
+        Part(name="memory", share=4, commands=[memory], may_be_cut=True),
         Part(name="report", share=2, commands=[[PYTHON, report.__file__, "--out", str(out), "--render"]]),
         Part(name="sanitizer", share=10, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", share=30, commands=[tuning], environment=tuned)] if tune else []),

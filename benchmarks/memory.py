@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 from typing import Any
 
 import contenders
+import record
 import torch
 from torch import Tensor
 
@@ -72,13 +71,13 @@ def measure(preset: str, config: TrainConfig, arguments: argparse.Namespace, row
         kept_by_loss = embedding_gradient + hidden_gradient
         memory = {"predicted": row.activations + kept_by_loss, "measured": kept_bytes(gpt, batch)}
     milliseconds = 1e3 * statistics.median(seconds)
-    predicted = {} if row.seconds_per_step is None else {"predicted_ms": round(1e3 * row.seconds_per_step, 1)}
     return {
-        **{f"{name}_mb": round(size / 1e6, 1) for name, size in memory.items()},
-        "ratio": round(memory["measured"] / memory["predicted"], 3),
-        "ms": round(milliseconds, 1),
-        **predicted,
-        "predicted_relative_time": round(row.relative_time, 3),
+        "ms": milliseconds,
+        "spread": None,
+        "peak_mb": memory["measured"] / 1e6,
+        "predicted_mb": memory["predicted"] / 1e6,
+        "predicted_ms": None if row.seconds_per_step is None else 1e3 * row.seconds_per_step,
+        "predicted_relative_time": row.relative_time,
     }
 
 
@@ -108,10 +107,10 @@ def main() -> None:
                 checkpointing=mode, batch_size=arguments.batch_size, precision=arguments.precision
             )
             rows = {row.checkpointing: row for row in estimate(gpt_config, config, arguments.length, name)}
-            line = {"preset": preset, "batch": f"{arguments.batch_size} x {arguments.length}", "mode": mode}
-            line |= measure(preset, config, arguments, rows[mode])
-            machine = platform.machine() if name == "cpu" else name
-            print(json.dumps(line | {"torch": torch.__version__, "machine": machine}), flush=True)
+            shape = f"{preset} {arguments.batch_size} x {arguments.length}"
+            found = {"suite": "memory", "name": mode, "shape": shape, "dtype": arguments.precision}
+            found |= {"contender": "ours", **measure(preset, config, arguments, rows[mode])}
+            record.emit(found)
             gc.collect()  # a model's optimizer and its hooks refer to each other
 
 

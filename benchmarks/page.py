@@ -41,6 +41,7 @@ def sections(
         kernels(rows),
         everyday(rows),
         jobs(rows),
+        memory(rows),
         past([*history, rows]),
     ]
     return [section for section in every if section and (section.words or section.table or section.charts)]
@@ -398,6 +399,23 @@ def jobs(rows: Sequence[Row]) -> Section | None:
         for row in found
     ]
     return Section(title="Whole jobs", table=table)
+
+
+def memory(rows: Sequence[Row]) -> Section | None:
+    """What gradient checkpointing saves and costs, beside what --estimate says."""
+    found = [row for row in record.timed(rows).values() if row["suite"] == "memory"]
+    table = [
+        {
+            "step": f"{row['shape']} {row['dtype']}",
+            "checkpointing": row["name"],
+            "MB": number(row["peak_mb"]),
+            "estimate": share(row["predicted_mb"] / row["peak_mb"]),
+            "ms": number(row["ms"]),
+            "ms, estimate": number(row["predicted_ms"]) if row.get("predicted_ms") else "",
+        }
+        for row in found
+    ]
+    return Section(title="Memory by checkpointing", table=table)
 
 
 def past(runs: Sequence[Sequence[Row]]) -> Section | None:

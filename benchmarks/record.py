@@ -11,9 +11,10 @@ and where they apply
     flops, bytes             counted, of one call
     floor_ms, gap            the time they take at the ceilings of the run, and ms / floor_ms
     peak_mb                  memory
+    predicted_mb, predicted_ms               what --estimate says of a step
     train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see jobs.py
 `stamp` adds the machine, its state, the versions and the commit.
-Suites: ceilings, kernels, train, everyday, jobs.
+Suites: ceilings, kernels, train, everyday, jobs, memory.
 """
 
 from __future__ import annotations
