@@ -236,13 +236,14 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor,  # (B,) int
+    lengths: Tensor | int,  # (B,) int, or one for all
     *,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of one query token a sequence over the first lengths[b] >= 1 rows of its cache.
 
     Row t of a cache (B, T, H, D) belongs to token t; lengths beyond T count as T, a length of 0 gives NaN.
+    One length for all is a number: it costs a CPU less than the same as a tensor, of which it has to be read.
     Returns (B, H, D) in q's dtype. scale: > 0, 1 / sqrt(D) if None. Raises ValueError naming the argument.
     """
     _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
@@ -256,15 +257,20 @@ def decode_attention(
             raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
     if v_cache.shape != k_cache.shape:
         raise _unexpected("v_cache", f"the shape of k_cache, {tuple(k_cache.shape)}", v_cache.shape)
-    if lengths.shape != (B,):
+    if isinstance(lengths, int):
+        if lengths < 1:
+            raise _unexpected("lengths", "1 or more", lengths)
+    elif lengths.shape != (B,):
         raise _unexpected("lengths", f"({B},)", lengths.shape)
-    if lengths.is_floating_point():
+    elif lengths.is_floating_point():
         raise _unexpected("lengths", "an integer tensor", lengths.dtype)
-    if lengths.device != q.device:
+    elif lengths.device != q.device:
         raise _unexpected("lengths", f"device {q.device}", lengths.device)
     scale = _checked_scale(scale, D)
     if backend("decode_attention", q.device, q.dtype) == "triton":
         _check_head_size(q, "q")
+        if isinstance(lengths, int):
+            lengths = torch.full((B,), lengths, device=q.device)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
         return y
     return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)

@@ -125,18 +125,15 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor,  # (B,) int, how many cache rows are valid
+    lengths: Tensor | int,  # (B,) int, how many cache rows are valid, or one number for all
     *,
     scale: float | None = None,
 ) -> Tensor:
     """One query token against a key-value cache; see ops.decode_attention. Returns (B, H, D)."""
-    T = k_cache.shape[1]
-    masked = True
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # then asking for them waits for nothing
-        shortest, longest = (int(length) for length in lengths.aminmax())
-        k_cache, v_cache, T = k_cache[:, :longest], v_cache[:, :longest], min(T, longest)
-        masked = shortest < T
-    valid = torch.arange(T, device=q.device) < lengths[:, None] if masked else None  # (B, T)
+    if isinstance(lengths, int):
+        k_cache, v_cache, valid = k_cache[:, :lengths], v_cache[:, :lengths], None
+    else:
+        k_cache, v_cache, valid = _filled(k_cache, v_cache, lengths)
     return F.scaled_dot_product_attention(
         q[:, :, None],
         k_cache.transpose(1, 2),
@@ -144,6 +141,18 @@ def decode_attention(
         attn_mask=None if valid is None else valid[:, None, None],
         scale=scale,
     )[:, :, 0]
+
+
+def _filled(k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The caches without the rows that none has filled, and which (B, T) are valid; None if all are."""
+    T = k_cache.shape[1]
+    masked = True
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # no waiting for a GPU
+        shortest, longest = (int(length) for length in lengths.aminmax())
+        k_cache, v_cache, T = k_cache[:, :longest], v_cache[:, :longest], min(T, longest)
+        masked = shortest < T
+    valid = torch.arange(T, device=lengths.device) < lengths[:, None] if masked else None
+    return k_cache, v_cache, valid
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -141,8 +141,7 @@ class Attention(nn.Module):
             q, k, v = qkv.unbind(2)  # (B, T, H, D)
             k_cache, v_cache = cache.append(self.layer, k, v)
         if cache is not None and cache.length:
-            lengths = torch.full((B,), cache.length + 1, device=x.device)
-            y = ops.decode_attention(q[:, 0], k_cache, v_cache, lengths)  # (B, H, D)
+            y = ops.decode_attention(q[:, 0], k_cache, v_cache, cache.length + 1)  # (B, H, D)
         else:
             p, seed, offset = dropout
             y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
