@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(tmp_path: P
     def interrupted(arguments: list[str | Path], growing: Path) -> str:
         """Standard error of a command that got SIGINT once the file `growing` had five lines."""
         command = [Path(sys.executable).with_name("fusedgpt"), "data", *arguments]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by tests in the background
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
             while not growing.exists() or growing.read_bytes().count(b"\n") < 5:
                 assert process.poll() is None
                 time.sleep(0.01)
