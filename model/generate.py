@@ -97,7 +97,7 @@ def generate(
             context = context if cache is None else context[:, -(window // 2 + 1) :]
             cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
             fresh = context
-        with torch.inference_mode():  # a tenth less to do a layer than without gradients
+        with torch.inference_mode():  # cheaper an op than no_grad; what is yielded is made outside of it
             logits = model.logits(model.hidden(fresh, cache=cache)[:, -1])
         token = next_token(
             penalise(logits, seen, repetition_penalty),

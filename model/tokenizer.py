@@ -62,7 +62,10 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """`encode` of each text on one thread, as arrays: what preparing large data calls in each process."""
+        """`encode` of each text on one thread, what preparing large data calls in each process.
+
+        An array (n,) of integers for each, the dtype as the tokenizer has them. ValueError as `encode`.
+        """
         import numpy as np
 
         return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]

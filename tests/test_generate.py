@@ -198,3 +198,12 @@ def test_200_steps_with_the_cache_equal_recomputing_the_prefix(
         steps = [gpt.logits(gpt.hidden(text[:, i : i + 1], cache=cache)) for i in range(text.shape[1])]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
     assert len(text[0].unique()) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_was_sampled_can_be_trained_on(tiny_gpt: GPT, temperature: float) -> None:
+    tokens = list(generate(tiny_gpt, torch.tensor([[1, 2]]), max_new_tokens=5, temperature=temperature))
+    text = torch.stack(tokens, dim=1)
+    assert not text.is_inference()
+    tiny_gpt.train()(text[:, :-1], text[:, 1:]).backward()
+    assert tiny_gpt.ln_f.weight.grad is not None

@@ -40,7 +40,7 @@ app = typer.Typer(
     help="Trains small GPTs fast: a prompt or text goes in, a model folder that other tools open comes out.",
 )
 _INTERRUPTED = 130
-# How briefly threads spin, see spin_briefly; between two products of a token's there is more to do in Python.
+# For spin_briefly, measured in docs/experiments.md, "Spinning" and "Spinning while sampling".
 _SPINS = {"create": 1_000, "train": 1_000, "sample": 16_000, "chat": 16_000}
 _EXPECTED = ("TrainingDiverged", "Stopped")  # by name: their modules import torch
 
