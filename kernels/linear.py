@@ -7,6 +7,7 @@ plain op and chooses by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +44,8 @@ def transposed_storage(weight: Tensor) -> Tensor:
     return weight.T.contiguous().T if usable else weight
 
 
-def _has_transposed_storage(weight: Tensor) -> bool:
+def has_transposed_storage(weight: Tensor) -> bool:
+    """Whether weight (K, C) is stored as `transposed_storage` does."""
     K, C = weight.shape
     return weight.stride() == (1, K) and C > 1
 
@@ -56,12 +58,20 @@ def _bags(K: int, C: int, threads: int) -> tuple[int, Tensor, Tensor]:
     return n, rows.view(C, n).T.flatten(), rows[::C].contiguous()
 
 
-def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def one_row(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x (C,) -> weight x + bias (K,), no autograd, for a weight (K, C) of `transposed_storage`.
+
+    What can be prepared is, so that a call is three or four small ops.
+    """
     K, C = weight.shape
     n, rows, starts = _bags(K, C, torch.get_num_threads())
-    table = weight.as_strided((C * n, K // n), (K // n, 1))  # weight.T.view in one op
-    y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x.view(C),) * n))[0].view(K)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], K)
+    table = weight.T.view(C * n, K // n)
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x,) * n))[0].view(K)
+        return y if bias is None else y.add_(bias)
+
+    return product
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -86,7 +96,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if plain or not HAS_ONEDNN or x.numel() == 0:
         return reference.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        one_row = x.numel() == x.shape[-1] and _has_transposed_storage(weight)
-        return _one_row(x, weight, bias) if one_row else _forward(x, weight, bias)
+        return _forward(x, weight, bias)
     y: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y

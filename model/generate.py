@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fusedgpt.model.decode import decoder
 from fusedgpt.model.gpt import GPT, KVCache
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer
@@ -92,13 +93,16 @@ def generate(
     seen = torch.zeros(len(prompt), model.config.vocab_size, dtype=torch.bool, device=prompt.device)
     seen.scatter_(1, prompt, True)
     cache: KVCache | None = None
+    token = prompt[:, -1]
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == window:
-            context = context if cache is None else context[:, -(window // 2 + 1) :]
-            cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
-            fresh = context
         with torch.inference_mode():  # cheaper an op than no_grad; what is yielded is made outside of it
-            logits = model.logits(model.hidden(fresh, cache=cache)[:, -1])
+            if cache is None or cache.length == window:
+                context = context if cache is None else context[:, -(window // 2 + 1) :]
+                cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
+                logits = model.logits(model.hidden(context, cache=cache)[:, -1])
+                decode = decoder(model, cache)
+            else:
+                logits = decode(token)
         token = next_token(
             penalise(logits, seen, repetition_penalty),
             temperature=temperature,
@@ -108,8 +112,7 @@ def generate(
         )
         yield token
         seen.scatter_(1, token[:, None], True)
-        fresh = token[:, None]
-        context = torch.cat((context, fresh), dim=1)
+        context = torch.cat((context, token[:, None]), dim=1)
 
 
 def check_settings(

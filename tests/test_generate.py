@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RepetitionPenaltyLogitsProcessor
 
 from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.decode import decoder
 from fusedgpt.model.folder import load_model
 from fusedgpt.model.generate import generate, next_token, penalise, sample_batch, sample_texts
 from fusedgpt.model.gpt import GPT, KVCache
@@ -195,8 +196,10 @@ def test_200_steps_with_the_cache_equal_recomputing_the_prefix(
         whole = gpt(text)
         assert torch.equal(whole[:, 2:-1].argmax(-1), text[:, 3:])
         cache = KVCache(gpt.config, len(prompts), dtype=torch.float32, device=torch.device("cpu"))
-        steps = [gpt.logits(gpt.hidden(text[:, i : i + 1], cache=cache)) for i in range(text.shape[1])]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
+        first = gpt.logits(gpt.hidden(text[:, :1], cache=cache)[:, 0])
+        decode = decoder(gpt, cache)
+        steps = [first, *(decode(token) for token in text.T[1:])]
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=0, atol=1e-4)
     assert len(text[0].unique()) > 10
 
 

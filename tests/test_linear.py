@@ -117,27 +117,27 @@ def test_one_row_sums_the_rows_of_transposed_storage(
     K: int, threads: int, bags: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(K)
-    x, weight, bias = (torch.randn(s, generator=generator) for s in ((1, 1, 97), (K, 97), (K,)))
-    args = (x, kernel.transposed_storage(weight), bias if with_bias else None)
-    assert torch.equal(args[1], weight)
+    x, plain, bias = (torch.randn(s, generator=generator) for s in ((97,), (K, 97), (K,)))
+    weight, used = kernel.transposed_storage(plain), bias.clone() if with_bias else None
+    assert torch.equal(weight, plain)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(kernel, "_forward", None)  # what would be called otherwise
-    with torch.no_grad():
-        y = ops.linear(*args)
+    product = kernel.one_row(weight, used)
     assert kernel._bags(K, 97, threads)[0] == bags
-    expected = reference.linear(*(a if a is None else a.double() for a in args))
-    torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-5)
-    assert y.is_contiguous()
+    for times in (1.0, 2.0):
+        expected = plain.double() @ (x * times).double() + (bias if with_bias else 0.0)
+        torch.testing.assert_close(product(x * times).double(), expected, atol=1e-4, rtol=1e-5)
+    assert used is None or torch.equal(used, bias)
+    weight.zero_()
+    assert torch.equal(product(x), torch.zeros(K) if used is None else used)  # a view, no copy
 
 
 @needs_onednn
-def test_all_else_takes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows, a gradient that is asked for, plain storage."""
-    monkeypatch.setattr(kernel, "_one_row", None)
-    x, plain = torch.randn(1, 8), torch.randn(16, 8)
-    weight = kernel.transposed_storage(plain)
-    with torch.no_grad():
-        torch.testing.assert_close(ops.linear(x, plain), x @ plain.T)
-        torch.testing.assert_close(ops.linear(x.expand(2, 8), weight), x.expand(2, 8) @ weight.T)
-    ops.linear(x, weight.requires_grad_()).sum().backward()
+def test_transposed_storage_is_told_from_plain() -> None:
+    plain = torch.randn(16, 8)
+    assert kernel.has_transposed_storage(kernel.transposed_storage(plain))
+    assert not kernel.has_transposed_storage(plain)
+    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain.bfloat16()))
+    weight = kernel.transposed_storage(plain).requires_grad_()
+    x = torch.randn(1, 8)
+    ops.linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.expand(16, 8))
