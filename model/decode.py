@@ -48,15 +48,17 @@ class _Layer:
     """The residual (C,) before a block and the number of tokens with this one -> the residual after it."""
 
     def __init__(self, block: Block, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v  # (window, H, D)
+        self.k, self.v = k.transpose(1, 2), v.transpose(1, 2)  # (1, H, window, D)
         self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
+        self.shape = 3, 1, k.shape[2], 1, k.shape[3]  # of q, k and v
         linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.qkv, self.project, self.widen, self.narrow = (one_row(x.weight, x.bias) for x in linears)
 
     def __call__(self, x: Tensor, length: int) -> Tensor:
-        q, self.k[length - 1], self.v[length - 1] = self.qkv(self.ln_1(x)).view(3, *self.k.shape[1:])
-        k, v = self.k[:length].transpose(0, 1), self.v[:length].transpose(0, 1)  # (H, T, D)
-        y = F.scaled_dot_product_attention(q[None, :, None], k[None], v[None])  # (1, H, 1, D)
+        q, k, v = self.qkv(self.ln_1(x)).view(self.shape).unbind()
+        self.k.narrow(2, length - 1, 1).copy_(k)
+        self.v.narrow(2, length - 1, 1).copy_(v)
+        y = F.scaled_dot_product_attention(q, self.k.narrow(2, 0, length), self.v.narrow(2, 0, length))
         x = self.project(y.view(-1)).add_(x)
         wide = self.widen(self.ln_2(x))
         return self.narrow(F.gelu(wide, approximate="tanh")).add_(x)
@@ -67,9 +69,7 @@ class _OneSequence:
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self.layers = [
-            _Layer(b, k[0], v[0]) for b, k, v in zip(model.blocks(), cache.k, cache.v, strict=True)
-        ]
+        self.layers = [_Layer(b, k, v) for b, k, v in zip(model.blocks(), cache.k, cache.v, strict=True)]
         self.ln_f, self.head = _Norm(model.ln_f), one_row(model.wte.weight)
 
     def __call__(self, token: Tensor) -> Tensor:
