@@ -300,7 +300,10 @@ class GPT(nn.Module):
         return list(self.h)  # type: ignore[arg-type]  # ModuleList says nothing of what it holds
 
     def for_sampling(self) -> GPT:
-        """This model, in eval mode, its matrices stored as sampling reads them fastest; not to be trained."""
+        """This model, in eval mode, its matrices stored as sampling reads them fastest; not to be trained.
+
+        `generate` then runs one sequence on a CPU without the modules (model/decode.py), so without their hooks.
+        """
         linears = [module.weight for module in self.modules() if isinstance(module, Linear)]
         for weight in (*linears, self.wte.weight):
             weight.data = transposed_storage(weight.data)
