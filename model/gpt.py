@@ -302,7 +302,7 @@ class GPT(nn.Module):
     def for_sampling(self) -> GPT:
         """This model, in eval mode, its matrices stored as sampling reads them fastest; not to be trained.
 
-        `generate` then runs one sequence on a CPU without the modules (model/decode.py), so without their hooks.
+        `generate` then runs one sequence on a CPU without the modules (model/decode.py) and their hooks.
         """
         linears = [module.weight for module in self.modules() if isinstance(module, Linear)]
         for weight in (*linears, self.wte.weight):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedgpt.kernels.linear import HAS_ONEDNN
 from fusedgpt.model import decode
+from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT, KVCache
 
 TEXT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -76,3 +77,9 @@ def test_kernels_that_are_asked_for_are_used(tiny_gpt: GPT, monkeypatch: pytest.
     cache = filled(tiny_gpt, TEXT[:1])
     monkeypatch.setattr(decode.ops, "backend", lambda *_: "triton")
     assert not isinstance(decode.decoder(tiny_gpt, cache), decode._OneSequence)
+
+
+def test_a_full_context_is_begun_anew(tiny_gpt: GPT) -> None:
+    options = {"max_new_tokens": 40, "temperature": 0.0}  # of 16
+    plain = torch.cat(list(generate(tiny_gpt, TEXT[:1], **options)))
+    assert torch.equal(torch.cat(list(generate(tiny_gpt.for_sampling(), TEXT[:1], **options))), plain)
