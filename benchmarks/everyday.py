@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    failed = False
-    for name in arguments.names:
-        try:
-            for result in MEASURES[name](arguments):
-                record.emit(result)
-        except Exception as error:  # the others are still worth measuring
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            record.emit({"suite": "everyday", "name": name, "contender": "ours", "fault": fault})
-            failed = True
-    return int(failed)
+    if unknown := set(arguments.names) - set(MEASURES):
+        parser.error(f"no measurement {min(unknown)}; there are {', '.join(MEASURES)}")
+    return record.emit_each(
+        "everyday", {name: partial(MEASURES[name], arguments) for name in arguments.names}
+    )
 
 
 if __name__ == "__main__":

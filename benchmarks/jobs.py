@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -164,7 +165,8 @@ def judged(rows: list[Row], losses: list[list[float]]) -> list[Row]:
     return rows
 
 
-JOBS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
+Job = Callable[[argparse.Namespace, Path], Iterator[Row]]
+JOBS: dict[str, Job] = {
     "pipeline": pipeline,
     "shakespeare": shakespeare,
     "parity": parity,
@@ -190,19 +192,16 @@ def parse() -> argparse.Namespace:
     return found
 
 
+def in_scratch(job: Job, arguments: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as scratch:
+        yield from job(arguments, Path(scratch))
+
+
 def main() -> int:
-    arguments, failed = parse(), False
-    for name in arguments.names:
-        try:
-            with tempfile.TemporaryDirectory() as scratch:
-                for result in JOBS[name](arguments, Path(scratch)):
-                    record.emit(result)
-                    failed = failed or "fault" in result
-        except (RuntimeError, OSError) as error:  # the others are still worth measuring
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            record.emit({"suite": "jobs", "name": name, "contender": "ours", "fault": fault})
-            failed = True
-    return int(failed)
+    arguments = parse()
+    return record.emit_each(
+        "jobs", {name: partial(in_scratch, JOBS[name], arguments) for name in arguments.names}
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,6 +142,21 @@ def stamp(row: Row) -> Row:
 def emit(row: Row) -> None:
     """Print the stamped row as a line of JSON, at once."""
     print(json.dumps(stamp(row)), flush=True)
+
+
+def emit_each(suite: str, works: Mapping[str, Callable[[], Iterable[Row]]]) -> int:
+    """Print the rows of each work, a fault for one that raises; the exit code, 1 if there is a fault."""
+    code = 0
+    for name, work in works.items():
+        try:
+            for row in work():
+                emit(row)
+                code |= "fault" in row
+        except Exception as error:  # the others are still worth measuring
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            emit({"suite": suite, "name": name, "contender": "ours", "fault": fault})
+            code = 1
+    return code
 
 
 def read(path: Path) -> list[Row]:

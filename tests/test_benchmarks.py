@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,25 @@ def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> Non
     done = subprocess.run([*command, "shakespeare"], capture_output=True)
     assert done.returncode == 2
     assert b"needs --text" in done.stderr
+
+
+def test_what_raises_is_a_fault_and_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    record = importlib.import_module("record")
+
+    def broken() -> Iterator[dict[str, object]]:
+        yield {"name": "first half", "ms": 1.0}
+        raise KeyError("lost\nhere")
+
+    good = {"good": lambda: [{"name": "good", "ms": 2.0}]}
+    assert record.emit_each("everyday", {"broken": broken, **good}) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == ["first half", "broken", "good"]
+    assert rows[1]["fault"] == r"KeyError: 'lost\nhere'"
+    assert record.emit_each("everyday", good) == 0
+    assert record.emit_each("everyday", {"bad": lambda: [{"name": "bad", "fault": "wrong"}]}) == 1
 
 
 def test_losses_that_part_from_the_references_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
