@@ -40,14 +40,17 @@ def transposed_storage(weight: Tensor) -> Tensor:
     oneDNN multiplies one row at little more than half of the memory's bandwidth; embedding_bag's weighted
     sum of the rows of weight.T comes close to it (docs/experiments.md).
     """
-    usable = weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
-    return weight.T.contiguous().T if usable else weight
+    return weight.T.contiguous().T if _gains(weight) else weight
 
 
 def has_transposed_storage(weight: Tensor) -> bool:
-    """Whether weight (K, C) is stored as `transposed_storage` does."""
+    """Whether weight (K, C) is one that `transposed_storage` stores differently, and stored so."""
     K, C = weight.shape
-    return weight.stride() == (1, K) and C > 1
+    return _gains(weight) and weight.stride() == (1, K) and C > 1
+
+
+def _gains(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
 
 
 @lru_cache

@@ -26,10 +26,14 @@ def decoder(model: GPT, cache: KVCache) -> Decoder:
 
     One sequence of a model that `GPT.for_sampling` stored differently takes the short way.
     """
-    weight, one_sequence = model.wte.weight, len(cache.k[0]) == 1
-    plain = ops.backend("decode_attention", weight.device) == "reference"
-    fp32 = model.activation_dtype == weight.dtype == torch.float32
-    if one_sequence and plain and fp32 and has_transposed_storage(weight):
+    weight = model.wte.weight
+    takes_short_way = (
+        len(cache.k[0]) == 1
+        and model.activation_dtype == torch.float32
+        and has_transposed_storage(weight)
+        and ops.backend("decode_attention", weight.device) == "reference"
+    )
+    if takes_short_way:
         return _OneSequence(model, cache)
     return lambda token: model.logits(model.hidden(token[:, None], cache=cache)[:, -1])
 

@@ -137,6 +137,8 @@ def test_transposed_storage_is_told_from_plain() -> None:
     assert kernel.has_transposed_storage(kernel.transposed_storage(plain))
     assert not kernel.has_transposed_storage(plain)
     assert not kernel.has_transposed_storage(kernel.transposed_storage(plain.bfloat16()))
+    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain).bfloat16())
+    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain).to("meta"))
     weight = kernel.transposed_storage(plain).requires_grad_()
     x = torch.randn(1, 8)
     ops.linear(x, weight).sum().backward()
