@@ -1,6 +1,6 @@
 """The model folder: Hugging Face's GPT-2 layout, so that transformers, llama.cpp and the rest open it.
 
-weights.py knows its tensors, this file the rest: config.json, what is saved beside, and how it is written.
+weights.py knows its tensors, hf_config.py its shape, this file the rest and how it is written.
 """
 
 from __future__ import annotations
@@ -11,40 +11,17 @@ import shutil
 import tempfile
 import unicodedata
 from collections.abc import Mapping
-from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.disk import sync
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import ModelFolderError, hf_config, read_config
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
-from fusedgpt.model.weights import (
-    INDEX,
-    MAX_SHARD_BYTES,
-    WEIGHTS,
-    ModelFolderError,
-    hf_tensors,
-    load_weights,
-    save_weights,
-)
+from fusedgpt.model.weights import MAX_SHARD_BYTES, hf_tensors, load_weights, save_weights
 
-_MAX_CONFIG_BYTES = 1 << 20
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-# What our GPT computes, as the field that says so in config.json; others would load and be wrong.
-_REQUIRED = {
-    "model_type": ("gpt2",),
-    "activation_function": _TANH_GELU,
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False, True),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 _MAX_NAME = 50
 
@@ -54,31 +31,6 @@ def safe_name(text: str) -> str:
     ascii_text = unicodedata.normalize("NFKC", text).casefold()
     name = re.sub(r"[^a-z0-9_-]+", "-", ascii_text).strip("-")[:_MAX_NAME].rstrip("-")
     return "model" if not name or name in _RESERVED_NAMES else name
-
-
-def hf_config(config: GPTConfig, eot_id: int) -> dict[str, Any]:
-    """The content of config.json."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "trained_length": config.window,
-        "n_inner": 4 * config.n_embd,
-        "vocab_size": config.vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "dtype": "float32",
-        "tie_word_embeddings": True,
-    }
 
 
 def save_folder(
@@ -173,64 +125,6 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer]:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         )
     return load_model(folder), tokenizer
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig that config.json describes. Raises ModelFolderError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelFolderError(f"{folder} is no model folder: it has no config.json")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelFolderError(f"{path} has over {_MAX_CONFIG_BYTES} bytes, which no config.json needs")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelFolderError(f"{path} is not a JSON object")
-    for field, allowed in _REQUIRED.items():
-        if raw.get(field, allowed[0]) not in allowed:
-            raise ModelFolderError(f"{path}: {field} is {raw[field]!r}, expected {allowed[0]!r}")
-    try:
-        config = GPTConfig(
-            vocab_size=raw["vocab_size"],
-            block_size=raw["n_positions"],
-            trained_length=raw.get("trained_length"),
-            n_layer=raw["n_layer"],
-            n_head=raw["n_head"],
-            n_embd=raw["n_embd"],
-            dropout=raw.get("resid_pdrop", 0.1),
-            layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
-        )
-    except KeyError as error:
-        raise ModelFolderError(f"{path} has no {error.args[0]}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelFolderError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ModelFolderError(f"{path}: n_inner is {raw['n_inner']}, expected {4 * config.n_embd}")
-    return config
-
-
-def list_folders(root: Path) -> list[dict[str, Any]]:
-    """name, path, saved (local time) and parameters of every model folder in `root`, newest first."""
-    found = []
-    for weights in chain.from_iterable(root.glob(f"[!.]*/{name}") for name in (WEIGHTS, INDEX)):
-        # A leading dot, which the pattern leaves out, is a save that was cut off.
-        try:
-            config = read_config(weights.parent)
-        except ModelFolderError:
-            continue  # somebody else's folder
-        found.append((weights.stat().st_mtime, weights.parent, config.parameter_counts()[0]))
-    return [
-        {
-            "name": folder.name,
-            "path": str(folder),
-            "saved": datetime.fromtimestamp(saved).isoformat(" ", timespec="seconds"),
-            "parameters": parameters,
-        }
-        for saved, folder, parameters in sorted(found, reverse=True)
-    ]
 
 
 def load_model(folder: Path) -> GPT:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.folder import load_model, read_config
+from fusedgpt.model.folder import load_model
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import ModelFolderError, read_config
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
-from fusedgpt.model.weights import ModelFolderError
 
 _FITTED = (
     "block_size",

@@ -20,19 +20,14 @@ from torch import Tensor
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import INDEX, WEIGHTS, ModelFolderError
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's
 _MAX_INDEX_BYTES = 64 << 20
 _TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
 _LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-
-
-class ModelFolderError(ValueError):
-    """A folder that is no model folder, or one that is damaged or of another architecture."""
 
 
 def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

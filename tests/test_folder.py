@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from fusedgpt.model import folder as folders
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.folder import ModelFolderError, list_folders, load_folder, safe_name, save_folder
+from fusedgpt.model.folder import load_folder, safe_name, save_folder
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import ModelFolderError, list_folders
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; it's 3 o'clock."
@@ -198,17 +199,6 @@ LN_F = "transformer.ln_f.weight"
         (shutil.rmtree, "no model folder: it has no config.json"),
         (lambda p: (p / "model.safetensors").unlink(), "it has no model.safetensors"),
         (lambda p: (p / "tokenizer.json").unlink(), "no tokenizer"),
-        (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
-        (lambda p: (p / "config.json").write_text("[]"), "is not a JSON object"),
-        (lambda p: (p / "config.json").write_text(" " * (2 << 20)), "bytes"),
-        (edit_config(n_layer="absent"), "has no n_layer"),
-        (edit_config(n_layer=10**9), "n_layer: Input should be less than"),
-        (edit_config(n_head=5), "n_embd 24 is not a multiple of n_head 5"),
-        (edit_config(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
-        (edit_config(activation_function="relu"), "activation_function is 'relu'"),
-        (edit_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
-        (edit_config(trained_length=65), "trained_length 65 is longer than block_size 64"),
-        (edit_config(n_inner=17), "n_inner is 17, expected 96"),
         (edit_config(vocab_size=5), "the tokenizer has .* ids, the model only 5"),
         (edit_config(n_positions=65), "wpe.weight has shape"),
         (lambda p: (p / "model.safetensors").write_bytes(b"x" * 100), "is damaged"),
@@ -223,21 +213,6 @@ def test_damage_is_refused(char_folder: Path, damage: Callable[[Path], Any], mes
     damage(char_folder)
     with pytest.raises(ModelFolderError, match=message):
         load_folder(char_folder)
-
-
-def test_list_folders_newest_first_and_only_models(char_folder: Path) -> None:
-    root = char_folder.parent
-    newer = root / "newer"
-    shutil.copytree(char_folder, newer)
-    os.utime(char_folder / "model.safetensors", (1_000_000, 1_000_000))
-    shutil.copytree(char_folder, root / ".saving-x")
-    (root / "other").mkdir()
-    (root / "broken").mkdir()
-    (root / "broken" / "model.safetensors").write_text("")
-    rows = list_folders(root)
-    assert [row["name"] for row in rows] == ["newer", "m"]
-    assert rows[0]["parameters"] == load_folder(newer)[0].config.parameter_counts()[0]
-    assert list_folders(root / "absent") == []
 
 
 def in_shards(path: Path, shards: int) -> None:

@@ -196,7 +196,8 @@ def test_gradients_equal_those_of_a_plain_gpt2(tiny_gpt: GPT) -> None:
     """transformers' GPT-2 with our weights is the plain one; test_folder.py compares the logits."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from fusedgpt.model.folder import hf_config, hf_tensors
+    from fusedgpt.model.hf_config import hf_config
+    from fusedgpt.model.weights import hf_tensors
 
     plain = GPT2LMHeadModel(GPT2Config(**hf_config(tiny_gpt.config, eot_id=60)))
     plain.load_state_dict(hf_tensors(tiny_gpt), strict=False)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("fusedgpt.train.cli", {"torch", "transformers", "tiktoken", "numpy"}),
         ("fusedgpt.model.tokenizer", {"torch", "transformers"}),
+        ("fusedgpt.model.hf_config", {"torch", "transformers"}),
         ("fusedgpt.train.data.generate", {"torch", "transformers"}),
         ("fusedgpt.kernels.ops", {"transformers", "fusedgpt.model", "fusedgpt.train"}),
         ("fusedgpt.model.gpt", {"transformers", "fusedgpt.train"}),
@@ -26,6 +27,19 @@ def test_importing_one_does_not_import_the_other(module: str, absent: set[str]) 
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not absent & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["list", "train --print-config", "create --print-config", "train", "train --n-embd 7"]
+)
+def test_a_command_that_needs_no_model_does_not_wait_for_torch(command: str, tmp_path: Path) -> None:
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
+    code += "; from fusedgpt.train.cli import main; main()"
+    command_line = [sys.executable, "-c", code, *command.split()]
+    done = subprocess.run(command_line, capture_output=True, text=True, cwd=tmp_path)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "fusedgpt.train.config" in modules
+    assert "torch" not in modules
 
 
 @pytest.mark.parametrize(

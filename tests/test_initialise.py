@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import ModelFolderError
 from fusedgpt.model.initialise import fitted_config, init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, byte_tokenizer, char_tokenizer
-from fusedgpt.model.weights import ModelFolderError
 
 IDS = torch.arange(32)[None] * 7
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from ollama_fake import Fake
 
-from fusedgpt.model.folder import list_folders, load_folder, save_folder
+from fusedgpt.model.folder import load_folder, save_folder
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import list_folders
 from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.train import pipeline
 from fusedgpt.train.config import ConfigError, RunConfig, build_config

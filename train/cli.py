@@ -30,7 +30,7 @@ from fusedgpt.train.cli_common import (
 from fusedgpt.train.cli_data import data as data_app
 from fusedgpt.train.cli_kernels import kernels
 from fusedgpt.train.cli_prepare import prepare
-from fusedgpt.train.config import ConfigError, build_config, option_fields
+from fusedgpt.train.config import ConfigError, build_config, create_config, option_fields
 from fusedgpt.train.runtime import spin_briefly
 
 app = typer.Typer(
@@ -64,10 +64,7 @@ def create(
     **options: Any,
 ) -> None:
     """Make a GPT from a prompt: data, refinement, training, test samples, model folder."""
-    from fusedgpt.train.monitor import Monitor
-    from fusedgpt.train.pipeline import create_config, run_full_pipeline
-
-    told, run_options, layers = resolve_run("create", run_dir, resume, config, assignments, profile=profile)
+    told, found, layers = resolve_run("create", run_dir, resume, config, assignments)
     resolved = create_config(options, layers)
     if print_config:
         typer.echo(resolved.to_toml(), nl=False)
@@ -77,8 +74,12 @@ def create(
     prompt = told.get("prompt", prompt)
     if prompt is None:
         raise ConfigError('say what the GPT is to write: fusedgpt create "PROMPT"')
+    from fusedgpt.train.monitor import Monitor
+    from fusedgpt.train.pipeline import RunOptions, run_full_pipeline
+
+    where = RunOptions(run_dir=run_dir, resume=found, profile=profile)
     monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
-    result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=run_options, bar=bar)
+    result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, options=where, bar=bar)
     _report(result, as_json)
 
 
@@ -111,23 +112,24 @@ def train(
     **options: Any,
 ) -> None:
     """Train a GPT on your own text."""
-    from fusedgpt.train import pipeline
-    from fusedgpt.train.monitor import Monitor
-
-    told, run_options, layers = resolve_run("train", run_dir, resume, config, assignments, profile=profile)
+    told, found, layers = resolve_run("train", run_dir, resume, config, assignments)
     resolved = build_config(options, layers=layers)
     data = data or [Path(path) for path in told.get("data", [])]
     if print_config:
         typer.echo(resolved.to_toml(), nl=False)
-    elif plot_schedule is not None:
+        return
+    if not (data or plot_schedule or estimate):
+        raise ConfigError("say what to train on: --data FILE_OR_FOLDER")
+    from fusedgpt.train import pipeline
+    from fusedgpt.train.monitor import Monitor
+
+    if plot_schedule is not None:
         typer.echo(pipeline.draw_schedule(resolved, data, plot_schedule))
     elif estimate:
         print_table(pipeline.estimate_rows(resolved, data))
-    elif not data:
-        raise ConfigError("say what to train on: --data FILE_OR_FOLDER")
     else:
-        monitor = Monitor(quiet=quiet)
-        _report(pipeline.train_on_files(data, resolved, output_dir, monitor, run_options), as_json)
+        where = pipeline.RunOptions(run_dir=run_dir, resume=found, profile=profile)
+        _report(pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), where), as_json)
 
 
 def _report(result: Any, as_json: bool) -> None:
@@ -154,7 +156,7 @@ def list_models(
     debug: Debug = False,
 ) -> None:
     """Saved models, newest first."""
-    from fusedgpt.model.folder import list_folders
+    from fusedgpt.model.hf_config import list_folders
 
     rows = list_folders(output_dir)
     if as_json:

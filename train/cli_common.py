@@ -102,28 +102,29 @@ def resolve_run(
     resume: str | None,
     config: Path | None,
     assignments: list[str] | None,
-    *,
-    profile: bool,
-) -> tuple[dict[str, Any], Any, list[Sections]]:
-    """(what run.json of the run to resume holds, RunOptions, layers of settings for build_config)."""
-    from fusedgpt.train.pipeline import RunOptions
-    from fusedgpt.train.run import directory_of, find_run, read_run
-
-    told: dict[str, Any] = {}
-    layers: list[Sections] = []
-    found = None if resume is None else find_run(resume, run_dir)
-    if found is not None:
-        told, saved = read_run(directory_of(found))
-        layers.append(saved)
-        if told.get("command") != command:
-            raise ConfigError(f"{found} is a run of `fusedgpt {told.get('command')}`, not of {command}")
-        if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
-            raise ConfigError(f"--resume {found} goes on in its own directory, not in --run-dir {run_dir}")
-    elif resume is not None:
-        sys.stderr.write("nothing to resume: this is a new run\n")
+) -> tuple[dict[str, Any], Path | None, list[Sections]]:
+    """(what run.json of the run to resume holds, that run, layers of settings for build_config)."""
+    found, told, layers = (None, {}, []) if resume is None else _run_to_resume(command, run_dir, resume)
     layers += [read_toml(config)] if config else []
     layers += [parse_set(assignment) for assignment in assignments or []]
-    return told, RunOptions(run_dir=run_dir, resume=found, profile=profile), layers
+    return told, found, layers
+
+
+def _run_to_resume(
+    command: str, run_dir: Path | None, resume: str
+) -> tuple[Path | None, dict[str, Any], list[Sections]]:
+    from fusedgpt.train.run import directory_of, find_run, read_run
+
+    found = find_run(resume, run_dir)
+    if found is None:
+        sys.stderr.write("nothing to resume: this is a new run\n")
+        return None, {}, []
+    told, saved = read_run(directory_of(found))
+    if told.get("command") != command:
+        raise ConfigError(f"{found} is a run of `fusedgpt {told.get('command')}`, not of {command}")
+    if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
+        raise ConfigError(f"--resume {found} goes on in its own directory, not in --run-dir {run_dir}")
+    return found, told, [saved]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.initialise import init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
-from fusedgpt.train.config import ConfigError, RunConfig, Sections, build_config
+from fusedgpt.train.config import ConfigError, RunConfig, create_config
 from fusedgpt.train.data.collect import Bar, Task, collect, no_bar
 from fusedgpt.train.data.dataset import TokenDataset
 from fusedgpt.train.data.generate import choose_domain
@@ -78,19 +78,6 @@ class _Material:
     name: str  # of the model folder
     provenance: dict[str, Any]  # for generation_info.json
     files: dict[str, str]  # for the model folder, name -> text
-
-
-def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
-    """The configuration of `create`: short windows and a higher rate suit its short texts.
-
-    options, layers and errors are build_config's.
-    """
-    layers = list(layers)
-    defaults = {"learning_rate": 6e-4, "keep_last": 0}
-    block_size = (
-        build_config(options, {**defaults, "max_length": 1}, layers=layers).model.gpt_config(1).block_size
-    )
-    return build_config(options, {**defaults, "max_length": min(128, block_size)}, layers=layers)
 
 
 def run_full_pipeline(
