@@ -30,7 +30,8 @@ def test_importing_one_does_not_import_the_other(module: str, absent: set[str]) 
 
 
 @pytest.mark.parametrize(
-    "command", ["list", "train --print-config", "create --print-config", "train", "train --n-embd 7"]
+    "command",
+    ["list", "train --print-config", "create --print-config", "train", "train --n-embd 7", "sample nowhere"],
 )
 def test_a_command_that_needs_no_model_does_not_wait_for_torch(command: str, tmp_path: Path) -> None:
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"

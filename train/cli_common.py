@@ -44,7 +44,17 @@ Json = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")]
+
+
+def _model_folder(path: Path) -> Path:
+    """`path`; what is no model folder is refused before anything waits for torch."""
+    from fusedgpt.model.hf_config import read_config
+
+    read_config(path)
+    return path
+
+
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.", callback=_model_folder)]
 TextField = Annotated[str, typer.Option(help="The field with the text, of .jsonl and tables.")]
 
 
