@@ -94,8 +94,18 @@ class KVCache:
         return k_cache, v_cache
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding whose weights are left to GPT to draw."""
+
+    def reset_parameters(self) -> None:
+        """None are drawn twice."""
+
+
 class Linear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input."""
+    """nn.Linear that computes in the dtype of its input; GPT draws its weights."""
+
+    def reset_parameters(self) -> None:
+        """None are drawn twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -224,12 +234,13 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.checkpointing = "none"
         self._train_block: Callable[..., tuple[Tensor, Tensor]] = _train_block
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.seed_dropout(seed)
-        self._initialise(torch.Generator().manual_seed(seed))
+        if not self.wte.weight.is_meta:
+            self._initialise(torch.Generator().manual_seed(seed))
 
     def seed_dropout(self, seed: int, step: int = 0) -> None:
         """Start the dropout stream of `seed` behind its training step `step`."""

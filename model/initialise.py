@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model
-from fusedgpt.model.gpt import GPT
+from fusedgpt.model.gpt import GPT, Embedding
 from fusedgpt.model.hf_config import ModelFolderError, read_config
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,7 +50,7 @@ def init_from(
         )
     model.config = config
     positions = _positions(model.wpe.weight, config.block_size)
-    model.wpe = nn.Embedding(config.block_size, config.n_embd, _weight=positions)
+    model.wpe = Embedding(config.block_size, config.n_embd, _weight=positions)
     return model
 
 

@@ -145,6 +145,15 @@ def test_a_model_for_sampling_is_the_same_model(tiny_gpt: GPT) -> None:
     torch.testing.assert_close(tiny_gpt(IDS), logits, atol=1e-5, rtol=1e-5)
 
 
+def test_weights_are_drawn_once_and_by_the_seed_alone(tiny_config: GPTConfig) -> None:
+    before = torch.get_rng_state()
+    drawn = GPT(tiny_config, seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # nn.Linear and nn.Embedding draw from it
+    again = GPT(tiny_config, seed=5).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in drawn.items())
+    assert not torch.equal(GPT(tiny_config, seed=6).wpe.weight, drawn["wpe.weight"])
+
+
 def test_too_long_a_context_is_refused(tiny_gpt: GPT) -> None:
     with pytest.raises(ValueError, match="17 tokens, but block_size is 16"):
         tiny_gpt(torch.zeros(1, 17, dtype=torch.int64))

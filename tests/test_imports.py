@@ -43,6 +43,15 @@ def test_a_command_that_needs_no_model_does_not_wait_for_torch(command: str, tmp
     assert "torch" not in modules
 
 
+def test_a_model_without_memory_does_not_wait_for_the_compiler() -> None:
+    """Loading a folder makes one, into which the weights are put; drawing there imports torch._dynamo."""
+    code = (
+        "import sys, torch; from fusedgpt.model.gpt import GPT, GPTConfig; torch.set_default_device('meta'); "
+        "assert GPT(GPTConfig(n_layer=1)).wpe.weight.is_meta; assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     ("folder", "allowed"), [("kernels", {"kernels"}), ("model", {"kernels", "model"}), ("train", None)]
 )
