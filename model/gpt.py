@@ -76,14 +76,17 @@ def _call(module: nn.Module, *args: Any, recompute: bool) -> Any:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, `length` rows filled: for each layer (B, window, H, D)."""
+    """Keys and values of the tokens seen so far, `length` rows filled: for each layer (B, window, H, D).
+
+    The other rows are memory that nobody has written, and on a CPU takes none.
+    """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (batch_size, config.window, config.n_head, config.head_dim)
         self.k, self.v = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2)
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2)
         )
         self.length = 0
 

@@ -19,6 +19,8 @@ TEXT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
 def filled(gpt: GPT, text: Tensor) -> KVCache:
     """The cache of a model that has read text (B, T)."""
     cache = KVCache(gpt.config, len(text), dtype=gpt.activation_dtype, device=text.device)
+    for rows in cache.k + cache.v:  # memory that nobody has written
+        rows.fill_(float("nan"))
     with torch.no_grad():
         gpt.hidden(text, cache=cache)
     return cache
@@ -39,7 +41,7 @@ def test_one_sequence_gives_the_logits_of_the_whole_text(tiny_gpt: GPT) -> None:
     torch.testing.assert_close(logits, whole[4:], atol=1e-5, rtol=1e-5)
     assert cache.length == 12
     for ours, read in zip(cache.k + cache.v, (c := filled(tiny_gpt, text)).k + c.v, strict=True):
-        torch.testing.assert_close(ours, read)
+        torch.testing.assert_close(ours[:, :12], read[:, :12])
 
 
 def _in_bf16(gpt: GPT) -> None:
