@@ -146,6 +146,7 @@ class _GPT2Tokenizer(Tokenizer):
         return [*map(len, self._tokens), 0]  # a letter a byte
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Of uint32."""
         import numpy as np
 
         parts = [_safe_parts(_well_formed(text)) for text in texts]
@@ -173,6 +174,7 @@ class _ByteTokenizer(Tokenizer):
         return [1] * 256 + [0]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Of uint8."""
         import numpy as np
 
         return [np.frombuffer(_well_formed(text).encode(), dtype=np.uint8) for text in texts]
@@ -208,6 +210,7 @@ class _CharTokenizer(Tokenizer):
         return [*(len(token.encode()) for token in self._tokens[:-1]), 0]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Of uint32; a table lookup for all characters at once. ValueError for one it does not have."""
         import numpy as np
 
         table = np.full(0x110000, self.eot_id, dtype=np.uint32)  # end-of-text: no character of ours
