@@ -3,7 +3,7 @@
     python benchmarks/ceilings.py [--precisions fp32 bf16]
 
 A JSON line for each precision. On a GPU device time, with L2 flushed before each call. On a CPU the matmul is
-the better of torch's and oneDNN's, for which ours goes in fp32 (kernels/linear.py).
+the better of torch's and oneDNN's, for which ours goes in fp32 (kernels/cpu/linear.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import record
 import torch
 
-from fusedgpt.kernels.linear import matmul_nt
+from fusedgpt.kernels.cpu.linear import matmul_nt
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

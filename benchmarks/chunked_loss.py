@@ -5,7 +5,7 @@
 One process, one model; the loss alternates chunked, materialised, materialised, chunked (a round),
 `--steps` steps each after one that is not counted. A JSON line a shape has the median steps of both. No speed
 is printed unless both losses agree. With --plain-malloc the page faults of 50 MB logits count, too, which
-train/runtime.py saves every loss.
+kernels/cpu/process.py saves every loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import time
 from typing import Any
 
-os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
+os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see kernels/cpu/process.py
 
 import contenders
 import torch

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
+os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see kernels/cpu/process.py
 
 import pytest
 import torch

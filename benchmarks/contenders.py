@@ -29,16 +29,18 @@ from ceilings import DTYPES
 from plain_gpt import PlainGPT
 from torch import Tensor
 
-from fusedgpt.kernels import linear, linear_cross_entropy_torch, ops, reference
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.cpu import linear
+from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
+from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.acceleration import choose_compile, choose_cuda_graphs
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.loader import Cursor, StepBatch
-from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.precision import set_precision
-from fusedgpt.train.runtime import keep_freed_memory
-from fusedgpt.train.step import GraphedStep, Step
+from fusedgpt.train.loop.batches import Cursor, StepBatch
+from fusedgpt.train.loop.compilation import choose_compile, choose_cuda_graphs
+from fusedgpt.train.loop.optimizer import build_optimizer
+from fusedgpt.train.loop.precision import set_precision
+from fusedgpt.train.loop.step import GraphedStep, Step
 
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
 GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4

@@ -33,12 +33,12 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model, save_folder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import gpt2_tokenizer
-from fusedgpt.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
-from fusedgpt.train.data.generate import generate_samples
-from fusedgpt.train.data.prepare import prepare
+from fusedgpt.train.data.synthetic.grammar import generate_samples
+from fusedgpt.train.data.text.prepare import prepare
+from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 from train import SHAPES
 
-CLI = [sys.executable, "-m", "fusedgpt.train.cli"]
+CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 PROMPT = "A fun GPT that writes cooking recipes"
 

@@ -30,7 +30,7 @@ import report
 from gpu_runner import Part, gpu_state, run_parts
 
 PYTHON = sys.executable
-SCRIPT, CLI = [PYTHON, __file__], [PYTHON, "-m", "fusedgpt.train.cli"]
+SCRIPT, CLI = [PYTHON, __file__], [PYTHON, "-m", "fusedgpt.train.cli.main"]
 PYTEST = [
     PYTHON,
     *shlex.split("-m pytest -p gpu_pytest -p no:cacheprovider -vv -ra --tb=short --durations=10"),
@@ -46,7 +46,7 @@ def all_parts(
     """Every part in its order; tuning, which is long and no check, only if asked for."""
     import torch
 
-    from fusedgpt.kernels import cases
+    from fusedgpt.kernels.tools import cases
 
     ops = list(dict.fromkeys(case.op for case in cases.cases(torch.device("cuda"))))
     dtypes = ("bf16", "fp16", "fp32") if gpu else ("fp32", "fp16")
@@ -91,7 +91,7 @@ def small_check(op: str) -> list[str]:
     """What is wrong with `op` at the interpreter's sizes, on the GPU: small enough for compute-sanitizer."""
     import torch
 
-    from fusedgpt.kernels import cases, check
+    from fusedgpt.kernels.tools import cases, check
 
     small = [case for case in cases.cases(torch.device("cpu")) if case.op == op]
     findings = [f for case in small for f in check.measure(case, torch.bfloat16, torch.device("cuda"))]

@@ -39,7 +39,7 @@ import record
 from ceilings import DEVICE
 from record import Row
 
-CLI = [sys.executable, "-m", "fusedgpt.train.cli"]
+CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 PROMPT = "A fun GPT that writes cooking recipes"
 KIND = DEVICE.type
 SHAPE = {"cuda": (6, 384, 256, 64, 0.2), "cpu": (4, 128, 64, 12, 0.0)}[KIND]  # layers, C, T, batch, dropout

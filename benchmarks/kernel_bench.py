@@ -22,7 +22,8 @@ import torch
 from ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
 from torch import Tensor
 
-from fusedgpt.kernels import cases, check, ops
+from fusedgpt.kernels import ops
+from fusedgpt.kernels.tools import cases, check
 
 PRECISION = choose("bf16", "fp32")
 DTYPE = DTYPES[PRECISION]

@@ -1,4 +1,4 @@
-"""Memory and time of a training step by way of checkpointing: predicted by train/estimate.py, and measured.
+"""Memory and time of a training step by way of checkpointing: predicted by `--estimate`, and measured.
 
     python benchmarks/memory.py [--presets 12M gpt2 gpt2-medium] [--batch-size 16] [--length 512]
 
@@ -19,15 +19,15 @@ import record
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import PRESETS
 from fusedgpt.model.gpt import CHECKPOINTING, GPT
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.estimate import Row, estimate
-from fusedgpt.train.loader import Cursor, StepBatch
-from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.precision import resolve_precision, set_precision
-from fusedgpt.train.runtime import keep_freed_memory
-from fusedgpt.train.step import Step
+from fusedgpt.train.loop.batches import Cursor, StepBatch
+from fusedgpt.train.loop.optimizer import build_optimizer
+from fusedgpt.train.loop.precision import resolve_precision, set_precision
+from fusedgpt.train.loop.step import Step
+from fusedgpt.train.tools.estimate import Row, estimate
 
 
 def kept_bytes(gpt: GPT, batch: tuple[Tensor, Tensor]) -> int:

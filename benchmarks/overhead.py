@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import build_config
-from fusedgpt.train.data.dataset import TokenDataset
-from fusedgpt.train.loader import Cursor, StepBatch
-from fusedgpt.train.monitor import Monitor, StepMetrics
-from fusedgpt.train.optimizer import build_optimizer
-from fusedgpt.train.precision import resolve_device, resolve_precision, set_precision
-from fusedgpt.train.run import open_run
-from fusedgpt.train.runtime import keep_freed_memory
-from fusedgpt.train.step import Step
-from fusedgpt.train.trainer import train
+from fusedgpt.train.data.tokens.dataset import TokenDataset
+from fusedgpt.train.loop.batches import Cursor, StepBatch
+from fusedgpt.train.loop.optimizer import build_optimizer
+from fusedgpt.train.loop.precision import resolve_device, resolve_precision, set_precision
+from fusedgpt.train.loop.step import Step
+from fusedgpt.train.loop.trainer import train
+from fusedgpt.train.report.progress import Monitor, StepMetrics
+from fusedgpt.train.run.directory import open_run
 
 _WARM_UPS = 5
 _LENGTH = 128

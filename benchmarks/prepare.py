@@ -33,7 +33,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from fusedgpt.model.tokenizer import gpt2_tokenizer
-from fusedgpt.train.data.prepare import prepare, read_documents
+from fusedgpt.train.data.text.prepare import prepare, read_documents
 
 
 @lru_cache
@@ -128,7 +128,7 @@ def memory(arguments: argparse.Namespace, scratch: Path, megabytes: int) -> dict
                     .decode(errors="ignore")
                     .encode()
                 )
-    command = [sys.executable, "-m", "fusedgpt.train.cli", "prepare", file, "--out", scratch / "out"]
+    command = [sys.executable, "-m", "fusedgpt.train.cli.main", "prepare", file, "--out", scratch / "out"]
     start = time.perf_counter()
     running = subprocess.Popen(
         [*map(str, command), "--workers", str(arguments.workers), "--quiet"], stdout=subprocess.DEVNULL

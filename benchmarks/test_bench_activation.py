@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import cases, ops, reference
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.tools import cases
 
 SHAPES = choose([(65536, 3072), (16384, 6400)], [(8, 64)])
 CHECKED = choose((1024, 3072), (3, 64))

@@ -14,10 +14,10 @@ import torch
 from kernel_bench import DEVICE, Bench, choose
 from torch import nn
 
-from fusedgpt.kernels import cases
+from fusedgpt.kernels.tools import cases
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.optimizer import AdamW
+from fusedgpt.train.loop.optimizer import AdamW
 
 CASE = cases.adamw_case(*choose((1000, 768), (9, 200)))
 TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=16)

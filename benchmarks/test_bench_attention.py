@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from fusedgpt.kernels import cases, ops
+from fusedgpt.kernels import ops
+from fusedgpt.kernels.tools import cases
 
 CASES = {D: cases.attention_case(1, *choose((1024, 4), (65, 1)), D) for D in choose((64, 128), (16,))}
 LENGTHS = choose([512, 1024, 2048, 4096, 8192, 16384], [64])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_bench import DEVICE, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import cases, ops, reference
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.tools import cases
 
 CASE = cases.decode_attention_case(*choose((8, 1024, 12, 64), (2, 65, 1, 16)))
 SHAPES = choose(

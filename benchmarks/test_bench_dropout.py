@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
-from fusedgpt.kernels import cases, ops, reference
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.tools import cases
 
 CASE = cases.dropout_case(*choose((1024, 768), (3, 64)))
 PASSES = {"forward": 2, "backward": 2, "both": 4}  # and as many FLOPs an element

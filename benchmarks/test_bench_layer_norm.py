@@ -9,7 +9,8 @@ import pytest
 from kernel_bench import CUDA, DIRECTIONS, DTYPE, Bench, choose, phases
 from torch import Tensor
 
-from fusedgpt.kernels import cases, ops, reference
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.tools import cases
 
 SHAPES = choose([(65536, 768), (16384, 1024), (16384, 1600), (16384, 4096)], [(8, 64)])
 CHECKED = choose((1024, 768), (3, 64))

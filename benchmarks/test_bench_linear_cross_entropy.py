@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from kernel_bench import CUDA, DEVICE, DTYPE, Bench, choose, phases
 from torch import Tensor
 
-from fusedgpt.kernels import cases, ops
+from fusedgpt.kernels import ops
+from fusedgpt.kernels.tools import cases
 
 CASE = cases.linear_cross_entropy_case(*choose((512, 768, 50257), (5, 16, 65)))
 SHAPES = choose([(65536, 768, 50304), (16384, 1600, 50304), (16384, 4096, 128256)], [(16, 32, 128)])

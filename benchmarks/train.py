@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.train.estimate import flops_per_token, peak_flops
+from fusedgpt.train.tools.estimate import flops_per_token, peak_flops
 
 TOY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 SHAPES = {**PRESETS, "toy": TOY}

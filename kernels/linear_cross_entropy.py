@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgpt.kernels.linear_cross_entropy_torch import LossOptions, check_targets
+from fusedgpt.kernels.cpu.linear_cross_entropy import LossOptions, check_targets
 
 _LOGITS_BYTES = 1 << 29  # of the buffer at most: 4096 rows of 50304 in bf16
 _ALIGNMENT = 128  # logits from row to row are a multiple of this, so that every row is read 16 bytes a load

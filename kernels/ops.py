@@ -18,8 +18,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels import linear as linear_
-from fusedgpt.kernels import linear_cross_entropy_torch, reference
+from fusedgpt.kernels import reference
+from fusedgpt.kernels.cpu import linear as linear_
+from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
 if HAS_TRITON:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt.kernels import ops
-from fusedgpt.kernels.linear import has_transposed_storage, one_row
+from fusedgpt.kernels.cpu.linear import has_transposed_storage, one_row
 from fusedgpt.model.gpt import GPT, Block, KVCache, LayerNorm
 
 Decoder = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from fusedgpt.model.disk import sync
+from fusedgpt.model.files import sync
 from fusedgpt.model.folder import sync_files, write_files
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fusedgpt.model.disk import sync
+from fusedgpt.model.files import sync
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import ModelFolderError, hf_config, read_config
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import ops
-from fusedgpt.kernels.linear import transposed_storage
+from fusedgpt.kernels.cpu.linear import transposed_storage
 from fusedgpt.model.config import GPTConfig
 
 CHECKPOINTING = ("none", "selective", "full")

@@ -6,7 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
-os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see train/runtime.py
+os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see kernels/cpu/process.py
 
 import torch
 

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("fusedgpt.train.cli", {"torch", "transformers", "tiktoken", "numpy"}),
+        ("fusedgpt.train.cli.main", {"torch", "transformers", "tiktoken", "numpy"}),
         ("fusedgpt.model.tokenizer", {"torch", "transformers"}),
         ("fusedgpt.model.hf_config", {"torch", "transformers"}),
-        ("fusedgpt.train.data.generate", {"torch", "transformers"}),
+        ("fusedgpt.train.data.synthetic.grammar", {"torch", "transformers"}),
         ("fusedgpt.kernels.ops", {"transformers", "fusedgpt.model", "fusedgpt.train"}),
         ("fusedgpt.model.gpt", {"transformers", "fusedgpt.train"}),
     ],
@@ -35,7 +35,7 @@ def test_importing_one_does_not_import_the_other(module: str, absent: set[str]) 
 )
 def test_a_command_that_needs_no_model_does_not_wait_for_torch(command: str, tmp_path: Path) -> None:
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules))"
-    code += "; from fusedgpt.train.cli import main; main()"
+    code += "; from fusedgpt.train.cli.main import main; main()"
     command_line = [sys.executable, "-c", code, *command.split()]
     done = subprocess.run(command_line, capture_output=True, text=True, cwd=tmp_path)
     modules = done.stdout.splitlines()[-1].split()
@@ -62,7 +62,10 @@ def test_imports_point_one_way(folder: str, allowed: set[str] | None) -> None:
 
 
 def test_ruff_enforces_it(tmp_path: Path) -> None:
-    for folder, line in (("kernels", "import fusedgpt.model.gpt"), ("model", "import fusedgpt.train.step")):
+    for folder, line in (
+        ("kernels", "import fusedgpt.model.gpt"),
+        ("model", "import fusedgpt.train.loop.step"),
+    ):
         command = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename"]
         done = subprocess.run(
             [*command, f"{folder}/probe.py", "-"], input=line, capture_output=True, text=True, cwd=ROOT

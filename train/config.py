@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.train.data.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 
 class ConfigError(ValueError):

@@ -18,17 +18,17 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.model.initialise import init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 from fusedgpt.train.config import ConfigError, RunConfig, create_config
-from fusedgpt.train.data.collect import Bar, Task, collect, no_bar
-from fusedgpt.train.data.dataset import TokenDataset
-from fusedgpt.train.data.generate import choose_domain
-from fusedgpt.train.data.prepare import tokenise
-from fusedgpt.train.data.prepared import is_prepared, read_data
-from fusedgpt.train.estimate import estimate, table
-from fusedgpt.train.monitor import Monitor
-from fusedgpt.train.precision import resolve_device
-from fusedgpt.train.run import Run, directory_of, new_run_path, open_run, versions
-from fusedgpt.train.signals import Stopped, StopSignals
-from fusedgpt.train.trainer import TrainingSummary, count_steps, train
+from fusedgpt.train.data.synthetic.collect import Bar, Task, collect, no_bar
+from fusedgpt.train.data.synthetic.grammar import choose_domain
+from fusedgpt.train.data.text.prepare import tokenise
+from fusedgpt.train.data.tokens.dataset import TokenDataset
+from fusedgpt.train.data.tokens.mixes import is_prepared, read_data
+from fusedgpt.train.loop.precision import resolve_device
+from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
+from fusedgpt.train.report.progress import Monitor
+from fusedgpt.train.run.directory import Run, directory_of, new_run_path, open_run, versions
+from fusedgpt.train.run.signals import Stopped, StopSignals
+from fusedgpt.train.tools.estimate import estimate, table
 
 GENERATION_METHODS = ("template", "ollama", "openai")
 TEST_PROMPTS = ("", "The", "Today")
@@ -237,7 +237,7 @@ def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals
 
 def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
     """The learning rate over the run, drawn into `png`. Raises ConfigError where its length is not known."""
-    from fusedgpt.train.plots import plot_schedule
+    from fusedgpt.train.report.plots import plot_schedule
 
     steps = config.train.steps
     if steps is None and not paths:

@@ -1,0 +1,378 @@
+"""What the compiler makes of every kernel, without a GPU: `fusedgpt kernels report`.
+
+The launchers themselves are called, on meta tensors, under a driver that only compiles; so what is read is
+what runs: the same block sizes, flags and specialisation of the arguments (the address of a meta tensor is
+its byte offset in its storage, so it is aligned where memory from torch is).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fusedgpt.kernels import tuning
+
+Launch = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB, one block
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_MORE_DTYPES = {**_DTYPES, "fp16": torch.float16}
+
+_TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.(\S+)")
+_MMA_TYPE = re.compile(r"kind::(\w+)|\.[fs](?:16|32)\.(\w+)")  # the type of the first factor
+_ACCESS = re.compile(r"\b(ld|st)(?:\.[\w:]+)*?\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_ASYNC_LOAD = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], *(0x[0-9a-f]+|\d+)")
+_TMA = re.compile(r"\bcp(?:\.reduce)?\.async\.bulk\.tensor\S*?\.(shared::\w+|global)\.(?:shared|global)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One kernel compiled for one architecture; `problem` is empty where it may be shipped."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    label: str  # what was launched
+    config: str  # constants, warps and stages
+    registers: int = 0  # a thread
+    stack: int = 0  # bytes a thread that did not fit the registers
+    shared: int = 0  # bytes a block
+    tensor_core: dict[str, int] = field(default_factory=dict)  # instruction and input type -> how many
+    loads: dict[str, int] = field(default_factory=dict)  # bytes an instruction, or "tma" -> how many
+    stores: dict[str, int] = field(default_factory=dict)
+    unaligned: tuple[str, ...] = ()  # pointers not known to be multiples of 16 bytes
+    problem: str = ""
+
+    def cells(self) -> dict[str, str]:
+        """Column -> text, for a table."""
+        return {
+            "kernel": self.kernel,
+            "sm": str(self.arch),
+            "dtype": self.dtype,
+            "launched": self.label,
+            "config": self.config,
+            "registers": str(self.registers),
+            "stack": str(self.stack),
+            "shared": str(self.shared),
+            "tensor cores": _counts(self.tensor_core),
+            "load bytes": _counts(self.loads),
+            "store bytes": _counts(self.stores),
+            "problem": self.problem,
+        }
+
+
+def report(
+    stems: Iterable[str] = (),
+    architectures: Iterable[int] = ARCHITECTURES,
+    *,
+    full: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """Compile the kernels of the files `stems` (all if empty) for each architecture, e.g. 90.
+
+    full adds fp16 and the less usual shapes. progress is called with what is done and the total.
+    Raises ValueError for an unknown stem or architecture, and under TRITON_INTERPRET=1.
+    """
+    stems, architectures = tuple(stems) or tuple(LAUNCHES), tuple(architectures)
+    for stem in stems:
+        if stem not in LAUNCHES:
+            raise ValueError(f"no kernel file {stem!r}; there are {', '.join(LAUNCHES)}")
+    for arch in architectures:
+        if arch not in SHARED_LIMIT:
+            raise ValueError(f"no architecture {arch}; there are {', '.join(map(str, SHARED_LIMIT))}")
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
+    dtypes = _MORE_DTYPES if full else _DTYPES
+    tasks = [(stem, arch, dtype, full) for stem in stems for arch in architectures for dtype in dtypes]
+    # Forked before this process has threads: a fresh interpreter would first import torch for seconds.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(tasks)), get_context("fork")) as pool:
+        futures = [pool.submit(compile_file, *task) for task in tasks]
+        for done, _ in enumerate(as_completed(futures)):
+            progress(done + 1, len(tasks))
+        return [row for future in futures for row in future.result()]
+
+
+def compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
+    """One row for each distinct kernel that the launches of one file start."""
+    found: list[tuple[str, str, Any]] = []  # label, kernel, CompiledKernel or Exception
+    with only_compile(arch) as compiled:
+        for label, launch in LAUNCHES[stem](_MORE_DTYPES[dtype], full):
+            try:
+                launch()
+            except Exception as error:  # a finding, as what the compiler raises is
+                compiled.append((stem, error))
+            found += [(label, *each) for each in compiled]
+            compiled.clear()
+    rows: dict[str, Row] = {}
+    for label, kernel, result in found:
+        common: dict[str, Any] = {"kernel": kernel, "arch": arch, "dtype": dtype, "label": label}
+        if isinstance(result, Exception):
+            problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
+            rows.setdefault(f"{kernel} {problem}", Row(**common, config="", problem=problem))
+        elif result.hash not in rows:
+            rows[result.hash] = _examine(result, **common)
+    return list(rows.values())
+
+
+@contextmanager
+def only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Launches within the block only compile for `arch`: (kernel, CompiledKernel or Exception) each."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_and_record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        try:
+            result = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            result = error
+        compiled.append((self.fn.__name__, result))
+
+    JITFunction.run = compile_and_record
+    driver.set_active(_CompileOnlyDriver(arch))
+    try:
+        with tuning.assume_capability((arch // 10, arch % 10)):
+            yield compiled
+    finally:
+        JITFunction.run = run
+        driver.set_active(None)  # the machine's own, found again at its next use
+
+
+class _CompileOnlyDriver:
+    """What Triton's launch code asks of a driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.arch}"  # Triton's key for its compiled kernels: shared with no real device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _examine(compiled: Any, **common: Any) -> Row:
+    """The row of a CompiledKernel."""
+    fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
+    constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
+    registers, stack = _resources(compiled)
+    loads, stores = _widths(ptx)
+    limit = SHARED_LIMIT[common["arch"]]
+    problems = []
+    if stack:
+        problems.append(f"spills {stack} bytes a thread")
+    if metadata.shared > limit * 1024:
+        problems.append(f"needs {metadata.shared / 1024:.0f} KiB of shared memory, a block has {limit}")
+    if (getattr(metadata, "tmem_size", None) or 0) > 512:
+        problems.append(f"needs {metadata.tmem_size} columns of tensor memory, a block has 512")
+    return Row(
+        **common,
+        config=" ".join([*constants, f"warps={metadata.num_warps}", f"stages={metadata.num_stages}"]),
+        registers=registers,
+        stack=stack,
+        shared=metadata.shared,
+        tensor_core=_tensor_core(ptx),
+        loads=loads,
+        stores=stores,
+        unaligned=_unaligned(compiled.src),
+        problem="; ".join(problems),
+    )
+
+
+def _resources(compiled: Any) -> tuple[int, int]:
+    """(registers, stack bytes) a thread."""
+    cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def _tensor_core(ptx: str) -> dict[str, int]:
+    """ "wgmma.mma_async bf16" -> how many, and so on."""
+    found: Counter[str] = Counter()
+    for instruction, rest in _TENSOR_CORE.findall(ptx):
+        kind = _MMA_TYPE.search(f".{rest}")
+        found[f"{instruction} {(kind[1] or kind[2]) if kind else rest}"] += 1
+    return dict(found)
+
+
+def _widths(ptx: str) -> tuple[dict[str, int], dict[str, int]]:
+    """How many loads from and stores to global memory there are of each width in bytes, widest first."""
+    counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+    for kind, vector, bits in _ACCESS.findall(ptx):
+        counts[kind][int(vector or 1) * int(bits) // 8] += 1
+    counts["ld"].update(int(size, 0) for size in _ASYNC_LOAD.findall(ptx))
+    into = Counter("st" if target == "global" else "ld" for target in _TMA.findall(ptx))
+    loads, stores = (
+        ({"tma": into[kind]} if into[kind] else {})
+        | {str(width): count for width, count in sorted(counts[kind].items(), reverse=True)}
+        for kind in ("ld", "st")
+    )
+    return loads, stores
+
+
+def _unaligned(source: Any) -> tuple[str, ...]:
+    """The pointer arguments that the compiler may not take for multiples of 16."""
+    aligned = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
+    return tuple(
+        name
+        for i, (name, kind) in enumerate(source.signature.items())
+        if isinstance(kind, str) and kind.startswith("*") and (i,) not in aligned
+    )
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in found.items())
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line of the error's first cause, and the line of the kernel where Triton points at one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] + (f" in `{lines[lines.index('^') - 1]}`" if "^" in lines[1:] else "")
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _counters() -> tuple[Tensor, Tensor]:
+    """seed, offset."""
+    return _meta(dtype=torch.int64), _meta(dtype=torch.int64)
+
+
+# One function a file of kernels. Each imports it where it is needed: one that fails hides no other.
+
+
+def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import activation
+
+    for C in (65, 1536, 3072, 6400, 16384) if full else (3072, 6400):
+        x, bias = _meta(8192, C, dtype=dtype), _meta(C)
+        yield f"C {C}", partial(activation.gelu_fwd, x)
+        yield f"C {C}", partial(activation.gelu_bwd, x, x)
+        yield f"C {C}, bias", partial(activation.bias_gelu_fwd, x, bias)
+        yield f"C {C}, bias", partial(activation.bias_gelu_bwd, x, x, bias)
+
+
+def _dropout(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import dropout
+
+    for C in (768, 65) if full else (768,):
+        x = _meta(64, C, dtype=dtype)
+        yield f"C {C}", partial(dropout.dropout_fwd, x, 0.1, *_counters())
+
+
+def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import layer_norm
+
+    for C in (65, 384, 768, 1024, 1280, 1600, 4096) if full else (768, 1600):
+        x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
+        forward = partial(layer_norm.layer_norm_fwd, x)
+        backward = partial(layer_norm.layer_norm_bwd, x)
+        saved = (x, weight, rows, rows, weight.dtype)
+        yield f"C {C}", partial(forward, None, weight, weight, 1e-5)
+        yield f"C {C}", partial(backward, None, *saved)
+        yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
+        yield f"C {C}, residual", partial(backward, x, *saved)
+        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, *_counters())
+        yield f"C {C}, residual, dropout", partial(backward, x, *saved, dtype, 0.1, *_counters())
+
+
+def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import attention
+
+    for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
+        q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
+        out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
+        state = dict(zip(("seed", "offset"), _counters(), strict=True))
+        documents = _meta(8, 1024, dtype=torch.int64)
+        features: dict[str, dict[str, Any]] = {
+            "": {},
+            ", documents": {"documents": documents},
+            ", dropout": {"dropout_p": 0.1, **state},
+            ", documents, dropout": {"documents": documents, "dropout_p": 0.1, **state},
+        }
+        for label, feature in features.items():
+            options = attention.Options(scale=0.125, **feature)
+            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, options)
+            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, options)
+
+
+def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import decode_attention
+
+    for D in (16, 40, 64, 80, 96, 128) if full else (64, 128):
+        cache, lengths = _meta(8, 1024, 2, 12, D, dtype=dtype), _meta(8, dtype=torch.int32)
+        k, v = cache.unbind(2)
+        for splits in (1, 8):
+            forward = partial(decode_attention.decode_attention_fwd, k[:, 0], k, v, lengths, 0.125, splits)
+            yield f"D {D}, {splits} splits", forward
+
+
+def _linear_cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import linear_cross_entropy
+    from fusedgpt.kernels.cpu.linear_cross_entropy import LossOptions
+
+    for V, P in ((50257, 50304), (65, 65), (256, 256)) if full else ((50257, 50304),):
+        hidden, weight = _meta(1024, 768, dtype=dtype), _meta(P, 768)
+        targets, row_scale = _meta(1024, dtype=torch.int64), _meta(1024)
+        for smoothing in (0.0, 0.1):
+            options = LossOptions(vocab_size=V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
+            for name, scale in (("losses", None), ("gradients", row_scale)):
+                label = f"V {V}, {name}, smoothing {smoothing}"
+                forward = linear_cross_entropy.linear_cross_entropy_fwd
+                yield label, partial(forward, hidden, weight, targets, scale, options)
+        backward = linear_cross_entropy.linear_cross_entropy_bwd
+        yield f"V {V}", partial(backward, _meta(P, 768), _meta(), torch.float32)
+        yield f"V {V}", partial(backward, hidden, _meta(), dtype)
+
+
+def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import adamw
+
+    state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()])  # exp_avgs, exp_avg_sqs, steps
+    scalars = (_meta(), _meta(), _meta(dtype=torch.int64))
+    param, wide = [_meta(768, 768, dtype=dtype)], [_meta(768, 768)]
+    kinds: dict[str, dict[str, Any]] = {"": {}}
+    if dtype != torch.float32:
+        kinds = {"master": {"masters": wide}, "no master": {}, "stochastic rounding": {"keys": [1]}}
+    for label, options in kinds.items():
+        for grad in (param, wide) if full else (param,):
+            batch, hyper = adamw.make_batch(param, grad, *state, **options), _meta(1, 8, dtype=torch.float64)
+            partials = _meta(adamw.PARTIALS)
+            what = f"{label}, {grad[0].dtype} gradient".lstrip(", ").replace("torch.", "")
+            yield what, partial(adamw.grad_norm, batch, hyper, partials)
+            yield what, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
+
+
+LAUNCHES: dict[str, Callable[[torch.dtype, bool], Iterator[Launch]]] = {
+    "activation": _activation,
+    "adamw": _adamw,
+    "attention": _attention,
+    "decode_attention": _decode_attention,
+    "dropout": _dropout,
+    "layer_norm": _layer_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
+}

@@ -1,0 +1,179 @@
+"""The search behind `fusedgpt kernels tune`: which tile of each attention kernel is fastest on this GPU."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton.testing
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from fusedgpt.kernels import attention, tuning
+from fusedgpt.kernels.tools.check import DTYPES
+from fusedgpt.kernels.tuning import Tile
+
+Timer = Callable[[Callable[[], object]], float]
+
+KERNELS = ("fwd", "dkdv", "dq")
+_TOKENS = 16384  # of the problem that is timed: enough to fill any card
+_WIDTH = 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search found for one kernel."""
+
+    key: str  # tuning.attention_key
+    default_ms: float  # of the whole forward or backward with the tile of the tables
+    ms: float  # the same with `tile`
+    tile: Tile
+    tried: int
+
+    def cells(self) -> dict[str, str]:
+        """Column -> text, for a table."""
+        sizes = f"{self.tile.BLOCK_M} x {self.tile.BLOCK_N}"
+        launch = f"{self.tile.num_warps} warps, {self.tile.num_stages} stages"
+        return {
+            "kernel": self.key,
+            "default ms": f"{self.default_ms:.3f}",
+            "best ms": f"{self.ms:.3f}",
+            "tile": f"{sizes}, {launch}{', descriptors' if self.tile.descriptors else ''}",
+            "tried": str(self.tried),
+        }
+
+
+def candidates(device: torch.device) -> list[Tile]:
+    """Every tile worth a try on this device."""
+    described = (True, False) if tuning.capability(device)[0] in (9, 10) else (False,)
+    return [
+        Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
+        for descriptors, M, N, warps, stages in itertools.product(
+            described, (128, 64), (128, 64), (8, 4), (3, 2, 4)
+        )
+    ]
+
+
+def tune(
+    head_sizes: Iterable[int],
+    dtype: str,
+    feature: str,
+    minutes: float,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Choice], Path]:
+    """`search` on this machine's GPU for each head size; what it found and the file that now holds it.
+
+    Raises ValueError where there is no GPU, and for a dtype, feature or head size that is none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("kernels tune measures on a CUDA GPU, and this machine has none that torch can use")
+    head_sizes = tuple(head_sizes)
+    for name, value, known in (
+        ("dtype", dtype, tuple(DTYPES)),
+        ("feature", feature, tuning.FEATURES),
+        *(("head size", size, range(1, 129)) for size in head_sizes),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: expected {_listed(known)}")
+    device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
+    path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
+    total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    found: list[Choice] = []
+    for head_size in head_sizes:
+        new = search(
+            device, head_size=head_size, dtype=DTYPES[dtype], feature=feature, deadline=deadline, step=step
+        )
+        tuning.save_tiles(path, gpu, {choice.key: choice.tile for choice in new})
+        found += new
+    return found, path
+
+
+def _listed(known: Collection[object]) -> str:
+    return "1 to 128" if isinstance(known, range) else ", ".join(map(str, known))
+
+
+def search(
+    device: torch.device,
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    feature: str = "plain",
+    T: int = 1024,
+    tiles: Iterable[Tile] | None = None,
+    timer: Timer = triton.testing.do_bench,
+    deadline: float = float("inf"),
+    step: Callable[[], None] = lambda: None,
+) -> list[Choice]:
+    """The fastest tile of each kernel at (B, T, H, head_size), chosen one after the other.
+
+    A tile counts only if its result agrees with that of the default tile. deadline: of time.monotonic(), in
+    seconds; kernels not begun by then are left out. step is called after each tile. timer: milliseconds.
+    """
+    forward, backward, q = _problem(device, head_size, dtype, feature, T)
+    found: list[Choice] = []
+    for kernel in KERNELS:
+        if time.monotonic() > deadline:
+            break
+        run = forward if kernel == "fwd" else backward
+        key = tuning.attention_key(kernel, q, feature)
+        default = tuning.default_attention(kernel, q, feature, describable=True)
+        expected, default_ms = run(), timer(run)
+        best, best_ms, tried = default, default_ms, 1
+        for tile in candidates(device) if tiles is None else tiles:
+            if tile == default or time.monotonic() > deadline:
+                continue
+            with tuning.override(key, tile):
+                ms = _time(run, expected, timer)
+            tried += 1
+            step()
+            if ms < best_ms:
+                best, best_ms = tile, ms
+        found.append(Choice(key=key, default_ms=default_ms, ms=best_ms, tile=best, tried=tried))
+    return found
+
+
+def _problem(
+    device: torch.device, head_size: int, dtype: torch.dtype, feature: str, T: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor]:
+    """(forward, backward, q) at about GPT-2's width."""
+    B, H = max(1, _TOKENS // T), max(1, _WIDTH // head_size)
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(B, T, 3, H, head_size, device=device, generator=generator).to(dtype)
+    q, k, v = qkv.unbind(2)
+    seed, offset = torch.zeros(2, dtype=torch.int64, device=device)
+    documents = (torch.arange(T, device=device) * 4 // T).expand(B, T) if feature == "documents" else None
+    options = attention.Options(
+        scale=head_size**-0.5,
+        dropout_p=0.1 if feature == "dropout" else 0.0,
+        seed=seed,
+        offset=offset,
+        documents=documents,
+    )
+    out, lse = attention.attention_fwd(q, k, v, options)
+    return (
+        lambda: attention.attention_fwd(q, k, v, options)[0],
+        lambda: attention.attention_bwd(out, q, k, v, out, lse, options),
+        q,
+    )
+
+
+def _time(run: Callable[[], Tensor], expected: Tensor, timer: Timer) -> float:
+    """Milliseconds; infinite where the tile does not compile, does not fit or computes something else."""
+    try:
+        error = (run().float() - expected.float()).norm() / expected.float().norm()
+        # Two orders of adding differ by rounding; a wrong tile is off by its share of the matrix.
+        return timer(run) if error < 4 * torch.finfo(expected.dtype).eps else float("inf")
+    except (OutOfResources, CompilationError, PTXASError):
+        return float("inf")

@@ -1,0 +1,158 @@
+"""scripts/gpu_check: parts that fail, hang or leave children behind, the time in all, and no GPU at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_runner")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that is only waited for does not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_failure_stops_nothing_and_decides_the_exit_code(
+    runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = runner.Part(name="good", share=1, commands=[python("print('3 passed')")])
+    bad = runner.Part(name="bad", share=1, commands=[python("print('on it'); raise SystemExit('2 failed')")])
+    none = runner.Part(name="none", share=1, commands=[])
+    assert runner.run_parts([bad, none, good], tmp_path, 20) == 1
+    assert [(row["part"], row["verdict"]) for row in rows(tmp_path)] == [
+        ("bad", "FAIL"),
+        ("none", "skip"),
+        ("good", "pass"),
+    ]
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert capsys.readouterr().out.splitlines()[-3:] == summary
+    assert [line.split()[-2:] for line in summary] == [["2", "failed"], ["run", "here"], ["3", "passed"]]
+    log = (tmp_path / "log.txt").read_text()
+    assert "=== bad, exit code 1" in log
+    assert "on it\n2 failed\n" in log
+    assert runner.run_parts([none, good], tmp_path, 20) == 0
+
+
+def test_a_part_that_overruns_is_killed_with_its_children_and_the_rest_runs(
+    runner: ModuleType, tmp_path: Path
+) -> None:
+    """It ignores SIGINT, as a process that waits for a hung GPU does."""
+    pids = tmp_path / "pids"
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    hang = f"""
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+print('{{"figure": 1}}', flush=True)
+time.sleep(60)
+"""
+    parts = [
+        runner.Part(name="hangs", share=1, commands=[python(hang)]),
+        runner.Part(name="after", share=2, commands=[python("print('fine')")]),
+    ]
+    start = time.monotonic()
+    assert runner.run_parts(parts, tmp_path, 6) == 1
+    assert time.monotonic() - start < 6
+    assert [row.get("verdict") for row in rows(tmp_path)] == [None, "TIMEOUT", "pass"]
+    assert rows(tmp_path)[0] == {"part": "hangs", "figure": 1}
+    assert not any(alive(int(pid)) for pid in pids.read_text().split())
+
+
+def test_what_a_command_leaves_running_ends_with_it(runner: ModuleType, tmp_path: Path) -> None:
+    leaves = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"
+    part = runner.Part(name="leaves", share=1, commands=[python(leaves)])
+    outcome = runner.run_part(part, tmp_path, 10)
+    assert outcome["verdict"] == "pass"
+    time.sleep(0.1)
+    assert not alive(int(outcome["line"]))
+
+
+def test_an_interrupted_command_may_still_write_what_it_has(runner: ModuleType, tmp_path: Path) -> None:
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 of 9 done')"
+    part = runner.Part(name="slow", share=1, commands=[python(code)])
+    outcome = runner.run_part(part, tmp_path, 2)
+    assert outcome == {
+        "part": "slow",
+        "verdict": "TIMEOUT",
+        "seconds": outcome["seconds"],
+        "line": "1 of 9 done",
+    }
+
+
+def test_commands_of_a_part_run_at_once_and_keep_their_rows(runner: ModuleType, tmp_path: Path) -> None:
+    """Each waits until the other has begun; the one after them finds their rows already written."""
+    meet = """
+import json, pathlib, sys, time
+here, there = (pathlib.Path(sys.argv[1]) / name for name in sys.argv[2:])
+here.touch()
+while not there.exists(): time.sleep(0.01)
+print(json.dumps([{"op": here.name, "dtype": "fp32", "shape": "", "direction": "", "output": "", "error": 1.0,
+                   "limit": None, "exception": "boom", "ok": here.name == "a"}]))
+"""
+    look = "import os; print('results', open(os.environ['GPU_CHECK_RESULTS']).read().count('dtype'))"
+    pair = [[*python(meet), str(tmp_path), *names] for names in (("a", "b"), ("b", "a"))]
+    parts = [
+        runner.Part(name="check", share=1, commands=pair, jobs=2, keeps_rows=True),
+        runner.Part(name="look", share=1, commands=[python(look)]),
+    ]
+    runner.run_parts(parts, tmp_path, 20)
+    assert {row["op"] for row in json.loads((tmp_path / "check.json").read_text())} == {"a", "b"}
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert summary[0].endswith("1 of 2 findings ok; 2 of 2 commands passed")
+    assert summary[1].endswith("results 2")
+    assert "FAIL boom" in (tmp_path / "log.txt").read_text()
+
+
+def test_commands_that_never_began_are_no_pass(runner: ModuleType, tmp_path: Path) -> None:
+    part = runner.Part(name="check", share=1, commands=[python("print('begun')")])
+    outcome = runner.run_part(part, tmp_path, 0.0)
+    assert (outcome["verdict"], outcome["line"]) == ("TIMEOUT", "no time left")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    script = [ROOT / "scripts" / "gpu_check", "--out", tmp_path / "out", "--minutes", "1"]
+    done = subprocess.run(
+        script, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}, cwd="/"
+    )
+    assert done.returncode == 2
+    assert done.stderr == "gpu_check: no CUDA GPU; --parts here: environment, check\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_environment_part_runs_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", tmp_path, "--minutes", "0.5"]
+    done = subprocess.run([*command, "--parts", "environment"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, doctor = sorted(
+        json.loads((tmp_path / "environment.json").read_text()), key=lambda row: "ops" in row
+    )
+    assert first["torch"] == torch.__version__
+    assert "attention" in doctor["ops"]

@@ -1,0 +1,308 @@
+"""The report's page, its comparisons and what is committed, on made-up results; nothing is measured here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+Row = dict[str, Any]
+STAMP = {
+    "device": "NVIDIA H200",
+    "driver": "580.1",
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "commit": "0123456789abcdef",
+    "clock_mhz": 1830,
+    "temperature_c": 61,
+    "time": "2026-11-23T10:00:00Z",
+}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def record(load: Any) -> ModuleType:
+    module: ModuleType = load("record")
+    return module
+
+
+@pytest.fixture
+def report(load: Any) -> ModuleType:
+    module: ModuleType = load("report")
+    return module
+
+
+def step(contender: str, ms: float, *, B: int = 16, T: int = 1024, name: str = "step", **more: Any) -> Row:
+    shares = [f"mfu_{count}_{of}" for count in ("palm", "causal") for of in ("measured", "datasheet")]
+    row = {"suite": "train", "name": name, "shape": f"gpt2 {B} x {T}", "dtype": "bf16", "preset": "gpt2"}
+    row |= {"contender": contender, "batch_size": B, "length": T, "ms": ms, "spread": 0.01, "gap": 1.9}
+    row |= {"runs_ms": [ms, 1.005 * ms], "rate": 1e3 * B * T / ms, "peak_mb": 9000.0, "first_step_s": 9.5}
+    return {**STAMP, **row, **dict.fromkeys(shares, 0.5), **more}
+
+
+def kernel(op: str, contender: str, ms: float, *, flops: float = 1e10, bytes_: float = 1e8) -> Row:
+    row = {"suite": "kernels", "name": op, "shape": "(65536, 768)", "dtype": "bf16", "contender": contender}
+    row |= {"ms": ms, "spread": 0.02, "flops": flops, "bytes": bytes_, "floor_ms": ms / 2, "gap": 2.0}
+    return {**STAMP, **row, "rate": bytes_ / ms * 1e-6, "unit": "GB/s", "peak_mb": 500.0}
+
+
+def ceiling(tflops: float) -> Row:
+    return {**STAMP, "suite": "ceilings", "dtype": "bf16", "tflops": tflops, "gbps": 4100.0}
+
+
+def made_up() -> list[Row]:
+    """A whole run on a GPU."""
+    contenders = {"ours": 29.0, "plain-cudnn": 38.0, "plain-fa2": 41.0, "peer": 47.0, "peer-cudnn": 42.0}
+    rows = [ceiling(790.0), *(step(name, ms) for name, ms in contenders.items())]
+    for B, T in ((4, 1024), (64, 1024), (64, 256), (4, 4096)):
+        rows += [step(name, contenders[name] * B * T / 16384, B=B, T=T) for name in ("ours", "plain-cudnn")]
+    undone = {"attention": 8.0, "linear_cross_entropy": 5.1, "dropout_add_layer_norm": 2.2, "adamw": -0.1}
+    rows.append(step("ours", 29.0, name="ablation"))
+    rows += [step(f"ours-without-{op}", 29.0 + more, name="ablation") for op, more in undone.items()]
+    for op in ("layer_norm both", "layer_norm forward", "dropout_add_layer_norm both", "adamw step"):
+        rows += [kernel(op, "ours", 0.1), kernel(op, "eager", 0.4), kernel(op, "compiled", 0.13)]
+    rows += [
+        kernel("attention both", name, ms, flops=1e12, bytes_=8e8)
+        for name, ms in (("ours", 2.0), ("sdpa_cudnn", 2.1))
+    ]
+    rows.append({**kernel("save checkpoint", "ours", 900.0), "suite": "everyday", "shape": "gpt2"})
+    job = {**kernel("shakespeare", "peer", 61_000.0), "suite": "jobs", "shape": "5000 steps"}
+    rows.append({**job, "val_loss": 1.4712, "goal": 1.48, "goal_ms": 52_100.0})
+    saved = {**kernel("selective", "ours", 31.0), "suite": "memory", "shape": "gpt2 16 x 512"}
+    rows.append({**saved, "peak_mb": 8000.0, "predicted_mb": 7780.0, "predicted_ms": 30.5})
+    return [*rows, ceiling(785.0)]
+
+
+class Reader(HTMLParser):
+    """Fails for tags that are not closed; keeps what the page asks for from outside and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link", "rect", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in ("rect", "line", "circle", "polyline") or self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_page_holds_every_figure_and_needs_no_other_file(report: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path / "results.jsonl", made_up())
+    assert report.render(tmp_path) == 0
+    html, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    reader = Reader()
+    reader.feed(html)
+    assert reader.open == []
+    assert reader.links == []
+    assert "url(" not in html
+    assert "@import" not in html
+    assert html.count("<svg") == 7  # speed-ups and memory, two scalings, waterfall, kernels, roofline
+    for wanted in (
+        "NVIDIA H200",
+        "580.1",
+        "2.11.0",
+        "0123456789",
+        "790 TFLOP/s",
+        "564,966",
+        "1.48: 52.1 s",
+        "97.2%",
+        "1.31x",
+        "50.0%",
+    ):
+        assert wanted in reader.text, wanted
+        assert wanted in markdown, wanted
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_no_label_or_legend_leaves_its_picture(report: ModuleType, load: Any) -> None:
+    """By the width that charts.py takes for a character; a browser has the last word."""
+    charts = load("charts")
+    for section in load("page").sections(made_up()):
+        for chart in section.charts:
+            svg = chart.svg()
+            height = float(re.search(r'viewBox="0 0 \d+ (\d+)"', svg)[1])  # type: ignore[index]
+            for x, y, anchor, said in re.findall(
+                r'<text x="([\d.-]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)', svg
+            ):
+                width = len(said) * charts.CHARACTER
+                left = float(x) - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+                assert left >= -1, said
+                assert left + width <= charts.WIDTH + 1, said
+                assert float(y) <= height, said
+
+
+def test_a_fault_has_no_speed_and_fails(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault = {**STAMP, "suite": "train", "name": "step", "shape": "gpt2 4 x 64", "contender": "ours"}
+    write(tmp_path / "results.jsonl", [*made_up(), {**fault, "fault": "no speed: losses 9.1, of plain 10.9"}])
+    assert report.render(tmp_path) == 1
+    assert "NO SPEED step gpt2 4 x 64 ours: no speed: losses 9.1, of plain 10.9" in capsys.readouterr().out
+    assert "losses 9.1, of plain 10.9" in (tmp_path / "report.html").read_text()
+    assert "gpt2 4 x 64 bf16" not in (tmp_path / "report.md").read_text()
+
+
+def test_two_runs_agree_within_the_noise_or_the_report_says_so(
+    record: ModuleType, report: ModuleType
+) -> None:
+    steady, loose = step("ours", 29.0), step("ours", 29.0, runs_ms=[28.0, 30.0])
+    assert record.agrees(steady)
+    assert not record.agrees(loose)
+    assert record.agrees({**loose, "spread": 0.08})
+    assert record.agrees({"ms": 5.0, "spread": None, "runs_ms": [4.6, 5.4]})  # measured once a run: 20%
+    assert not record.agrees({"ms": 5.0, "spread": None, "runs_ms": [4.0, 6.0]})
+    words = report.page.markdown(report.page.sections([ceiling(790.0), steady, loose, ceiling(700.0)]))
+    assert "0 of 1 measurements taken twice agree" in words
+    assert "| step gpt2 16 x 1024 bf16 ours | 28 ms, 30 ms | 6.9% | 3.0% |" in words
+    assert "| bf16 ceiling, start and end of the run | 790, 700 TFLOP/s | 11.4% | 3.0% |" in words
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"), [(29.8, "same"), (31.0, "slower"), (27.0, "faster"), (29.0, "same")]
+)
+def test_a_change_counts_beyond_the_noise(record: ModuleType, now: float, verdict: str) -> None:
+    (change,) = record.compare([step("ours", 29.0)], [step("ours", now)])
+    assert change.verdict == verdict
+    (noisy,) = record.compare([step("ours", 29.0, spread=0.2)], [step("ours", now)])
+    assert noisy.verdict == "same"
+
+
+def test_compare_marks_regressions_and_fails(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = write(tmp_path / "old.jsonl", made_up())
+    changed = {"ours": 1.5, "peer": 1.4}
+    for row in (now := made_up()):
+        row["ms"] = changed.get(row.get("contender", ""), 1.0) * row.get("ms", 0.0)
+        row.pop("runs_ms", None)
+    write(tmp_path / "results.jsonl", now)
+    assert report.render(tmp_path, old) == 1
+    said = capsys.readouterr().out
+    assert "REGRESSION train step gpt2 16 x 1024 bf16 ours: +50.0%" in said
+    assert "peer" not in said  # slower too, but no regression of ours
+    assert "REGRESSION" in (tmp_path / "report.html").read_text()
+    assert report.render(tmp_path, tmp_path / "results.jsonl") == 0
+    other = write(tmp_path / "other.jsonl", [{**row, "device": "NVIDIA A100"} for row in made_up()])
+    assert report.render(tmp_path, other) == 2
+
+
+def test_history_grows_with_the_committed_runs(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "nvidia-h200").mkdir()
+    older = [{**row, "time": "2026-10-01T10:00:00Z", "commit": "fedcba9876"} for row in made_up()]
+    write(tmp_path / "nvidia-h200" / "2026-10-01.jsonl", older)
+    assert len(report.history(made_up())) == 1
+    assert report.history(older) == []
+    text = report.page.markdown(report.page.sections(made_up(), history=report.history(made_up())))
+    assert "2026-10-01 fedcba9" in text
+
+
+def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(
+    report: ModuleType, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, lines = load("train"), []
+    jobs = load("jobs")
+    for part in report.parts(gpu=True, peer=ROOT, text=ROOT / "README.md"):
+        lines += [command for command in part.commands if command[1] == "benchmarks/train.py"]
+        for command in part.commands if part.name == "jobs" else ():
+            monkeypatch.setattr("sys.argv", command[1:])
+            assert jobs.parse().peer == ROOT
+    assert len(lines) == 8
+    for line in lines:
+        monkeypatch.setattr("sys.argv", [*line[1:], "--device", "cuda"])
+        assert train.parse().contenders[0] == "ours"
+
+
+def test_one_fused_op_can_be_undone(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = load("fusedgpt.kernels.ops")
+    monkeypatch.setattr(ops, "backend", lambda op, device, dtype: f"triton {op}")
+    load("contenders").undo("gelu")
+    found = {op: ops.backend(op, torch.device("cpu"), torch.float32) for op in ("gelu", "bias_gelu")}
+    assert found == {"gelu": "reference", "bias_gelu": "triton bias_gelu"}
+
+
+def test_results_are_kept_as_they_come_and_a_cut_is_no_failure(load: Any, tmp_path: Path) -> None:
+    runner = load("gpu_runner")
+    results = tmp_path / "results.jsonl"
+    slow = f"""
+import json, time
+print(json.dumps({{"suite": "train", "ms": 1.0}}), flush=True)
+while '"ms"' not in open({str(results)!r}).read(): time.sleep(0.01)
+print(json.dumps({{"suite": "train", "ms": 2.0}}), flush=True)
+time.sleep(60)
+"""
+    results.touch()
+    parts = {
+        "cut": ([sys.executable, "-c", slow], "cut", "2 figures"),
+        "empty": ([sys.executable, "-c", "import time; time.sleep(60)"], "TIMEOUT", "KeyboardInterrupt"),
+        "wrong": (
+            [sys.executable, "-c", 'print(\'{"suite": "train", "fault": "x"}\'); exit(1)'],
+            "FAIL",
+            "0 figures",
+        ),
+    }
+    for name, (command, verdict, line) in parts.items():
+        part = runner.Part(name=name, share=1, commands=[command], may_be_cut=True)
+        row = runner.run_part(part, tmp_path, 3.0)
+        assert row["verdict"] == verdict
+        assert line in row["line"]
+    assert [row["part"] for row in map(json.loads, results.read_text().splitlines())] == [
+        "cut",
+        "cut",
+        "wrong",
+    ]
+
+
+def test_what_was_cut_short_is_left_out(record: ModuleType, tmp_path: Path) -> None:
+    file = write(tmp_path / "results.jsonl", [step("ours", 29.0), {"part": "train", "verdict": "pass"}])
+    file.write_text(file.read_text() + '{"suite": "train", "na')
+    assert [row["contender"] for row in record.read(file)] == ["ours"]
+
+
+def test_the_documents_show_the_newest_committed_results(report: ModuleType) -> None:
+    """If this fails: python benchmarks/report.py --docs"""
+    for path, block in report.blocks().items():
+        text = path.read_text()
+        assert report.with_block(text, block) == text, path.name
+
+
+def test_committed_results_are_stamped_and_lie_in_their_device_s_folder(
+    record: ModuleType, report: ModuleType
+) -> None:
+    for file in report.RESULTS.rglob("*.jsonl"):
+        rows = record.read(file)
+        assert rows
+        for row in rows:
+            assert {"device", "driver", "torch", "commit", "time"} <= set(row)
+            assert report.slug(row["device"]) == file.parent.name

@@ -1,0 +1,58 @@
+"""The process settings, each tried in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from fusedgpt.kernels.cpu.process import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(20):
+    torch.ones(8 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(8 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(code: str, *arguments: str, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    """Ten tensors of 32 MiB: without the setting each touches 8,192 fresh pages, fewer if huge."""
+    assert int(run(PAGE_FAULTS, "keep")) < 100
+    assert int(run(PAGE_FAULTS, "plain")) > 100
+
+
+@pytest.mark.parametrize(
+    ("environment", "spin_count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_spinning_is_short_unless_the_user_says_otherwise(
+    environment: dict[str, str], spin_count: str
+) -> None:
+    code = (
+        "import os, sys\n"
+        "from fusedgpt.kernels.cpu.process import spin_briefly\n"
+        "spin_briefly(1000)\n"
+        "assert 'torch' not in sys.modules\n"  # libgomp reads its settings when torch loads it
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    assert run(code, **environment) == spin_count

@@ -1,0 +1,139 @@
+"""Tiles: the tables, the file of measured ones, and the search that writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedgpt.kernels import tuning
+from fusedgpt.kernels.tools import tune
+from fusedgpt.kernels.tuning import Tile
+
+Q = torch.empty(1, 4, 2, 64, dtype=torch.bfloat16)
+SMALL = Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)])
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("D", [16, 64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_gpu_has_a_tile(capability: tuple[int, int], kernel: str, D: int, dtype: torch.dtype) -> None:
+    q = torch.empty(1, 4, 2, D, dtype=dtype)
+    with tuning.assume_capability(capability):
+        for feature in ("plain", "documents", "dropout"):
+            for describable in (False, True):
+                tile = tuning.attention(kernel, q, feature=feature, describable=describable)
+                may_describe = describable and capability[0] in (9, 10) and dtype == torch.bfloat16
+                assert tile.descriptors == may_describe
+
+
+def test_hopper_takes_larger_tiles_than_the_default() -> None:
+    with tuning.assume_capability((9, 0)):
+        hopper = tuning.attention("dkdv", Q, describable=True)
+    with tuning.assume_capability((8, 9)):
+        default = tuning.attention("dkdv", Q, describable=True)
+    assert hopper.BLOCK_N > default.BLOCK_N
+
+
+@pytest.fixture
+def tuning_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "deep" / "tuning.json"
+    monkeypatch.setenv("FUSEDGPT_TUNING", str(path))
+    return path
+
+
+def test_saved_tiles_come_back_and_add_up(tuning_file: Path) -> None:
+    other = Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2, descriptors=True)
+    assert tuning.load_tiles(tuning.tuning_path(), "A") == {}
+    tuning.save_tiles(tuning.tuning_path(), "A", {"one": SMALL})
+    tuning.save_tiles(tuning.tuning_path(), "A", {"two": other})
+    tuning.save_tiles(tuning.tuning_path(), "B", {"one": other})
+    assert tuning.load_tiles(tuning_file, "A") == {"one": SMALL, "two": other}
+    assert tuning.load_tiles(tuning_file, "B") == {"one": other}
+    assert list(tuning_file.parent.iterdir()) == [tuning_file]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        '{"A": {"one": {"BLOCK_M": 64}}}',
+        '{"A": {"one": {"BLOCK_M": 96, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
+        '{"A": {"one": {"BLOCK_M": 64, "BLOCK_N": 8, "num_warps": 4, "num_stages": 1}}}',
+        '{"A": {"one": {"BLOCK_M": "64", "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
+    ],
+)
+def test_a_bad_tuning_file_is_named_with_its_remedy(content: str, tuning_file: Path) -> None:
+    tuning_file.parent.mkdir()
+    tuning_file.write_text(content)
+    tuning.load_tiles.cache_clear()
+    with pytest.raises(ValueError, match=r"tuning\.json is no tuning file .* delete it"):
+        tuning.load_tiles(tuning_file, "A")
+
+
+def test_a_measured_tile_goes_before_the_tables() -> None:
+    key = tuning.attention_key("fwd", Q, "plain")
+    assert key == "attention_fwd bf16 64 plain"
+    with tuning.override(key, SMALL):
+        assert tuning.attention("fwd", Q) == SMALL
+    assert tuning.attention("fwd", Q) != SMALL
+    described = Tile(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, descriptors=True)
+    with tuning.override(key, described):  # but not where descriptors cannot address the tensors
+        assert tuning.attention("fwd", Q, describable=False) != described
+
+
+def test_the_search_takes_the_fastest_tile_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, with a clock that calls BLOCK_M 16 fast; the wrong tile is faster still and is refused."""
+    monkeypatch.setattr(tune, "_TOKENS", 70)
+    monkeypatch.setattr(tune, "_WIDTH", 16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = Tile(BLOCK_M=32, BLOCK_N=64, num_warps=1, num_stages=1)
+    current: list[Tile] = []
+    attention = tuning.attention
+
+    def recording(kernel: str, q: torch.Tensor, **options: bool) -> Tile:
+        current[:] = [attention(kernel, q, **options)]
+        return current[0]
+
+    def timer(run: object) -> float:
+        run()  # type: ignore[operator]
+        return {SMALL: 1.0, wrong: 0.5}.get(current[0], 2.0)
+
+    forward = tune.attention.attention_fwd
+
+    def sabotaged(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = forward(*args)
+        return (out * 1.5 if current[0] == wrong else out), lse
+
+    monkeypatch.setattr(tuning, "attention", recording)
+    monkeypatch.setattr(tune.attention, "attention_fwd", sabotaged)
+    found = tune.search(device, head_size=16, dtype=torch.float32, T=70, tiles=[wrong, SMALL], timer=timer)
+    assert [choice.key for choice in found] == [
+        f"attention_{kernel} fp32 16 plain" for kernel in tune.KERNELS
+    ]
+    assert found[0].tile == SMALL
+    assert (found[0].ms, found[0].default_ms, found[0].tried) == (1.0, 2.0, 3)
+
+
+def test_the_search_stops_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_TOKENS", 8)
+    monkeypatch.setattr(tune, "_WIDTH", 16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert tune.search(device, head_size=16, dtype=torch.float32, T=8, tiles=[], deadline=0.0) == []
+
+
+def test_candidates_use_descriptors_where_there_are_some() -> None:
+    for capability, expected in (((8, 0), {False}), ((9, 0), {True, False})):
+        with tuning.assume_capability(capability):
+            tiles = tune.candidates(torch.device("cpu"))
+        assert {tile.descriptors for tile in tiles} == expected
+        assert len(set(tiles)) == len(tiles)
+
+
+def test_the_file_is_plain_json(tuning_file: Path) -> None:
+    tuning.save_tiles(tuning_file, "NVIDIA H200", {"attention_fwd bf16 64 plain": SMALL})
+    assert json.loads(tuning_file.read_text())["NVIDIA H200"]["attention_fwd bf16 64 plain"]["BLOCK_M"] == 16

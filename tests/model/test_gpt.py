@@ -1,0 +1,438 @@
+"""The model: shapes, initialisation, causality, dropout, cache, precision, parameter counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from pydantic import ValidationError
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+from fusedgpt.kernels import ops
+from fusedgpt.kernels.cpu.linear import HAS_ONEDNN
+from fusedgpt.model.config import PRESETS, GPTConfig
+from fusedgpt.model.generate import generate
+from fusedgpt.model.gpt import GPT, DropoutState, KVCache
+
+IDS = torch.arange(24).view(2, 12)
+THREE_LAYERS = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=3, n_embd=24, dropout=0.1)
+TWO_LAYERS = THREE_LAYERS.model_copy(update={"n_layer": 2})
+ONE_LAYER = THREE_LAYERS.model_copy(update={"n_layer": 1})  # Triton's interpreter takes a second a block
+# inductor's graphs without its code generation, which takes a minute on a CPU
+INDUCTOR_GRAPHS = aot_autograd(
+    fw_compiler=nop,
+    bw_compiler=nop,
+    partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+    keep_inference_input_mutations=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def test_presets_have_the_published_parameter_counts() -> None:
+    assert PRESETS["gpt2"].parameter_counts()[0] == 124_439_808
+    assert PRESETS["gpt2-medium"].parameter_counts()[0] == 354_823_168
+    assert PRESETS["gpt2-large"].parameter_counts()[0] == 774_030_080
+    assert PRESETS["gpt2-xl"].parameter_counts()[0] == 1_557_611_200
+    assert {name: (c.n_embd, c.n_layer, c.n_head, c.block_size) for name, c in PRESETS.items()}.items() >= {
+        "12M": (384, 6, 6, 512),
+        "33M": (512, 8, 8, 512),
+        "117M": (768, 12, 12, 512),
+    }.items()
+
+
+def test_parameter_counts_are_those_of_the_model(tiny_gpt: GPT) -> None:
+    config = tiny_gpt.config
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    sizes = {name: p.numel() for name, p in tiny_gpt.named_parameters()}
+    total, without_embeddings = config.parameter_counts()
+    assert total == sum(sizes.values()) - padding
+    assert without_embeddings == total + padding - sizes["wte.weight"] - sizes["wpe.weight"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_head": 5}, {"n_layer": 0}, {"vocab_size": 0}, {"dropout": 1.0}, {"n_embed": 24}]
+)
+def test_impossible_configs_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        GPTConfig.model_validate({"n_embd": 24, "n_head": 3, **change})
+
+
+def test_vocabulary_is_padded_to_a_multiple_of_128() -> None:
+    assert [GPTConfig(vocab_size=v).padded_vocab_size for v in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+
+
+def test_initialisation_is_gpt2s() -> None:
+    gpt = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=8, n_head=4, n_embd=128))
+    std = {name: p.std().item() for name, p in gpt.named_parameters() if p.ndim == 2}
+    for name, value in std.items():
+        expected = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+        if name == "wte.weight":
+            value = gpt.wte.weight[:1000].std().item()
+        assert value == pytest.approx(expected, rel=0.03), name
+    assert gpt.wte.weight[1000:].abs().max() == 0
+    for name, p in gpt.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+
+
+def test_same_seed_same_weights(tiny_config: GPTConfig) -> None:
+    first, again, other = (GPT(tiny_config, seed=s).wte.weight for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_forward_gives_logits_or_loss(tiny_gpt: GPT) -> None:
+    logits = tiny_gpt(IDS)
+    assert logits.shape == (2, 12, 61)
+    targets = IDS.roll(-1, dims=1)
+    targets[0, :5] = -100
+    expected = torch.nn.functional.cross_entropy(logits.view(-1, 61), targets.view(-1), reduction="none")
+    torch.testing.assert_close(tiny_gpt(IDS, targets, reduction="none"), expected)
+    torch.testing.assert_close(tiny_gpt(IDS, targets), expected.sum() / 19)
+
+
+def test_loss_of_a_fresh_model_is_that_of_a_guess(tiny_gpt: GPT) -> None:
+    assert tiny_gpt(IDS, IDS.flip(1)).item() == pytest.approx(math.log(61), abs=0.1)
+
+
+def test_no_token_sees_a_later_one(tiny_gpt: GPT) -> None:
+    changed = IDS.clone()
+    changed[:, 7] = 60
+    before, after = tiny_gpt(IDS), tiny_gpt(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_documents_do_not_see_each_other(tiny_gpt: GPT) -> None:
+    documents = (torch.arange(12) >= 5).long().expand(2, 12)
+    changed = IDS.clone()
+    changed[:, :5] = 60
+    apart, apart_changed = tiny_gpt(IDS, documents=documents), tiny_gpt(changed, documents=documents)
+    assert torch.equal(apart[:, 5:], apart_changed[:, 5:])
+    assert not torch.allclose(tiny_gpt(IDS)[:, 5:], tiny_gpt(changed)[:, 5:])
+
+
+def test_cache_gives_the_logits_of_the_whole_text(tiny_gpt: GPT) -> None:
+    whole = tiny_gpt(IDS)
+    cache = KVCache(tiny_gpt.config, 2, dtype=torch.float32, device=IDS.device)
+    for rows in cache.k + cache.v:  # memory that nobody has written
+        rows.fill_(float("nan"))
+    steps = [tiny_gpt.hidden(IDS[:, :4], cache=cache)]
+    steps += [tiny_gpt.hidden(IDS[:, t : t + 1], cache=cache) for t in range(4, 12)]
+    torch.testing.assert_close(tiny_gpt.logits(torch.cat(steps, dim=1)), whole)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
+def test_a_model_for_sampling_is_the_same_model(tiny_gpt: GPT) -> None:
+    plain = {name: value.clone() for name, value in tiny_gpt.state_dict().items()}
+    logits = tiny_gpt.eval()(IDS)
+    assert tiny_gpt.train().for_sampling() is tiny_gpt
+    for name, value in tiny_gpt.state_dict().items():
+        assert torch.equal(value, plain[name])
+        matrix = value.ndim == 2 and name != "wpe.weight"
+        assert not matrix or value.T.is_contiguous()
+    assert not any(p.requires_grad for p in tiny_gpt.parameters())
+    torch.testing.assert_close(tiny_gpt(IDS), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_drawn_once_and_by_the_seed_alone(tiny_config: GPTConfig) -> None:
+    before = torch.get_rng_state()
+    drawn = GPT(tiny_config, seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # nn.Linear and nn.Embedding draw from it
+    again = GPT(tiny_config, seed=5).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in drawn.items())
+    assert not torch.equal(GPT(tiny_config, seed=6).wpe.weight, drawn["wpe.weight"])
+
+
+def test_too_long_a_context_is_refused(tiny_gpt: GPT) -> None:
+    with pytest.raises(ValueError, match="17 tokens, but block_size is 16"):
+        tiny_gpt(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_dropout_draws_anew_each_step_and_the_same_for_a_seed(tiny_gpt: GPT) -> None:
+    tiny_gpt.train()
+    losses = [tiny_gpt(IDS, IDS).item() for _ in range(4)]
+    assert len(set(losses)) == 4
+    tiny_gpt.seed_dropout(1, step=2)
+    assert [tiny_gpt(IDS, IDS).item() for _ in range(2)] == losses[2:]
+    tiny_gpt.seed_dropout(2, step=2)
+    assert tiny_gpt(IDS, IDS).item() != losses[2]
+    tiny_gpt.eval()
+    assert tiny_gpt(IDS, IDS).item() == tiny_gpt(IDS, IDS).item()
+
+
+def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Site s takes seed + s at the step's counters, 16 bytes apart: Triton compiles one kernel for all."""
+    asked = []
+    original = DropoutState.at
+
+    def spy(state: DropoutState, site: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+        asked.append(original(state, site))
+        return asked[-1]
+
+    monkeypatch.setattr(DropoutState, "at", spy)
+    tiny_gpt.seed_dropout(70, step=4)
+    tiny_gpt.train()(IDS)
+    assert [int(seed) for _, seed, _ in asked] == list(range(70, 77))  # embedding, 3 in each of 2 layers
+    assert {int(offset) for _, _, offset in asked} == {5 << 40}
+    assert {p for p, _, _ in asked} == {0.1}
+    assert len({seed.data_ptr() % 16 for _, seed, _ in asked}) == 1
+
+
+def test_bf16_activations_leave_fp32_parameters_and_gradients(tiny_gpt: GPT) -> None:
+    exact = tiny_gpt(IDS, IDS)
+    tiny_gpt.compute_dtype = torch.bfloat16
+    loss = tiny_gpt(IDS, IDS)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - exact.item()) < 0.01  # bf16 has 8 bits: 0.4% of a logit, averaged over 24 tokens
+    for name, p in tiny_gpt.named_parameters():
+        assert p.grad is not None, name
+        assert p.dtype == p.grad.dtype == torch.float32, name
+
+
+def test_gradients_equal_those_of_a_plain_gpt2(tiny_gpt: GPT) -> None:
+    """transformers' GPT-2 with our weights is the plain one; test_folder.py compares the logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from fusedgpt.model.hf_config import hf_config
+    from fusedgpt.model.weights import hf_tensors
+
+    plain = GPT2LMHeadModel(GPT2Config(**hf_config(tiny_gpt.config, eot_id=60)))
+    plain.load_state_dict(hf_tensors(tiny_gpt), strict=False)
+    plain.eval()(IDS, labels=IDS).loss.backward()
+    tiny_gpt(IDS[:, :-1], IDS[:, 1:]).backward()
+    assert tiny_gpt.wte.weight.grad is not None
+    torch.testing.assert_close(tiny_gpt.wte.weight.grad[:61], plain.transformer.wte.weight.grad)
+    torch.testing.assert_close(
+        tiny_gpt.blocks()[0].attn.c_attn.weight.grad, plain.transformer.h[0].attn.c_attn.weight.grad.T
+    )
+
+
+def test_forward_traces_into_one_graph(tiny_gpt: GPT) -> None:
+    tiny_gpt.train()
+    expected = tiny_gpt(IDS, IDS)
+    tiny_gpt.seed_dropout(1)
+    compiled = torch.compile(tiny_gpt, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, IDS), expected)
+    assert compiled(IDS, IDS).item() != expected.item()  # the next step's dropout
+
+
+Forward = Callable[..., Tensor]
+
+
+def loss_and_gradients(gpt: GPT, forward: Forward | None = None, steps: int = 1) -> list[Tensor]:
+    """Of the last of a few training steps without updates; each draws its own masks."""
+    forward = gpt if forward is None else forward
+    for _ in range(steps):
+        gpt.zero_grad()
+        loss = forward(IDS, IDS.flip(1))
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in gpt.parameters() if p.grad is not None)]
+
+
+def trained(checkpointing: str, dtype: torch.dtype, compiled: str = "", **options: Any) -> list[Tensor]:
+    """loss_and_gradients of the second step of a fresh model of two layers."""
+    gpt = GPT(TWO_LAYERS, seed=1).train()
+    gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
+    forward = torch.compile(gpt, fullgraph=True, **options) if compiled == "model" else gpt
+    if compiled == "block":
+        gpt.compile_blocks(**options)
+    return loss_and_gradients(gpt, forward, steps=2)
+
+
+def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
+    assert [i for i, (x, y) in enumerate(zip(ours, expected, strict=True)) if not torch.equal(x, y)] == []
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("compiled", "dtype"),
+    [
+        ("", torch.float32),
+        ("", torch.bfloat16),
+        ("block", torch.float32),
+        ("block", torch.bfloat16),
+        ("model", torch.bfloat16),
+    ],
+)
+def test_checkpointing_changes_no_gradient(checkpointing: str, dtype: torch.dtype, compiled: str) -> None:
+    plain = trained("none", dtype)
+    assert_same_bits(trained(checkpointing, dtype, compiled, backend="aot_eager"), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("triton_kernels")
+def test_checkpointing_changes_no_gradient_of_the_kernels(dtype: torch.dtype) -> None:
+    results = []
+    for checkpointing, compiled in (("none", False), ("selective", False), ("full", True)):
+        gpt = GPT(ONE_LAYER, seed=1).train()
+        gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
+        if compiled:
+            gpt.compile_blocks(backend="aot_eager")
+        results.append(loss_and_gradients(gpt))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "attentions", "up_projections", "down_projections"),
+    [("none", 3, 3, 3), ("selective", 6, 6, 3), ("full", 6, 6, 6)],
+)
+def test_what_checkpointing_computes_twice(
+    checkpointing: str,
+    attentions: int,
+    up_projections: int,
+    down_projections: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bf16: the fp32 matmul of a CPU (kernels/cpu/linear.py) keeps its inputs only once it has run."""
+    calls: list[str] = []
+
+    def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            out = original(*args, **kwargs)  # early stop raises out of it
+            calls.append(f"{name} {tuple(out.shape)}")
+            return out
+
+        return counted
+
+    for name in ("qkv_attention", "linear"):
+        monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
+    gpt = GPT(THREE_LAYERS, seed=1).train()
+    gpt.checkpointing, gpt.compute_dtype = checkpointing, torch.bfloat16
+    loss_and_gradients(gpt)
+    assert calls.count("qkv_attention (2, 12, 3, 8)") == attentions
+    assert calls.count("linear (2, 12, 72)") == attentions
+    assert calls.count("linear (2, 12, 96)") == up_projections
+    assert calls.count("linear (2, 12, 24)") == 2 * down_projections  # attention's and the MLP's
+
+
+def test_nothing_is_recomputed_without_a_backward_pass(
+    tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("checkpoint was called")
+
+    monkeypatch.setattr("fusedgpt.model.gpt.checkpoint", refuse)
+    tiny_gpt.checkpointing = "full"
+    tiny_gpt(IDS, IDS)
+    list(generate(tiny_gpt, IDS, max_new_tokens=3))
+    with torch.no_grad():
+        tiny_gpt.train()(IDS, IDS)
+    with pytest.raises(AssertionError, match="checkpoint was called"):
+        tiny_gpt(IDS, IDS)
+
+
+def test_unknown_checkpointing_is_refused(tiny_gpt: GPT) -> None:
+    tiny_gpt.checkpointing = "some"
+    with pytest.raises(ValueError, match="checkpointing: expected none, selective, full, got 'some'"):
+        tiny_gpt.train()(IDS, IDS)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", ["block", "model"])
+def test_one_graph_trains_all_layers(checkpointing: str, compiled: str) -> None:
+    """And evaluation, sampling and training without gradients in between compile nothing more."""
+    gpt = GPT(THREE_LAYERS, seed=1).train()
+    gpt.checkpointing = checkpointing
+    counter = CompileCounter()
+    forward: Forward = gpt
+    if compiled == "block":
+        gpt.compile_blocks(backend=counter)
+    else:
+        forward = torch.compile(gpt, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        loss_and_gradients(gpt, forward)
+        gpt.eval()
+        gpt(IDS, IDS)
+        gpt(IDS[:, :5])
+        list(generate(gpt, IDS, max_new_tokens=6))
+        with torch.no_grad():
+            gpt.train()(IDS, IDS)
+    assert counter.frame_count == 1
+    gpt.train()
+    loss_and_gradients(gpt, lambda idx, targets: forward(idx[:, 1:], targets[:, 1:]))
+    assert counter.frame_count == 2  # another length is another graph: nothing is dynamic
+
+
+def test_compiled_blocks_serve_documents(tiny_gpt: GPT) -> None:
+    documents = (torch.arange(12) >= 5).long().expand(2, 12)
+    expected = loss_and_gradients(tiny_gpt.train(), partial(tiny_gpt, documents=documents))
+    tiny_gpt.seed_dropout(1)
+    tiny_gpt.compile_blocks(backend="aot_eager")
+    ours = loss_and_gradients(tiny_gpt, partial(tiny_gpt, documents=documents))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_recomputed_step_draws_the_same_masks_under_inductor(tiny_gpt: GPT) -> None:
+    """Its partitioner may read a counter in the backward pass that the forward pass has advanced."""
+
+    def loss(x: Tensor) -> Tensor:
+        offset = tiny_gpt._dropout_state().offset
+
+        def wave(x: Tensor) -> Tensor:
+            return (x * (offset >> 40)).sin().exp()
+
+        recomputed: Tensor = checkpoint(wave, x, use_reentrant=False)
+        return recomputed.sum()
+
+    tiny_gpt.train()
+    gradients = []
+    for function in (loss, torch.compile(loss, backend=INDUCTOR_GRAPHS, fullgraph=True)):
+        tiny_gpt.seed_dropout(1)
+        x = torch.ones(3, requires_grad=True)
+        function(x).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", ["block", "model"])
+def test_inductors_graphs_give_the_gradients_of_eager_training(compiled: str) -> None:
+    plain = trained("none", torch.float32)
+    torch.testing.assert_close(trained("full", torch.float32, compiled, backend=INDUCTOR_GRAPHS), plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 0.03), (torch.float16, 0.004)],  # some ten roundings of 2^-9 and 2^-12 in a row
+    ids=str,
+)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_low_precision_parameters(
+    dtype: torch.dtype, tolerance: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (kernels, dtype) == ("triton", torch.bfloat16) and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter miscomputes bf16")
+    monkeypatch.setenv("FUSEDGPT_KERNELS", kernels)
+    gpt = GPT(ONE_LAYER, seed=1).to(dtype).train()
+    exact = GPT(ONE_LAYER, seed=1).train()
+    exact.load_state_dict(gpt.state_dict())  # the rounded weights
+    loss, *gradients = loss_and_gradients(gpt)
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "reference")
+    expected_loss, *expected = loss_and_gradients(exact)
+    assert loss.dtype == torch.float32
+    assert abs(loss - expected_loss) < tolerance
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.layout == torch.strided
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
+
+
+def test_label_smoothing_and_z_loss_reach_the_loss(tiny_gpt: GPT) -> None:
+    logits, targets = tiny_gpt(IDS).flatten(0, 1), IDS.flip(1).flatten()
+    smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    expected = smoothed + 0.01 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(tiny_gpt(IDS, IDS.flip(1), label_smoothing=0.1, z_loss=0.01), expected)

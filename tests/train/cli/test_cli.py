@@ -1,0 +1,328 @@
+"""The command line as a user meets it: processes, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fusedgpt.train.cli.common import printable
+from fusedgpt.train.config import option_fields
+
+FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
+TINY = [
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--block-size",
+    "32",
+    "--max-length",
+    "32",
+    "--steps",
+    "3",
+]
+
+
+def fusedgpt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run directories are made where one stands."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with book.txt, and models/ with one model trained on it."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
+    done = train(root, "--run-dir", str(root / "run"))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def train(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    common = ["train", "--data", str(root / "book.txt"), "--output-dir", str(root / "models")]
+    return fusedgpt(*common, "--tokenizer", "byte", *TINY, *more)
+
+
+def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
+    done = train(root, "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    wanted = "model_path run_path steps tokens final_loss val_loss best_val_loss tokens_per_second seconds"
+    assert set(wanted.split()) <= result.keys()
+    assert (Path(result["model_path"]) / "model.safetensors").is_file()
+    assert "3/3 steps | Loss:" in done.stderr
+    done = train(root, "--json", "--quiet", "--val-fraction", "0")
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["val_loss"] is None
+    assert "validation loss none held out" in train(root, "--val-fraction", "0").stdout
+
+
+def test_resume_remembers_data_and_settings(root: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(root, "--run-dir", str(run_dir), "--save-every", "2")
+    done = fusedgpt("train", "--resume", str(run_dir), "--steps", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3 of 5" in done.stderr
+    assert json.loads(done.stdout)["steps"] == 5
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5]
+    auto = fusedgpt("train", "--resume", "auto", "--run-dir", str(run_dir), "--json")
+    assert json.loads(auto.stdout)["steps"] == 5  # of the run's own config.toml by now
+    fresh = train(root, "--resume", "auto", "--run-dir", str(tmp_path / "fresh"))
+    assert "nothing to resume: this is a new run" in fresh.stderr
+    assert fresh.returncode == 0
+
+
+def test_create_resumes_with_its_own_texts(tmp_path: Path) -> None:
+    small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
+    first = fusedgpt("create", "poems", "--run-dir", "run", "--keep-last", "1", *small, "--json")
+    again = fusedgpt("create", "--resume", "run", "--steps", "5", "--json")
+    assert json.loads(again.stdout)["steps"] == 5, again.stderr
+    folders = [Path(json.loads(done.stdout)["model_path"]) for done in (first, again)]
+    texts = [(folder / "dataset.txt").read_text() for folder in folders]
+    assert texts[0] == texts[1]
+    other = fusedgpt("create", "recipes", "--resume", "run")
+    assert (other.returncode, "was made for the prompt 'poems'" in other.stderr) == (2, True)
+
+
+def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--print-config", "--set", "train.beta2=0.95", "--learning-rate", "1e-3")
+    (tmp_path / "run.toml").write_text(done.stdout)
+    again = fusedgpt("train", "--config", "run.toml", "--print-config")
+    assert again.stdout == done.stdout
+    assert "beta2 = 0.95" in again.stdout
+    assert "learning_rate = 0.001" in again.stdout
+    assert "max_length = 128" in fusedgpt("create", "poems", "--print-config").stdout
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_plot_schedule_and_estimate_train_nothing(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--plot-schedule", "lr.png", "--schedule", "wsd")
+    assert done.stdout == "lr.png\n"
+    assert (tmp_path / "lr.png").stat().st_size > 5000
+    table = train(root, "--estimate").stdout
+    assert all(word in table for word in ("none", "selective", "full", "activations"))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_profile_prints_the_dearest_ops(root: Path, tmp_path: Path) -> None:
+    done = train(root, "--run-dir", "run", "--profile", "--steps", "12")
+    assert "Self CPU" in done.stderr
+    assert (tmp_path / "run" / "trace.json").stat().st_size > 1000
+
+
+def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
+    small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
+    done = fusedgpt("create", "料理のレシピ", "--output-dir", tmp_path, *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--- sample for") == 3
+    folder = Path(done.stdout.split("model folder: ")[1].strip())
+    assert folder.name.startswith("cooking_")
+    assert "domain: cooking" in done.stderr
+    assert "parameters" in done.stderr
+
+
+def test_sample_is_seeded_and_counts(root: Path) -> None:
+    model = next((root / "models").iterdir())
+    common = ["sample", model, "--prompt", "The", "-n", "2", "--max-new-tokens", "9", "--json"]
+    first, again, other = (fusedgpt(*common, "--seed", s).stdout for s in "778")
+    assert first == again != other
+    texts = json.loads(first)["samples"]
+    assert len(texts) == 2
+    assert all(text.startswith("The") for text in texts)
+    plain = fusedgpt("sample", model, "--prompt", "The", "-n", "2", "--temperature", "0", "--top-k", "0")
+    assert plain.stdout.count("\n---\n") == 1
+
+
+def test_list_shows_what_is_there(root: Path, tmp_path: Path) -> None:
+    rows = json.loads(fusedgpt("list", "--output-dir", root / "models", "--json").stdout)
+    assert {row["name"] for row in rows} == {p.name for p in (root / "models").iterdir()}
+    assert rows[0]["name"] in fusedgpt("list", "--output-dir", root / "models").stdout
+    empty = fusedgpt("list", "--output-dir", tmp_path / "none")
+    assert (empty.returncode, empty.stdout) == (0, f"no models in {tmp_path / 'none'}\n")
+
+
+def test_doctor_names_the_path_of_every_op() -> None:
+    report = json.loads(fusedgpt("doctor", "--json").stdout)
+    assert report["ops"]["attention"] in ("reference", "triton")
+    assert report["packages"]["triton"] != ""
+    assert "cpu bf16" in fusedgpt("doctor").stdout
+
+
+def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the command's own affair
+    done = fusedgpt("kernels", "check", "--op", "dropout", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    head, *lines = (line.split() for line in done.stdout.splitlines())
+    assert head[:3] == ["op", "dtype", "shape"]
+    assert {(line[0], line[1], line[-1]) for line in lines} == {("dropout", "fp32", "ok")}
+    assert len(lines) == 4  # two shapes, forward and backward
+    findings = json.loads(fusedgpt("kernels", "check", "--op", "dropout", "--json").stdout)
+    assert all(finding["ok"] and finding["error"] <= finding["limit"] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("kernels check --op gulu", 1, "no op 'gulu' to check here; there are dropout"),
+        ("kernels check --dtype fp64", 1, "no dtype 'fp64' to check here; there are fp32, fp16"),
+        ("train --data {root}/absent.txt", 1, "there is no file or folder {root}/absent.txt"),
+        ("train --data {root}/empty.txt", 1, "{root}/empty.txt is empty"),
+        (
+            "train --data {root}/short.txt --tokenizer byte",
+            1,
+            "training tokens, too few for one window of 512",
+        ),
+        ("train --data {root}/book.txt --preset 13M", 2, "no preset '13M'; there are 12M"),
+        ("train --data {root}/book.txt --n-head 7", 2, "n_embd 384 is not a multiple of n_head 7"),
+        ("train --data {root}/book.txt --tokenizer gtp2", 1, "no tokenizer 'gtp2': choose gpt2, char, byte"),
+        ("train --data {root}/book.txt --device cuda:9 --block-size 8", 1, "device 'cuda:9' cannot be used"),
+        ("train --data {root}/book.txt --output-dir {root}/book.txt", 1, "cannot write to {root}/book.txt"),
+        ("train --data {root}/book.txt --batch-size 0", 2, "batch_size: Input should be greater than"),
+        ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
+        (
+            "create poems --data-source ollama --llm-host http://127.0.0.1:9 --gen-model a",
+            1,
+            "no Ollama server answers at http://127.0.0.1:9",
+        ),
+        ("create poems --llm-host http://a:b@c", 2, "llm_host holds a user name or password"),
+        ("create poems --timeout-total 0", 2, "timeout_total: Input should be greater than 0"),
+        (
+            "data refine {root}/absent.jsonl --output {root}/o.jsonl",
+            1,
+            "there is no file {root}/absent.jsonl",
+        ),
+        ("create poems --epochs 0", 2, "epochs: Input should be greater than"),
+        ("create --run-dir {root}/new", 2, "say what the GPT is to write"),
+        ("create poems --resume {root}/run", 2, "is a run of `fusedgpt train`, not of create"),
+        ("train --data {root}/book.txt --set train.beat2=1", 2, "'beat2'; did you mean 'beta2'?"),
+        ("train --data {root}/book.txt --set beta2=1", 2, "expected section.name=value"),
+        ("train --data {root}/book.txt --config {root}/absent", 2, "cannot read {root}/absent: No such file"),
+        ("train --resume {root}", 2, "{root} is neither a run directory nor one of its checkpoints"),
+        ("train --resume {root}/run --run-dir {root}/new", 2, "goes on in its own directory, not in"),
+        (
+            "train --data {root}/book.txt --tokenizer byte --max-length 9 --run-dir {root}/run",
+            2,
+            "{root}/run holds a run: go on with --resume",
+        ),
+        (
+            "train --data {root}/book.txt --tokenizer byte --max-length 9 --batch-size 999",
+            1,
+            "a step takes 999",
+        ),
+        ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 1, "CUDA device"),
+        ("train", 2, "say what to train on: --data FILE_OR_FOLDER"),
+        ("train --plot-schedule {root}/x.png", 2, "how long is the run? give --steps, or --data"),
+        ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
+        ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
+        ("sample {root}/absent", 1, "absent is no model folder"),
+        ("sample {root}/models/{model} --top-p 2", 1, "top_p: expected 0 < p <= 1, got 2.0"),
+    ],
+)
+def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str) -> None:
+    (root / "empty.txt").write_text("")
+    (root / "short.txt").write_text("short")
+    names = {"root": str(root), "model": next((root / "models").iterdir()).name}
+    before = sorted(root.rglob("*"))
+    done = fusedgpt(*arguments.format(**names).split())
+    assert done.returncode == code, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("fusedgpt: ")
+    assert message.format(**names) in last
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(root.rglob("*")) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "No such command 'trian'"),
+        ("train --steps x --data y", "Invalid value for '--steps'"),
+        ("train --nonsense", "No such option: --nonsense"),
+        ("sample", "Missing argument 'MODEL'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: str, message: str) -> None:
+    done = fusedgpt(*arguments.split())
+    assert done.returncode == 2
+    assert re.fullmatch(rf"fusedgpt: {message}.*; --help says more\n", done.stderr)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", ["", "data"])
+def test_no_arguments_print_the_help(arguments: str) -> None:
+    done = fusedgpt(*arguments.split())
+    assert done.returncode == 2
+    assert f"Usage: fusedgpt {arguments}".strip() in done.stdout + done.stderr
+    assert "internal error" not in done.stderr
+
+
+def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:
+    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--tokenizer", "byte", *TINY]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+    with subprocess.Popen(
+        [*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
+        assert process.stderr is not None
+        while "steps | Loss" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        last = process.stderr.readlines()[-1]
+    assert process.returncode == 130
+    message = r"fusedgpt: stopped by SIGINT after step (\d+); go on with --resume (runs/custom_\S+)\n"
+    found = re.fullmatch(message, last)
+    assert found
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+    done = fusedgpt("train", "--resume", found[2], "--steps", found[1], "--output-dir", "models", "--json")
+    assert json.loads(done.stdout)["steps"] == int(found[1])
+    assert f"resuming after step {found[1]} of {found[1]}" in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in fusedgpt("sample", "/absent", "--debug").stderr
+
+
+def test_every_option_has_a_flag() -> None:
+    text = fusedgpt("train", "--help").stdout
+    assert all(f"--{name.replace('_', '-')}" in text for name in option_fields())
+    assert "--size" in text
+
+
+def test_help_is_quick() -> None:
+    """The goal is 0.3 s on a quiet machine; twice that allows for a busy one."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        fusedgpt("--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x1b[0m", "ab"),
+        ("a\x1b]0;title\x07b", "a0;titleb"),
+        ("line\r\nnext\ttab", "line\nnext\ttab"),
+        ("\u202eevil\x9b2J", "evil2J"),
+        ("héllo 料理 😀", "héllo 料理 😀"),
+    ],
+)
+def test_what_a_model_writes_cannot_drive_the_terminal(text: str, shown: str) -> None:
+    assert printable(text) == shown

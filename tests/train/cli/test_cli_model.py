@@ -1,0 +1,232 @@
+"""sample, chat, eval and export as a user meets them: processes, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.folder import load_folder, save_folder
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
+from fusedgpt.train.cli.main import main as cli
+from fusedgpt.train.data.text.prepare import prepare
+from fusedgpt.train.data.tokens.shards import read_index
+
+FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def fusedgpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`process` without the process, whose start takes two seconds."""
+
+    def run(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["fusedgpt", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model folders m (bytes) and chars, book.txt and what cannot be read."""
+    root = tmp_path_factory.mktemp("cli_model")
+    for name, tokenizer in (("m", byte_tokenizer()), ("chars", char_tokenizer("abc"))):
+        config = GPTConfig(
+            vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=32, dropout=0.0
+        )
+        save_folder(GPT(config, seed=1), tokenizer, root, name)
+    (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 20)
+    prepare([root / "book.txt"], root / "set", tokenizer="byte")
+    prepare([root / "book.txt"], root / "all", tokenizer="byte", val_fraction=0.0)
+    (root / "bin").mkdir()
+    (root / "bin" / "val.bin").write_bytes(np.arange(9, dtype="<u2").tobytes())
+    (root / "blank.txt").write_text(" \n")
+    (root / "binary.txt").write_bytes(b"a\0b")
+    (root / "latin.txt").write_bytes("café".encode("latin-1"))
+    (root / "lines.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (root / "none").mkdir()
+    return root
+
+
+def test_sample_takes_prompts_in_a_batch(fusedgpt: Run, root: Path) -> None:
+    arguments = [
+        "sample",
+        root / "m",
+        "--prompt",
+        "The",
+        "--prompt",
+        "料",
+        "-n",
+        "2",
+        "--max-new-tokens",
+        "9",
+    ]
+    rows = [json.loads(line) for line in fusedgpt(*arguments, "--json").stdout.splitlines()]
+    assert [(row["prompt"], len(row["samples"])) for row in rows] == [("The", 2), ("料", 2)]
+    assert all(text.startswith(row["prompt"]) for row in rows for text in row["samples"])
+    assert fusedgpt(*arguments).stdout.count("---\n") == 3
+
+
+def test_sample_streams_what_json_says(fusedgpt: Run, root: Path) -> None:
+    arguments = ["sample", root / "m", "--prompt", "The", "--temperature", "0", "--top-k", "0"]
+    text = json.loads(fusedgpt(*arguments, "--json").stdout)["samples"][0]
+    assert fusedgpt(*arguments).stdout == "".join(c for c in text if c.isprintable() or c in "\n\t") + "\n"
+    stop = text[20:23]
+    cut = fusedgpt(*arguments, "--stop", stop, "--json").stdout
+    assert json.loads(cut)["samples"] == [text[: text.index(stop, 3)]]
+    assert fusedgpt(*arguments, "--max-new-tokens", "0").stdout == "The\n"
+    penalised = fusedgpt(*arguments, "--repetition-penalty", "1.9", "--json").stdout
+    assert json.loads(penalised)["samples"] != [text]
+
+
+def test_eval_prints_what_the_api_gives(fusedgpt: Run, root: Path) -> None:
+    done = fusedgpt("eval", root / "m", "--data", root / "book.txt", "--stride", "7", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["stride"], result["window"], result["tokens"], result["documents"]) == (7, 32, 820, 1)
+    assert result["loss"] == pytest.approx(5.55, abs=0.1)  # ln 257: it has learned nothing
+    plain = fusedgpt("eval", root / "m", "--data", root / "book.txt", "--stride", "7").stdout
+    assert f"loss {result['loss']:.4f} nats a token" in plain
+    assert f"{result['bits_per_byte']:.4f} bits a byte" in plain
+
+
+def test_eval_takes_what_a_token_set_holds_out(fusedgpt: Run, root: Path) -> None:
+    done = fusedgpt("eval", root / "m", "--data", root / "set", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    held_out = read_index(root / "set").val.tokens
+    assert result["tokens"] == held_out - 1 > 20  # all but the end-of-text
+    bin_file = fusedgpt("eval", root / "m", "--data", root / "bin" / "val.bin", "--json")
+    assert json.loads(bin_file.stdout)["tokens"] == 9, bin_file.stderr
+
+
+def test_eval_may_replace_what_is_no_utf8(fusedgpt: Run, root: Path) -> None:
+    done = fusedgpt("eval", root / "m", "--data", root / "latin.txt", "--errors", "ignore", "--json")
+    assert json.loads(done.stdout)["tokens"] == len((root / "latin.txt").read_bytes()) - 1, done.stderr
+
+
+def test_eval_reads_standard_input(root: Path) -> None:
+    done = process("eval", root / "m", "--data", "-", "--json", input="The cat")
+    assert json.loads(done.stdout)["tokens"] == 7, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_export_safetensors_is_a_model_folder(fusedgpt: Run, root: Path, tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "out"
+    done = fusedgpt("export", root / "m", "--to", "safetensors", "--dtype", dtype, "--out", out, "--json")
+    told = json.loads(done.stdout)
+    assert (told["dtype"], told["bytes"]) == (dtype, sum(f.stat().st_size for f in out.iterdir()))
+    assert load_folder(out)[0].config == load_folder(root / "m")[0].config
+
+
+def test_export_gguf_prints_a_modelfile(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    done = fusedgpt("export", root / "m", "--to", "gguf", "--out", out)
+    assert done.stdout.startswith(f"FROM {out}\n"), done.stderr
+    assert done.stderr == f"wrote {out}: gguf, f16, {out.stat().st_size / 1e6:,.1f} MB\n"
+    assert out.stat().st_mode & 0o777 == 0o644
+
+
+def test_chat_through_a_pipe(root: Path) -> None:
+    done = process("chat", root / "m", "--max-new-tokens", "5", input="hello\n/forget\nyou")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize("end", [b"\x04", b"\x03"])
+def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
+    """Ctrl-D, and Ctrl-C, at the prompt."""
+    ours, theirs = pty.openpty()
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    # A new session's leader that opens a terminal has it as its own: Ctrl-C becomes SIGINT.
+    script = 'exec "$0" chat "$1" --max-new-tokens 5 <"$2" >"$2"'
+    command = ["sh", "-c", script, FUSEDGPT, root / "m", os.ttyname(theirs)]
+    with subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heed
+    ) as process:
+        said = b""
+        for given in (b"hello\r", end):
+            prompts = said.count(b"> ")
+            deadline = time.monotonic() + 60
+            while said.count(b"> ") == prompts:
+                assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], said
+                said += os.read(ours, 4096)
+            os.write(ours, given)
+        assert process.wait(timeout=60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("sample {root}/m --repetition-penalty 0", 1, "repetition_penalty: expected more than 0, got 0.0"),
+        ("sample {root}/m --stop=", 1, "stop: an empty string would end every text at once"),
+        ("sample {root}/chars --prompt z", 1, "the character 'z' (U+007A) is not in this vocabulary"),
+        ("sample {root}/m -n 0", 1, "n_samples: expected 1 or more, got 0"),
+        ("chat {root}/m --temperature -1", 1, "temperature: expected 0 or more, got -1.0"),
+        ("chat {root}/none", 1, "is no model folder"),
+        ("eval {root}/m", 2, "say what to evaluate on: --data FILE_OR_FOLDER"),
+        ("eval {root}/none --data {root}/book.txt", 1, "is no model folder"),
+        ("eval {root}/m --data {root}/absent", 1, "there is no file or folder {root}/absent"),
+        ("eval {root}/m --data {root}/none", 1, "{root}/none holds no .txt"),
+        ("eval {root}/m --data {root}/blank.txt", 1, "there is no text to evaluate"),
+        ("eval {root}/m --data {root}/set --data {root}/book.txt", 2, "one after the other"),
+        ("eval {root}/chars --data {root}/set", 1, "{root}/set was made with another tokenizer"),
+        ("eval {root}/m --data {root}/all", 1, "{root}/all holds nothing out"),
+        ("eval {root}/m --data {root}/none.bin", 1, "none.bin"),
+        ("eval {root}/m --data {root}/binary.txt", 1, "binary.txt is a binary file"),
+        ("eval {root}/m --data {root}/latin.txt", 1, "latin.txt is not UTF-8 text (byte 3)"),
+        ("eval {root}/m --data {root}/lines.jsonl", 1, "lines.jsonl"),
+        ("eval {root}/m --data {root}/book.txt --stride 33", 1, "--stride: expected 1 to the window of 32"),
+        ("eval {root}/chars --data {root}/book.txt", 1, "the character 'T'"),
+        ("export {root}/m --to gguf --out {root}/book.txt", 1, "book.txt exists: remove it, or choose"),
+        ("export {root}/m --to safetensors --out {root}/m", 1, "/m exists: remove it, or choose another"),
+        (
+            "export {root}/m --to gguf --out {root}/x --dtype bf16",
+            1,
+            "no dtype 'bf16' for GGUF; there are f32",
+        ),
+        ("export {root}/chars --to gguf --out {root}/x", 1, "no form of this char tokenizer"),
+        ("export {root}/m --to gguf --out /proc/x", 1, "choose another --out"),
+        ("export {root}/none --to gguf --out {root}/x", 1, "is no model folder"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    fusedgpt: Run, root: Path, arguments: str, code: int, message: str
+) -> None:
+    before = sorted(root.rglob("*"))
+    done = fusedgpt(*arguments.format(root=root).split(), input="")
+    assert done.returncode == code, done.stderr
+    assert message.format(root=root) in done.stderr
+    assert (done.stderr.startswith("fusedgpt: "), done.stderr.count("\n")) == (True, 1)
+    assert done.stdout == ""
+    assert sorted(root.rglob("*")) == before

@@ -1,0 +1,472 @@
+"""The client: what it sends, when it tries again, what it refuses, and that it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Coroutine
+from email.utils import formatdate
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpcore2
+import pytest
+from ollama_fake import Fake
+
+from fusedgpt.train.data.synthetic import llm
+from fusedgpt.train.data.synthetic.llm import LLMClient, run
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
+
+EGGS = "Take two eggs and stir them."
+
+
+def reply(body: dict[str, Any]) -> str:
+    return EGGS
+
+
+def config_for(fake: Fake, source: str = "ollama", **changes: object) -> LLMConfig:
+    times = {"connect": 0.5, "generation": 0.3, "grading": 0.3, "interval": 0.01, "total": 5}
+    options: dict[str, object] = {f"timeout_{name}": value for name, value in times.items()}
+    options |= {"data_source": source, "llm_host": fake.url, "gen_model": "writer"}
+    return LLMConfig.model_validate({**options, **changes})
+
+
+def ask(config: LLMConfig, times: int = 1, notes: list[str] | None = None, **changes: Any) -> list[Answer]:
+    """The answers to `times` questions at once, within the client's deadline."""
+    question = Question(**{"model": "writer", "prompt": "eggs", "seconds": 0.3, "seed": 5, **changes})
+    answers: list[Answer] = []
+
+    async def main() -> None:
+        async with LLMClient(config, (notes if notes is not None else []).append) as client:
+
+            async def work() -> None:
+                await client.check_models(gen_model=config.gen_model)
+                answers.extend(await asyncio.gather(*(client.ask(question) for _ in range(times))))
+
+            await client.until_deadline(work())
+
+    run(main())
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "sent"),
+    [
+        (
+            {"source": "ollama"},
+            "/api/generate",
+            {
+                "prompt": "eggs",
+                "options": {"seed": 5, "num_predict": 768, "temperature": 0.9},
+                "think": False,
+            },
+        ),
+        (
+            {"source": "openai"},
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "eggs"}],
+                "max_tokens": 768,
+                "seed": 5,
+                "temperature": 0.9,
+            },
+        ),
+        (
+            {"source": "openai", "llm_endpoint": "completions"},
+            "/v1/completions",
+            {"prompt": "eggs", "max_tokens": 768, "seed": 5, "temperature": 0.9},
+        ),
+    ],
+)
+def test_what_is_sent_and_read(options: dict[str, str], path: str, sent: dict[str, Any]) -> None:
+    with Fake(reply=reply) as fake:
+        assert ask(config_for(fake, **options)) == [Answer(EGGS, True)]
+        assert ask(config_for(fake, **options), max_tokens=3) == [Answer("Take two eggs", False)]
+    assert fake.bodies(path)[0] == {"model": "writer", "stream": True, **sent}
+    headers = fake.requests[0][1]
+    assert headers["host"] == fake.url.removeprefix("http://")
+    assert "authorization" not in headers
+
+
+@pytest.mark.parametrize("source", ["ollama", "openai"])
+def test_the_key_goes_to_the_server_and_nowhere_else(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with Fake(reply=lambda body: "The key is sk-secret-1, they say.") as fake, Fake() as trap:
+        config = config_for(fake, source, llm_api_key_env="MY_KEY")
+        assert ask(config)[0].text == "The key is , they say."
+        assert {headers["authorization"] for _, headers, _ in fake.requests} == {"Bearer sk-secret-1"}
+        fake.redirect_to = f"{trap.url}/sk-secret-1"
+        fake.fault = lambda path, number: "redirect"
+        with pytest.raises(LLMError, match=r"redirects to .*not followed") as caught:
+            ask(config)
+        assert "sk-secret" not in str(caught.value)
+    assert trap.requests == []
+    assert "sk-secret" not in repr(config) + config.model_dump_json()
+
+
+@pytest.mark.parametrize("source", ["ollama", "openai"])
+def test_a_key_in_two_pieces_of_a_stream_is_taken_out(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+
+    def pieces(self: Any, body: dict[str, Any]) -> list[str]:
+        self.end = "stop"
+        return ["The key is sk-sec", "ret-1, they say."]
+
+    with Fake() as fake:
+        monkeypatch.setattr(fake.server.RequestHandlerClass, "pieces", pieces)
+        assert ask(config_for(fake, source, llm_api_key_env="MY_KEY"))[0].text == "The key is , they say."
+
+
+def test_a_missing_model_is_told_with_those_there_are() -> None:
+    with Fake() as fake:
+        with pytest.raises(LLMError) as caught:
+            ask(config_for(fake, gen_model="llama9"))
+        text = str(caught.value)
+        assert "has no model 'llama9'; it has grader:7b, writer:latest" in text
+        assert "`ollama pull llama9` or choose another --gen-model" in text
+        with pytest.raises(LLMError, match=r"--gen-model is needed; .* has grader:7b, writer:latest"):
+            ask(config_for(fake, gen_model=None))
+        with pytest.raises(LLMError, match=r"404 .model 'x' not found.* models grader:7b, writer:latest"):
+            ask(config_for(fake, "openai", gen_model="x"), model="x")
+
+
+@pytest.mark.parametrize("fault", ["500", "bad_json", "empty", "silent", "redirect"])
+def test_an_openai_server_need_not_list_its_models(fault: str) -> None:
+    broken = {"/v1/models": fault}
+    with Fake(reply=reply, fault=lambda path, number: broken.get(path)) as fake:
+        assert ask(config_for(fake, "openai")) == [Answer(EGGS, True)]
+        broken["/api/tags"] = fault
+        with pytest.raises(LLMError, match=r"no Ollama server|redirects to"):
+            ask(config_for(fake, "ollama"))
+
+
+def test_a_server_without_a_list_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """404 for it: an OpenAI-compatible one is asked all the same, but that is no Ollama."""
+    with Fake(reply=reply) as fake:
+        for name in ("tags", "v1_models"):
+            monkeypatch.setattr(
+                fake.server.RequestHandlerClass,
+                name,
+                lambda self, _: self.send_raw(404, b"404 page not found", "text/plain"),
+            )
+        assert ask(config_for(fake, "openai")) == [Answer(EGGS, True)]
+        with pytest.raises(LLMError, match=r"api/tags is not there .*is that an Ollama server"):
+            ask(config_for(fake, "ollama"))
+
+
+def test_a_server_that_is_down() -> None:
+    with socket.socket() as taken:  # bound, not listening
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        for source, remedy in (("ollama", "`ollama serve`"), ("openai", "`transformers serve")):
+            started = time.monotonic()
+            with pytest.raises(LLMError) as caught:
+                ask(LLMConfig.model_validate({"data_source": source, "llm_host": url, "gen_model": "w"}))
+            assert time.monotonic() - started < 1
+            assert url in str(caught.value)
+            assert remedy in str(caught.value)
+            assert "--data-source template" in str(caught.value)
+
+
+def test_names_that_lead_nowhere_or_astray(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLMConfig(data_source="ollama", llm_host="http://box.example:1", timeout_connect=0.2)
+
+    def resolves_to(*addresses: str) -> None:
+        rows = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 1)) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: rows)
+
+    resolves_to("169.254.169.254")
+    with pytest.raises(ValueError, match="link-local"):
+        ask(config)
+    resolves_to("10.0.0.1", "fe80::1%eth0")
+    with pytest.raises(ValueError, match="link-local"):
+        ask(config)
+    resolves_to()
+    with pytest.raises(LLMError, match=r"'box.example' of --llm-host cannot be found"):
+        ask(config)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(3) or [])
+    started = time.monotonic()
+    with pytest.raises(LLMError, match="cannot be found"):
+        ask(config)
+    assert time.monotonic() - started < 1
+
+
+def test_a_url_that_only_httpx_finds_fault_with() -> None:
+    with pytest.raises(ValueError, match=r"llm_host 'http://0251.0376.1.1' is no URL: "):
+        ask(LLMConfig(data_source="ollama", llm_host="http://0251.0376.1.1"))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+def test_the_certificate_has_to_be_that_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go to an address looked up before; the certificate is still checked against the name."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=box.example"
+    make += f" -addext subjectAltName=DNS:box.example -keyout {key} -out {certificate}"
+    subprocess.run(make.split(), check=True, capture_output=True)
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+    monkeypatch.setattr(llm, "_look_up", lambda url, seconds: ["127.0.0.1"])
+    with Fake(reply=reply) as fake:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        fake.server.socket = context.wrap_socket(fake.server.socket, server_side=True)
+        port = fake.url.rpartition(":")[2]
+
+        def ask_host(name: str) -> list[Answer]:
+            return ask(config_for(fake, llm_host=f"https://{name}:{port}", llm_api_key_env="MY_KEY"))
+
+        with pytest.raises(LLMError, match="certificate verify failed"):
+            ask_host("box.example")  # signed by nobody that is trusted
+        trusting = functools.partial(ssl.create_default_context, cafile=certificate)
+        monkeypatch.setattr(httpcore2, "default_ssl_context", lambda **_: trusting())
+        with pytest.raises(LLMError, match="Hostname mismatch"):
+            ask_host("other.example")
+        assert fake.requests == []
+        assert ask_host("box.example") == [Answer(EGGS, True)]
+
+
+def test_the_first_address_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name is looked up once: a second, different answer does not matter."""
+    with Fake(reply=reply) as fake:
+        port = int(fake.url.rpartition(":")[2])
+        looked_up = []
+
+        def getaddrinfo(host: str, *_: object, **__: object) -> list[Any]:
+            looked_up.append(host)
+            addresses = ["127.0.0.2", "127.0.0.1"] if len(looked_up) == 1 else ["127.0.0.9"]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.socket, "getaddrinfo", getaddrinfo)
+            found = llm._look_up(llm.httpx2.URL(f"http://somewhere.example:{port}"), 1)
+            assert found == ["127.0.0.2", "127.0.0.1"]
+        monkeypatch.setattr(llm, "_look_up", lambda url, seconds: found)
+        host = f"http://somewhere.example:{port}"
+        assert ask(config_for(fake, llm_host=host)) == [Answer(EGGS, True)]
+        assert fake.requests[-1][1]["host"] == f"somewhere.example:{port}"
+
+
+@pytest.mark.parametrize("status", ["429", "500"])
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_respected_by_all_requests(status: str, as_date: bool) -> None:
+    """The first of four is turned away; from then on nothing is sent before the time is over."""
+    wait = formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+    times: list[float] = []
+
+    def fault(path: str, number: int) -> str | None:
+        times.append(time.monotonic())
+        return status if number == 1 else None
+
+    with Fake(reply=reply, fault=fault, retry_after=wait) as fake:
+        assert len(ask(config_for(fake, llm_concurrency=1))) == 1
+    pause = times[2] - times[1]
+    assert 0.9 < pause < 2.5
+
+
+def test_no_other_request_is_sent_while_told_to_wait() -> None:
+    times: list[tuple[int, float]] = []
+
+    def fault(path: str, number: int) -> str | None:
+        times.append((number, time.monotonic()))
+        return "429" if 1 <= number <= 4 else None
+
+    with Fake(reply=reply, fault=fault, retry_after="0.7") as fake:
+        assert len(ask(config_for(fake), times=4)) == 4
+    first_refusal = dict(times)[1]
+    assert all(when > first_refusal + 0.69 for number, when in times if number > 4)
+
+
+def test_a_wait_past_the_deadline_is_not_begun() -> None:
+    with Fake(fault=lambda path, number: "429" if number else None, retry_after="3600") as fake:
+        started = time.monotonic()
+        with pytest.raises(LLMError, match="asks to wait 3,600 s, past the end of --timeout-total 5"):
+            ask(config_for(fake))
+        assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-5", "nan", "1e400", "9" * 40, "Wed, 99 Foo 2020", "0"])
+def test_a_retry_after_that_makes_no_sense_is_ignored(value: str) -> None:
+    assert llm._seconds_to_wait(value) == 0
+
+
+def test_waits_grow_and_vary() -> None:
+    times: list[float] = []
+
+    def fault(path: str, number: int) -> str | None:
+        times.append(time.monotonic())
+        return "500" if number else None
+
+    with Fake(fault=fault) as fake, pytest.raises(RequestFailed, match="answers 500 'server busy"):
+        ask(config_for(fake, timeout_interval=0.05))
+    waits = [b - a for a, b in pairwise(times[1:])]
+    assert len(waits) == 4
+    for n, wait in enumerate(waits):
+        assert 0.05 * 2**n <= wait < 0.05 * (2**n + 1) + 0.1
+
+
+@pytest.mark.parametrize("status", ["400", "401", "403", "404"])
+def test_what_will_not_pass_is_not_tried_again(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fake(reply=reply) as fake:
+        fake.fault = lambda path, number: "429" if number else None
+        send = fake.server.RequestHandlerClass.send_object  # type: ignore[attr-defined]
+
+        def with_status(self: Any, code: int, value: object, *more: Any) -> None:
+            send(self, int(status) if code == 429 else code, value, *more)
+
+        monkeypatch.setattr(fake.server.RequestHandlerClass, "send_object", with_status)
+        with pytest.raises(LLMError) as caught:
+            ask(config_for(fake))
+    assert not isinstance(caught.value, RequestFailed)
+    assert len(fake.requests) == 2
+    assert status in str(caught.value)
+    assert ("--llm-api-key-env" in str(caught.value)) == (status in ("401", "403"))
+
+
+def test_a_slow_server_gets_fewer_requests() -> None:
+    """One that works on one request at a time, 0.15 s each, cannot do four within 0.3 s."""
+    notes: list[str] = []
+    one_at_a_time = threading.Lock()
+
+    def slow(body: dict[str, Any]) -> str:
+        with one_at_a_time:
+            time.sleep(0.15)
+        return EGGS
+
+    with (
+        Fake(reply=slow) as fake,
+        pytest.raises(RequestFailed, match=r"no whole answer within 0.3 s \(for longer: --timeout-gen"),
+    ):
+        ask(config_for(fake), times=8, notes=notes)
+    assert notes[0] == "the server is slow to answer: from now on 2 request(s) at a time"
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("a\x1b[31mred\x1b[0m b", "ared b"),
+        ("a\x1b]0;title\x07b", "ab"),
+        ("a\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\b", "alinkb"),
+        ("a\x00\x07\x08\x7f\x9bb", "ab"),
+        ("a\r\nb\rc\td", "a\nb\nc\td"),
+        ("a\u202eb\u2066c\ufeffd\ud800e", "abcde"),
+        ("👩\u200d🍳 naïve 料理", "👩\u200d🍳 naïve 料理"),
+        ("a\x1b", "a"),
+        ("a\x1bPdevice control", "a"),
+    ],
+)
+def test_plain_text(text: str, plain: str) -> None:
+    assert plain_text(text) == plain
+
+
+def test_names_from_the_server_are_cleaned() -> None:
+    with Fake(models=("\x1b[31mevil\x1b[0m\nname",)) as fake, pytest.raises(LLMError) as caught:
+        ask(config_for(fake))
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"models": 5}', "[]", '{"models": [5]}', '{"models": [{}]}', "[" * 100_000]
+)
+def test_lists_of_models_that_are_none(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fake() as fake:
+        monkeypatch.setattr(
+            fake.server.RequestHandlerClass,
+            "tags",
+            lambda self, body: self.send_raw(200, line.encode(), "application/json"),
+        )
+        with pytest.raises(LLMError, match="no Ollama server answers"):
+            ask(config_for(fake))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5",
+        "[]",
+        "{",
+        '{"response": 5}',
+        '{"response": "a"',
+        "[" * 100_000,
+        '{"response": {"a": 1}, "done": true}',
+    ],
+)
+@pytest.mark.parametrize("source", ["ollama", "openai"])
+def test_answers_that_are_none(line: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = "" if source == "ollama" else "data: "
+    with Fake() as fake:
+        handler = fake.server.RequestHandlerClass
+        for name in ("generate", "v1_complete"):
+            answer = f"{prefix}{line}\n".encode()
+            monkeypatch.setattr(handler, name, lambda self, _, data=answer: self.send_raw(200, data, "a/b"))
+        with pytest.raises(RequestFailed, match=r"expected|broke off"):
+            ask(config_for(fake, source))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": 5},
+        {"choices": [5]},
+        {"choices": [{"delta": {"content": 5}}]},
+        {"error": {"message": "boom"}},
+    ],
+)
+def test_events_that_are_none(event: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fake() as fake:
+        data = b"data: " + json.dumps(event).encode() + b"\n\ndata: [DONE]\n\n"
+        handler = fake.server.RequestHandlerClass
+        monkeypatch.setattr(
+            handler, "v1_complete", lambda self, _: self.send_raw(200, data, "text/event-stream")
+        )
+        with pytest.raises(RequestFailed, match=r"expected|boom"):
+            ask(config_for(fake, "openai"))
+
+
+def test_an_answer_too_big_is_given_up() -> None:
+    huge = Fake(fault=lambda path, number: "huge_line" if number else None)
+    with huge as fake, pytest.raises(RequestFailed, match="bigger than 4 MiB"):
+        ask(config_for(fake), seconds=5)
+
+
+def test_in_a_running_loop_as_in_a_notebook() -> None:
+    async def notebook() -> list[Answer]:
+        return ask(config_for(fake))
+
+    with Fake(reply=reply) as fake:
+        assert asyncio.run(notebook()) == [Answer(EGGS, True)]
+
+
+def test_run_until_stops_the_others_and_passes_on_what_fails() -> None:
+    seen = []
+
+    async def sleeper() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append("cancelled")
+
+    async def fails() -> None:
+        raise LLMError("boom")
+
+    async def returns() -> None:
+        pass
+
+    def both(first: Coroutine[Any, Any, None], done: bool) -> None:
+        async def main() -> None:
+            await llm.run_until(lambda: done, [sleeper(), first])
+
+        asyncio.run(asyncio.wait_for(main(), 5))
+
+    with pytest.raises(LLMError, match="boom"):
+        both(fails(), done=False)
+    assert seen == ["cancelled"]

@@ -1,0 +1,199 @@
+"""Requests that differ, answers taken apart, samples kept, and a run that goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedgpt.train.data.synthetic.grammar import DOMAINS
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.llm_generate import Generation, SampleFile, request_text, split_answer
+from fusedgpt.train.data.synthetic.llm_protocols import Answer
+
+SOUP = "Chop two onions and fry them slowly in butter. Add the stock and simmer for an hour."
+CAKE = "Beat four eggs with sugar until pale, fold in the flour, and bake until golden."
+CONFIG = LLMConfig(data_source="ollama", gen_model="writer")
+
+
+def split(text: str, ended: bool = True) -> list[str]:
+    return split_answer(Answer(text, ended))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_requests_differ(domain: str) -> None:
+    texts = [request_text("tales of the sea", domain, 0, n) for n in range(100)]
+    assert len(set(texts)) > 97
+    assert all("tales of the sea" in text for text in texts)
+    assert texts[7] == request_text("tales of the sea", domain, 0, 7)
+    assert texts[7] != request_text("tales of the sea", domain, 1, 7)
+    lengths = {length for length in ("40 to 80", "80 to 150", "150 to 250") for t in texts if length in t}
+    assert len(lengths) == 3
+    assert len({text.split("Each text: ")[1].split(",")[0] for text in texts}) == 4
+
+
+@pytest.mark.parametrize("prompt", ["", "\x1b[31m\x00", "x" * 100_000, "料理のレシピ", "\ud800"])
+def test_requests_for_odd_prompts(prompt: str) -> None:
+    text = request_text(prompt, "general", 0, 0)
+    assert len(text) < 4_000
+    text.encode()
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{SOUP}\n===\n{CAKE}",
+        f"Sure! Here are two recipes:\n\n{SOUP}\n\n=====\n\n{CAKE}\n\nI hope this helps!",
+        f"Sure, here is your text: {SOUP}\n===\nHere's another one: {CAKE}",
+        f"Certainly!\n\nRecipe 1:\n{SOUP}\n\n**Recipe 2**\n\n{CAKE}\n\nLet me know if you want more.",
+        f"### Text 1\n{SOUP}\n### Text 2\n{CAKE}",
+        f"{SOUP}\n\n---\n\n{CAKE}\n---",
+        f"```\n{SOUP}\n```\n===\n```text\n{CAKE}\n```",
+        f'"{SOUP}"\n===\n"{CAKE}"',
+        f"<think>\nThe user wants ===\nrecipes.\n</think>\n{SOUP}\n===\n{CAKE}<|im_end|>",
+        f"\x1b[1m{SOUP}\x1b[0m\r\n===\r\n{CAKE}\x07",
+        f"===\n{SOUP}  \n===\n===\n\t{CAKE}\n===",
+    ],
+)
+def test_answers_come_apart(answer: str) -> None:
+    assert split(answer) == [SOUP, CAKE]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here is the thing about bread: it takes time, and most of us have none.",
+        "Okay, she said, and shut the door behind her. Nobody spoke for a while.",
+        "Sam: Are you coming tonight?\nJo: Let me know when you arrive.",
+        "Great cooks salt early.\nThe others wonder why it is bland.",
+        "The recipe:\n\n1. Wash the rice.\n2. Boil it.",
+        'He said "no" and she said "yes".',
+        "Of course the sea was cold that morning.\nWe went in all the same.",
+    ],
+)
+def test_sound_texts_are_left_as_they_are(text: str) -> None:
+    assert split(text) == [text]
+
+
+def test_an_answer_that_was_cut_ends_with_a_whole_sentence() -> None:
+    assert split(f"{SOUP}\n===\n{CAKE} Then take the", ended=False) == [SOUP, CAKE]
+    assert split(f"{SOUP}\n===\nThen take the", ended=False) == [SOUP]
+    assert split("Then take the", ended=False) == []
+    assert split("<think>hmm", ended=False) == []
+
+
+@given(st.text(st.characters(), max_size=300), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_answer_comes_apart(text: str, ended: bool) -> None:
+    for part in split(text, ended):
+        assert part.strip() == part != ""
+        part.encode()
+        assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in part)
+
+
+HOSTILE = [" ", "\n", "=", "= ", "- ", "*", "_", "`", "<think>", "<|", "\x1b[", '"', "Sure, ", "a.", ". "]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_answers_take_no_time(unit: str) -> None:
+    started = time.perf_counter()
+    split(unit * 100_000 + "x")
+    split("x" + unit * 100_000)
+    assert time.perf_counter() - started < 2
+
+
+def plan(path: Path, target: int = 100, prompt: str = "soups", seed: int = 0) -> Generation:
+    return Generation(
+        prompt=prompt,
+        domain="cooking",
+        seed=seed,
+        target_tokens=target,
+        path=path,
+        count_tokens=lambda texts: [len(text.split()) for text in texts],
+    )
+
+
+def test_what_is_taken_and_what_is_not(tmp_path: Path) -> None:
+    with SampleFile(plan(tmp_path / "s.jsonl"), CONFIG) as samples:
+        assert samples.take(0, Answer(f"{SOUP}\n===\n{CAKE}", True)) == 2
+        on_disk = (tmp_path / "s.jsonl").read_text()
+        assert on_disk.count("\n") == 2  # at once
+        assert samples.take(1, Answer(SOUP.upper(), True)) == 0
+        assert samples.take(2, Answer(SOUP.replace("an hour", "two hours"), True)) == 0
+        assert samples.take(3, Answer("I'm sorry, but I can't help with such a request today.", True)) == 0
+        assert samples.take(4, Answer("Too short.", True)) == 0
+        assert samples.take(5, Answer(" \n", True)) == 0
+        assert samples.take(6, Answer("word " * 5000, True)) == 0
+        report = samples.report()
+    rejected = {"duplicate": 1, "near-duplicate": 1, "refusal": 1, "too short": 1, "empty": 1, "too long": 1}
+    assert report["rejected"] == rejected
+    assert (report["samples"], report["tokens"]) == (2, len(SOUP.split()) + len(CAKE.split()))
+    assert json.loads((tmp_path / "s.info.json").read_text()) | {"seconds": 0} == report | {"seconds": 0}
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    with SampleFile(plan(path), CONFIG) as samples:
+        samples.requests = 4
+        samples.take(3, Answer(SOUP, True))
+        samples.take(2, Answer("Too short.", True))
+    with path.open("a") as file:
+        file.write('{"text": "' + CAKE[:20])  # a kill in the midst of a write
+    with SampleFile(plan(path, target=99_999), CONFIG) as samples:
+        assert samples.texts == [SOUP]
+        assert (samples.requests, samples.tokens) == (4, len(SOUP.split()))
+        assert samples.rejected == {"too short": 1}
+        assert samples.take(4, Answer(f"{SOUP}\n===\n{CAKE}", True)) == 1
+        assert samples.report()["runs"] == 2
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == [SOUP, CAKE]
+
+
+def test_the_number_of_requests_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    samples = SampleFile(plan(path), CONFIG)
+    samples.take(41, Answer(SOUP, True))
+    samples.file.close()  # the info file is as old as the start
+    with SampleFile(plan(path), CONFIG) as samples:
+        assert samples.requests == 42
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "model"), [("stews", 0, "writer"), ("soups", 1, "writer"), ("soups", 0, "other")]
+)
+def test_a_file_for_another_purpose_is_refused(tmp_path: Path, prompt: str, seed: int, model: str) -> None:
+    path = tmp_path / "s.jsonl"
+    with SampleFile(plan(path), CONFIG) as samples:
+        samples.take(0, Answer(SOUP, True))
+    before = path.read_bytes()
+    config = CONFIG.model_copy(update={"gen_model": model})
+    with pytest.raises(ValueError, match="was made for 'soups' with writer, seed 0; another prompt"):
+        SampleFile(plan(path, prompt=prompt, seed=seed), config)
+    assert path.read_bytes() == before
+
+
+def test_a_foreign_file_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "mine"}\nand a last line without an end')
+    with pytest.raises(ValueError, match=r"notes.jsonl exists, and no notes.info.json says what for"):
+        SampleFile(plan(path), CONFIG)
+    assert path.read_text() == '{"text": "mine"}\nand a last line without an end'
+    for damage in ("", "[]", "5", "{}", "{"):
+        path.with_suffix(".info.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"info.json is damaged; remove it together with"):
+            SampleFile(plan(path), CONFIG)
+
+
+def test_a_run_without_a_sample_leaves_no_file(tmp_path: Path) -> None:
+    """So that the next may be with another model."""
+    path = tmp_path / "s.jsonl"
+    with SampleFile(plan(path), CONFIG) as samples:
+        samples.take(0, Answer("Too short.", True))
+    assert [file.name for file in tmp_path.iterdir()] == [".s.jsonl.lock"]
+    with SampleFile(plan(path), CONFIG.model_copy(update={"gen_model": "other"})) as samples:
+        samples.take(0, Answer(SOUP, True))
+    assert json.loads(path.with_suffix(".info.json").read_text())["model"] == "other"

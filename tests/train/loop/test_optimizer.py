@@ -1,0 +1,544 @@
+"""The optimizer class: torch.optim.AdamW's behaviour, on both backends, and what it adds."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusedgpt.model.gpt import GPT
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loop import optimizer_plan
+from fusedgpt.train.loop.optimizer import AdamW, build_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IDS = torch.arange(24, device=DEVICE).view(2, 12)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FUSEDGPT_KERNELS", request.param)
+    return str(request.param)
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
+
+
+def set_gradients(params: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+
+
+def flat(value: object) -> list[Tensor]:
+    """All tensors in nested containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in flat(item)] if isinstance(value, list | tuple) else []
+
+
+def is_matrix(name: str) -> bool:
+    return name.endswith(".weight") and "ln_" not in name
+
+
+def test_only_matrices_decay(tiny_gpt: GPT) -> None:
+    decaying, free = build_optimizer(tiny_gpt, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in tiny_gpt.named_parameters()}
+    assert {names[id(p)] for p in decaying["params"]} == {n for n in names.values() if is_matrix(n)}
+    assert len(decaying["params"]) + len(free["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "scale"), [(0.0, None), (0.01, None), (1e6, None), (0.0, 4096.0), (0.01, 4096.0)]
+)
+def test_a_step_is_torchs_clip_and_adamw(
+    tiny_gpt: GPT, max_norm: float, scale: float | None, backend: str
+) -> None:
+    """scale: of the loss, which neither norm nor update show."""
+    grad_scale = None if scale is None else torch.tensor(scale, device=DEVICE)
+    plain = copy.deepcopy(tiny_gpt.to(DEVICE))
+    config = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(tiny_gpt, config)
+    groups = [
+        {
+            "params": [p for p in plain.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": 0.1 * matrices,
+        }
+        for matrices in (True, False)
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FUSEDGPT_KERNELS", "auto")
+            tiny_gpt(IDS, IDS.flip(1)).backward()
+        for ours, expected in zip(tiny_gpt.parameters(), plain.parameters(), strict=True):
+            assert ours.grad is not None
+            expected.grad = ours.grad.clone()
+            ours.grad *= scale or 1.0
+        optimizer.step(max_norm=max_norm, grad_scale=grad_scale)
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or 1e9)
+        theirs.step()
+        torch.testing.assert_close(optimizer.grad_norm, expected_norm)
+        assert optimizer.skipped.item() == 0
+        optimizer.zero_grad()
+    for ours, expected in zip(tiny_gpt.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)  # 1e-5 of a step of 1e-2
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, backend: str) -> None:
+    params = parameters((5, 7), (3,))
+    optimizer = AdamW(params, master_weights=True)
+    for step in range(3):
+        set_gradients(params, step)
+        if step == 1:
+            before = copy.deepcopy(flat([params, optimizer.state_dict()]))
+            assert params[0].grad is not None
+            params[0].grad[3, 3] = poison
+        optimizer.step(max_norm=1.0)
+        assert optimizer.skipped.item() == (step == 1)
+        assert optimizer.skipped_steps.item() == (step >= 1)
+        assert optimizer.grad_norm.isfinite().item() == (step != 1)
+        if step == 1:
+            for old, new in zip(before, flat([params, optimizer.state_dict()]), strict=True):
+                assert torch.equal(old, new)
+    assert optimizer.state[params[0]]["step"].item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masters_make_low_precision_parameters_fp32s_rounded(dtype: torch.dtype) -> None:
+    params = parameters((40, 3), (9,), dtype=dtype)
+    wide = [nn.Parameter(p.detach().float()) for p in params]
+    optimizer, expected = AdamW(params, lr=1e-4), AdamW(wide, lr=1e-4)
+    for step in range(20):
+        set_gradients(params, step)
+        for p, w in zip(params, wide, strict=True):
+            assert p.grad is not None
+            w.grad = p.grad.float()
+        optimizer.step(max_norm=1.0)
+        expected.step(max_norm=1.0)
+        for p, w in zip(params, wide, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["master"], w.detach(), rtol=1e-6, atol=1e-7)
+            assert torch.equal(p, optimizer.state[p]["master"].to(dtype))
+            assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+
+
+def test_masters_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [parameters((40, 3), (9,), dtype=torch.float16) for _ in range(2)]
+    optimizers = [AdamW(p, lr=1e-3) for p in params]
+    for path, p, optimizer in zip(("triton", "reference"), params, optimizers, strict=True):
+        monkeypatch.setenv("FUSEDGPT_KERNELS", path)
+        for step in range(3):
+            set_gradients(p, step)
+            optimizer.step(max_norm=1.0)
+    for a, b in zip(*params, strict=True):
+        states = [o.state[p] for o, p in zip(optimizers, (a, b), strict=True)]
+        for name in ("master", "exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_stochastic_rounding_learns_what_rounding_to_nearest_loses() -> None:
+    """400 steps of 1e-4 from 1.0, where bf16 numbers are 2^-8 = 40 steps apart."""
+    ends = {}
+    for stochastic in (False, True):
+        p = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16, device=DEVICE))
+        options: dict[str, Any] = {"master_weights": False, "stochastic_rounding": stochastic}
+        optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, **options)
+        for _ in range(400):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends[stochastic] = p.detach().float()
+        assert "master" not in optimizer.state[p]
+    assert (ends[False] == 1.0).all()
+    assert ends[True].mean().item() == pytest.approx(0.96, abs=1e-3)  # ten standard errors
+
+
+def test_stochastic_rounding_is_a_function_of_the_seed() -> None:
+    results = []
+    for seed in (1, 1, 2):
+        params = parameters((100,), (100,), dtype=torch.bfloat16)
+        params[1].data.copy_(params[0].data)
+        optimizer = AdamW(params, lr=1e-3, master_weights=False, stochastic_rounding=True, seed=seed)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not torch.equal(results[0][0], results[2][0])
+    assert not torch.equal(results[0][0], results[0][1])  # each parameter has noise of its own
+
+
+@pytest.mark.parametrize("direction", ["to torch", "from torch", "to itself"])
+def test_state_dicts_are_torchs(direction: str, backend: str) -> None:
+    """Three steps in one, three more in the other, are six steps in torch's."""
+    first, second, plain = (parameters((6, 5), (4,)) for _ in range(3))
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    theirs = {"from torch": 0, "to torch": 1}.get(direction)
+    classes = [torch.optim.AdamW if i == theirs else AdamW for i in range(2)]
+    a = classes[0](first, **settings)
+    expected = torch.optim.AdamW(plain, **settings)
+    for step in range(3):
+        set_gradients(first, step)
+        a.step()
+    b = classes[1](second, lr=1.0)  # settings come along with the state
+    for p, q in zip(first, second, strict=True):
+        q.data.copy_(p.data)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for step in range(3, 6):
+        set_gradients(second, step)
+        b.step()
+    for step in range(6):
+        set_gradients(plain, step)
+        expected.step()
+    for p, q in zip(second, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+        assert b.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert float(b.state[p]["step"]) == 6
+
+
+def test_loading_keeps_fp32_moments_of_low_precision_parameters() -> None:
+    params, others = (parameters((50,), dtype=torch.bfloat16) for _ in range(2))
+    a, b = AdamW(params), AdamW(others)
+    set_gradients(params, 0)
+    a.step()
+    b.load_state_dict(a.state_dict())
+    set_gradients(params, 1)
+    set_gradients(others, 1)
+    a.step()
+    b.step()
+    for name, x in a.state[params[0]].items():
+        assert torch.equal(x, b.state[others[0]][name])
+        assert x.data_ptr() != b.state[others[0]][name].data_ptr()
+    assert torch.equal(*params, *others)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_torchs_other_algorithms_are_refused(option: str) -> None:
+    saved = torch.optim.AdamW(parameters((2,)), **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=f"{option}: expected False"):
+        AdamW(parameters((2,))).load_state_dict(saved)
+
+
+def test_groups_have_their_own_settings_and_may_come_later(backend: str) -> None:
+    params, plain = (parameters((8,), (7,), (6,)) for _ in range(2))
+    late = {"lr": 0.1, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.5}
+    pairs = ((AdamW, params), (torch.optim.AdamW, plain))
+    optimizers = [kind([{"params": p[:1]}, {"params": []}], lr=1e-3) for kind, p in pairs]
+    for step in range(4):
+        if step == 2:
+            for optimizer, (_, p) in zip(optimizers, pairs, strict=True):
+                optimizer.add_param_group({"params": p[1:], **late})
+        if step == 3:
+            for optimizer in optimizers:
+                optimizer.param_groups[2]["lr"] = 0.01  # as a scheduler does
+        for optimizer, (_, p) in zip(optimizers, pairs, strict=True):
+            set_gradients(p, step)
+            optimizer.step()
+    for p, expected in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_without_gradients_stay_and_do_not_age(backend: str) -> None:
+    params = parameters((8,), (7,), (0,))
+    optimizer = AdamW(params)
+    optimizer.step()  # no gradients at all
+    assert not optimizer.state
+    before = params[1].detach().clone()
+    for step, present in enumerate([(0,), (0, 1, 2), (1,)]):
+        set_gradients(params, step)
+        for i in {0, 1, 2} - set(present):
+            params[i].grad = None
+        optimizer.step()
+        if step == 0:
+            assert torch.equal(params[1], before)
+            assert params[1] not in optimizer.state
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 2, 1]
+    assert not torch.equal(params[1], before)
+
+
+def test_tied_parameters_count_once(backend: str) -> None:
+    (p,), (q,) = parameters((8,)), parameters((8,))
+    tied, once = AdamW([p, p]), AdamW([q])
+    for optimizer, x in ((tied, p), (once, q)):
+        set_gradients([x], 0)
+        optimizer.step(max_norm=0.1)
+    assert torch.equal(p, q)
+    assert torch.equal(tied.grad_norm, once.grad_norm)
+
+
+def test_gradients_may_lie_anywhere_and_in_any_order(backend: str) -> None:
+    """Moved by zero_grad, or transposed; parameters transposed, or moved."""
+    params, plain = (parameters((6, 4), (5, 3)) for _ in range(2))
+    for pair in (params, plain):
+        pair[1].data = pair[1].data.t().contiguous().t()
+    optimizer, expected = AdamW(params, lr=0.1), torch.optim.AdamW(plain, lr=0.1, fused=False)
+    kept = []
+    for step in range(4):
+        set_gradients(params, step)
+        if step == 2:
+            params[0].data = params[0].data.clone()
+        for p, q in zip(params, plain, strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.clone()
+            if step % 2:
+                p.grad = p.grad.t().contiguous().t()
+            kept.append(p.grad)  # so that the next one lies elsewhere
+        optimizer.step()
+        expected.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in params)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_closure_is_evaluated_with_gradients(backend: str) -> None:
+    (p,) = parameters((8,))
+    optimizer = AdamW([p])
+
+    def closure() -> Tensor:
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    expected = p.detach().square().sum()
+    assert torch.equal(optimizer.step(closure), expected)
+    assert optimizer.grad_norm.item() == pytest.approx(2 * expected.sqrt().item())
+
+
+def test_micro_batches_add_up_in_fp32() -> None:
+    """Ten gradients of 2^-9 on one of 1, where bf16 has steps of 2^-7 upwards, are lost in bf16."""
+    (p,), (q,) = parameters((16,), dtype=torch.bfloat16), parameters((16,), dtype=torch.bfloat16)
+    optimizer, plain = AdamW([p], fp32_accumulation=True), AdamW([q])
+    for _ in range(2):
+        for x in (p, q):
+            for factor in (1.0, *[2.0**-9] * 10):
+                (x * factor).sum().backward()
+        assert p.grad is None
+        optimizer.step()
+        plain.step()
+        assert optimizer.grad_norm.item() == pytest.approx(4.0 * (1.0 + 10 * 2.0**-9), rel=1e-6)
+        assert plain.grad_norm.item() == 4.0
+        optimizer.zero_grad()
+        plain.zero_grad()
+    step = copy.deepcopy(optimizer)  # watches the copy's parameters
+    (r,) = step.param_groups[0]["params"]
+    r.sum().backward()
+    assert r.grad is None
+    assert p.grad is None
+    optimizer.step()  # nothing to do
+    assert optimizer.state[p]["step"].item() == 2
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_clears_the_sums(set_to_none: bool) -> None:
+    (p,) = parameters((4,), dtype=torch.float16)
+    optimizer = AdamW([p], fp32_accumulation=True)
+    for _ in range(2):
+        p.sum().backward()
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(2.0)
+        optimizer.zero_grad(set_to_none)
+
+
+def test_fp32_gradients_add_up_where_they_are(tiny_gpt: GPT) -> None:
+    tiny_gpt.to(DEVICE).compute_dtype = torch.bfloat16
+    tiny_gpt(IDS, IDS.flip(1)).backward()
+    p = tiny_gpt.wpe.weight
+    assert p.grad is not None
+    first, address = p.grad.clone(), p.grad.data_ptr()
+    tiny_gpt(IDS, IDS.flip(1)).backward()
+    assert p.grad.dtype == torch.float32
+    assert p.grad.data_ptr() == address
+    torch.testing.assert_close(p.grad, 2 * first, rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr: expected a number >= 0, got -1"),
+        ({"eps": math.nan}, "eps: expected a number >= 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay: expected"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers, 0 <= beta < 1, got \(0.9, 1.0\)"),
+        ({"stochastic_rounding": True}, "stochastic_rounding: expected master_weights=False"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamW(parameters((2,)), **options)
+
+
+def test_what_cannot_be_stepped_is_refused(backend: str) -> None:
+    embedding = nn.Embedding(5, 3, sparse=True, device=DEVICE)
+    optimizer = AdamW(embedding.parameters())
+    embedding.weight.grad = torch.ones_like(embedding.weight)
+    optimizer.step()
+    embedding.weight.grad = None
+    embedding(IDS[0, :1]).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"gradient of parameter 0, \(5, 3\): expected a dense tensor, got torch"
+    ):
+        optimizer.step()
+    gaps = nn.Parameter(torch.ones(4, 6, device=DEVICE)[:, :3])
+    gaps.grad = torch.ones(4, 3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"memory without gaps or overlap, got strides \(6, 1\)"):
+        AdamW([gaps]).step()
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        AdamW([{"params": [gaps]}, {"params": [gaps]}])
+
+
+def test_a_tensor_learning_rate_is_read_by_the_step(backend: str) -> None:
+    (p,), (q,) = parameters((8,)), parameters((8,))
+    lr = torch.tensor(0.5, device=DEVICE)
+    ours, expected = AdamW([p], lr=lr), torch.optim.AdamW([q], lr=0.5)
+    for step in range(3):
+        lr.fill_(0.5 / (step + 1))
+        expected.param_groups[0]["lr"] = 0.5 / (step + 1)
+        set_gradients([p, q], step)
+        q.grad = None if p.grad is None else p.grad.clone()
+        ours.step()
+        expected.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_capture_uses_tables_made_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it shows without a GPU: what is captured runs once, and nothing new is made during it."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
+    params, plain = (parameters((8,), (3000,)) for _ in range(2))
+    optimizer, expected = AdamW(params), AdamW(plain)
+    for step in range(6):
+        set_gradients(params, step)
+        set_gradients(plain, step)
+        monkeypatch.setattr(optimizer_plan, "capturing", lambda step=step: step in (2, 4))
+        optimizer.step()
+        monkeypatch.setattr(optimizer_plan, "capturing", lambda: False)
+        expected.step()
+        for p, q in zip(params, plain, strict=True):
+            assert torch.equal(p, q)
+    plan = optimizer._plan
+    assert plan is not None
+    assert plan.captured
+    monkeypatch.setattr(optimizer_plan, "capturing", lambda: True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="expected one step for every capture"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match="expected the last change of a hyper-parameter"):
+        optimizer.step()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="a step with the same parameters and dtypes before the capture"):
+        optimizer.step()
+    monkeypatch.setattr(optimizer_plan, "capturing", lambda: False)
+    optimizer.step()
+    assert optimizer._captured == [plan]  # graphs still read it
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_steps_with_a_new_learning_rate() -> None:
+    params, plain = (parameters((300, 40), (3000,), dtype=torch.bfloat16) for _ in range(2))
+    lr = torch.tensor(0.1, device=DEVICE)
+    x = torch.randn(300, 40, device=DEVICE, dtype=torch.bfloat16)
+    optimizer, expected = AdamW(params, lr=lr), AdamW(plain, lr=lr.item())
+
+    def train(p: list[nn.Parameter], optimizer: AdamW) -> None:
+        ((p[0] * x).sum() + p[1].square().sum()).backward()
+        optimizer.step(max_norm=1.0)
+        optimizer.zero_grad()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        train(params, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(params, optimizer)
+    train(plain, expected)
+    for new_lr in (0.1, 0.01, 0.3):
+        lr.fill_(new_lr)
+        x.normal_()
+        graph.replay()
+        expected.param_groups[0]["lr"] = lr.item()  # rounded to fp32
+        train(plain, expected)
+        for p, q in zip(params, plain, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(optimizer.state[p]["step"], expected.state[q]["step"])
+    train(params, optimizer)  # and without the graph, whose tables are its own
+    train(plain, expected)
+    graph.replay()
+    train(plain, expected)
+    assert all(map(torch.equal, params, plain))
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    params = parameters((300, 40), (3000,), dtype=torch.bfloat16)
+    optimizer = AdamW(params)
+    set_gradients(params, 0)
+    optimizer.step(max_norm=1.0)
+    gradients = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i, grads in enumerate(gradients):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.param_groups[0]["lr"] = 1e-3 * i
+            optimizer.step(max_norm=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.state[params[0]]["step"].item() == 4
+
+
+def _sharded_run(rank: int, folder: str) -> None:
+    """One of two processes."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    for path in ("triton", "reference") if DEVICE.type == "cpu" else ("reference",):
+        os.environ["FUSEDGPT_KERNELS"] = path
+        _compare_sharded_with_whole(rank)
+    torch.distributed.destroy_process_group()
+
+
+def _compare_sharded_with_whole(rank: int) -> None:
+    """FSDP2 and our AdamW against the whole model in plain torch."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))  # 7 and 3 rows: uneven shards
+    model = copy.deepcopy(plain)
+    fully_shard(model, mesh=mesh)
+    optimizer, expected = AdamW(model.parameters(), lr=0.1), torch.optim.AdamW(plain.parameters(), lr=0.1)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        for m in (model, plain):
+            m.zero_grad()
+            (m(x).square().sum() * 100.0).backward()
+        if step == 1:
+            first = next(model.parameters()).grad.to_local()
+            first[0, 0] = math.nan if rank == 1 else first[0, 0]  # on one rank only
+            optimizer.step(max_norm=1.0)
+            assert optimizer.skipped.item() == 1
+            continue
+        optimizer.step(max_norm=1.0)
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        expected.step()
+        torch.testing.assert_close(optimizer.grad_norm, norm)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[p]["exp_avg"].placements == p.placements
+
+
+def test_sharded_parameters_share_one_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    torch.multiprocessing.spawn(_sharded_run, args=(str(tmp_path),), nprocs=2)

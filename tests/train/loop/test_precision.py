@@ -1,0 +1,33 @@
+"""Devices and dtypes: what is asked for, what the hardware has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.gpt import GPT
+from fusedgpt.train.loop import precision
+from fusedgpt.train.loop.precision import resolve_device, resolve_precision, set_precision
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense:x"])
+def test_unusable_devices_are_named(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+        resolve_device(device)
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "cpu_has_bf16", lambda native=native: native)
+        assert resolve_precision("auto", cpu) == dtype
+    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    assert {name: resolve_precision(name, cpu) for name in asked} == asked
+
+
+def test_parameters_stay_fp32_on_a_cpu_and_shrink_on_a_gpu(device: torch.device) -> None:
+    model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=16)).to(device)
+    set_precision(model, torch.bfloat16)
+    assert model.activation_dtype == torch.bfloat16
+    assert model.wte.weight.dtype == (torch.bfloat16 if device.type == "cuda" else torch.float32)

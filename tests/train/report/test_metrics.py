@@ -1,0 +1,242 @@
+"""What is kept of a run: metrics.jsonl and TensorBoard's files, also across kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusedgpt.train.report import metrics as metrics_module
+from fusedgpt.train.report.metrics import MetricsFile, TensorBoardSink, read_metrics
+from fusedgpt.train.report.progress import Monitor, Sink, StepMetrics
+
+Scalars = dict[str, list[tuple[int, float]]]
+
+
+def row(step: int, *, loss: float | None = None, skipped: bool = False) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=step / 3 if loss is None else loss,
+        grad_norm=1.5,
+        learning_rate=3e-4,
+        skipped=skipped,
+        tokens=256 * step,
+        seconds=0.12345 * step,
+    )
+
+
+def write(sink: Sink, steps: range, *, evaluate_every: int = 5) -> None:
+    for step in steps:
+        sink.step(row(step), 1234.56, 0.25)
+        if step % evaluate_every == 0:
+            sink.evaluation(step, 2.0 + step, 1.0)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows as strict JSON, which has no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_as_documented(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    sink.step(row(7, loss=1 / 3), 1234.5678, 0.3999999)
+    sink.evaluation(7, 2.5, 1.25)
+    sink.evaluation(8, 2.5, None)
+    sink.close()
+    assert json_lines(tmp_path / "metrics.jsonl") == [
+        {
+            "step": 7,
+            "loss": 1 / 3,  # to the last bit, so that two runs can be compared
+            "grad_norm": 1.5,
+            "learning_rate": 3e-4,
+            "tokens": 1792,
+            "tokens_per_second": 1234.6,
+            "mfu": 0.4,
+            "skipped": False,
+            "seconds": 0.864,
+        },
+        {"step": 7, "val_loss": 2.5, "val_bits_per_byte": 1.25},
+        {"step": 8, "val_loss": 2.5, "val_bits_per_byte": None},
+    ]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    sink.step(row(1, loss=math.nan, skipped=True), math.nan, math.nan)
+    sink.step(row(2, loss=-math.inf), math.inf, 0.1)
+    sink.evaluation(2, math.inf, math.nan)
+    sink.close()
+    first, second, evaluation = json_lines(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["tokens_per_second"], first["mfu"]) == (None, None, None)
+    assert first["skipped"] is True
+    assert (second["loss"], second["tokens_per_second"], second["mfu"]) == (None, None, 0.1)
+    assert evaluation == {"step": 2, "val_loss": None, "val_bits_per_byte": None}
+
+
+def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    write(sink, range(1, 4))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    sink.close()
+
+
+@pytest.mark.parametrize("resume_step", [0, 1, 10, 17, 23])
+def test_a_resume_leaves_no_gap_and_no_repeat(tmp_path: Path, resume_step: int) -> None:
+    path, straight = tmp_path / "metrics.jsonl", tmp_path / "straight.jsonl"
+    for file, steps in ((straight, range(1, 31)), (path, range(1, 24))):
+        sink = MetricsFile(file, resume_step=0)
+        write(sink, steps)
+        sink.close()
+    sink = MetricsFile(path, resume_step=resume_step)
+    write(sink, range(resume_step + 1, 31))
+    sink.close()
+    assert path.read_bytes() == straight.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "straight.jsonl"]
+
+
+def test_a_last_line_cut_anywhere_is_dropped_or_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = MetricsFile(path, resume_step=0)
+    write(sink, range(1, 4))
+    sink.close()
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(start, len(whole)):
+        path.write_bytes(whole[:cut])
+        survives = cut == len(whole) - 1  # only the newline is missing
+        assert [r["step"] for r in read_metrics(path)] == [1, 2, 3][: 2 + survives]
+        MetricsFile(path, resume_step=3).close()
+        assert path.read_bytes() == (whole if survives else whole[:start])
+
+
+def test_a_failed_rewrite_leaves_the_log_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = MetricsFile(path, resume_step=0)
+    write(sink, range(1, 9))
+    sink.close()
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics_module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsFile(path, resume_step=4)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "junk", [b"no json\n", b"[1]\n", b"{}\n", b'{"step": "1"}\n', b"\xff\n", b"[" * 99999 + b"\n"]
+)
+def test_reading_says_which_line_is_none_of_ours(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + junk + b'{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a row of metrics"):
+        read_metrics(path)
+    MetricsFile(path, resume_step=3).close()  # a resume goes on all the same
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}]
+
+
+def scalars(folder: Path) -> Scalars:
+    """What TensorBoard shows of a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_each_step_and_validation(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    write(sink, range(1, 11))
+    sink.step(row(11), math.nan, math.nan)
+    sink.evaluation(11, 2.0, None)
+    sink.close()
+    sink.close()
+    shown = scalars(tmp_path)
+    assert {tag: [step for step, _ in points] for tag, points in shown.items()} == {
+        "train/loss": [*range(1, 12)],
+        "train/grad_norm": [*range(1, 12)],
+        "train/learning_rate": [*range(1, 12)],
+        "throughput/tokens_per_second": [*range(1, 11)],
+        "throughput/mfu": [*range(1, 11)],
+        "eval/loss": [5, 10, 11],
+        "eval/bits_per_byte": [5, 10],
+    }
+    assert shown["train/loss"][6] == (7, pytest.approx(7 / 3))
+    assert shown["throughput/tokens_per_second"][0][1] == pytest.approx(1234.56)
+
+
+@pytest.mark.parametrize("resume_step", [0, 12])
+def test_tensorboard_shows_what_a_resume_repeats_once(tmp_path: Path, resume_step: int) -> None:
+    for start, end in ((0, 18), (resume_step, 25)):
+        # a process each, as in a real resume: the order of the files comes from their names
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
+            "from test_metrics import TensorBoardSink, write\n"
+            f"sink = TensorBoardSink(Path(sys.argv[2]), resume_step={start})\n"
+            f"write(sink, range({start} + 1, {end} + 1)); sink.close(); time.sleep(1)"
+        )
+        subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
+    assert len(list(tmp_path.glob("events.*"))) == 2
+    shown = scalars(tmp_path)
+    assert [step for step, _ in shown["train/loss"]] == [*range(1, 26)]
+    assert [step for step, _ in shown["eval/loss"]] == [5, 10, 15, 20, 25]
+
+
+def test_tensorboard_reads_memory_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "_memory", lambda: {"memory/peak_bytes": 3e9})
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    write(sink, range(1, 21))  # 0.12345 seconds each
+    sink.close()
+    assert scalars(tmp_path)["memory/peak_bytes"] == [(1, 3e9), (10, 3e9), (19, 3e9)]
+
+
+@pytest.mark.gpu
+def test_tensorboard_shows_the_peak_of_gpu_memory(tmp_path: Path) -> None:
+    import torch
+
+    torch.ones(2**20, device="cuda")
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    sink.step(row(1), 1.0, 0.1)
+    sink.close()
+    assert scalars(tmp_path)["memory/peak_bytes"][0][1] >= 2**22
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [m for m in sys.modules if m.split(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'fusedgpt\[tensorboard\]'"):
+        TensorBoardSink(tmp_path / "tb", resume_step=0)
+    assert not (tmp_path / "tb").exists()
+
+
+def test_importing_the_sinks_imports_neither_tensorboard_nor_torch() -> None:
+    code = "import sys, fusedgpt.train.report.metrics; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"tensorboard", "torch", "rich"} & set(done.stdout.split())
+
+
+def test_the_monitor_writes_to_both(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    monitor = Monitor(quiet=True)
+    sinks: list[Sink] = [MetricsFile(path, resume_step=0), TensorBoardSink(tmp_path, resume_step=0)]
+    monitor.begin(steps=3, steps_per_epoch=3, sinks=sinks)
+    for step in (1, 2, 3):
+        monitor.update(row(step))
+    monitor.evaluation(step=3, loss=2.0, bits_per_byte=1.0, improved=True)
+    monitor.close()
+    steps, evaluations = read_metrics(path)[:3], read_metrics(path)[3:]
+    shown = scalars(tmp_path)
+    assert shown["train/loss"] == [(r["step"], pytest.approx(r["loss"])) for r in steps]
+    assert shown["eval/loss"] == [(r["step"], r["val_loss"]) for r in evaluations] == [(3, 2.0)]

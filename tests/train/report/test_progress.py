@@ -1,0 +1,432 @@
+"""What a person sees of a run, and what the sinks are handed."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from fusedgpt.train.report import progress as monitor_module
+from fusedgpt.train.report.progress import Monitor, Shown, StepMetrics, clock, progress_line
+
+SHOWN = Shown(
+    seconds=323,
+    step=156,
+    loss=3.45214,
+    learning_rate=2.96e-4,
+    steps_per_second=0.483,
+    tokens_per_second=1234.4,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@dataclass
+class Recorder:
+    """A sink that keeps what it is handed."""
+
+    rows: list[tuple[StepMetrics, float, float]] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float | None]] = field(default_factory=list)
+    closed: int = 0
+
+    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
+        self.rows.append((metrics, tokens_per_second, mfu))
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        self.evaluations.append((step, loss, bits_per_byte))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def row(step: int, *, loss: float = 1.0, skipped: bool = False, seconds: float | None = None) -> StepMetrics:
+    """A step of 256 tokens and two seconds."""
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        grad_norm=1.0,
+        learning_rate=3e-4,
+        skipped=skipped,
+        tokens=256 * step,
+        seconds=2.0 * step if seconds is None else seconds,
+    )
+
+
+def run(monitor: Monitor, losses: list[float], **begin: Any) -> None:
+    monitor.begin(**{"steps": len(losses), "steps_per_epoch": 1000, **begin})
+    for i, loss in enumerate(losses):
+        monitor.update(row(i + 1, loss=loss))
+    monitor.close()
+
+
+def speeds(seconds: Sequence[float], *, steps: int = 10**6) -> list[float]:
+    """Tokens a second after each step, for the times at which the steps were done."""
+    sink = Recorder()
+    monitor = Monitor(quiet=True)
+    monitor.begin(steps=steps, steps_per_epoch=10**9, sinks=[sink])
+    for i, time_done in enumerate(seconds):
+        monitor.update(row(i + 1, seconds=time_done))
+    return [speed for _, speed, _ in sink.rows]
+
+
+def test_progress_line_is_as_designed() -> None:
+    assert progress_line(SHOWN, 200) == (
+        "[00:05:23] [###############.....] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31"
+        " | lr 3.0e-04 | 1,234 tok/s"
+    )
+    assert progress_line(SHOWN._replace(mfu=0.4123), 200).endswith(" | 1,234 tok/s | MFU 41.2%")
+
+
+def test_progress_line_before_anything_is_known() -> None:
+    assert progress_line(Shown(), 200) == (
+        "[00:00:00] [....................] 0/200 steps | Loss: - | ETA: --:--:--"
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (
+            95,
+            "[00:05:23] [#######...] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31 | 1,234 tok/s | MFU 41.2%",
+        ),
+        (92, "[00:05:23] [#######...] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31 | 1,234 tok/s"),
+        (80, "[00:05:23] [#######...] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31"),
+        (60, "[00:05:23] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31"),
+        (50, "[00:05:23] 156/200 steps | Loss: 3.4521"),
+        (30, "156/200 steps | Loss: 3.4521"),
+        (9, "156/200 s"),
+    ],
+)
+def test_progress_line_is_shortened_to_the_width(width: int, line: str) -> None:
+    assert progress_line(SHOWN._replace(mfu=0.4123), 200, width) == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "00:00:00"), (59.6, "00:01:00"), (3661, "01:01:01"), (4e5, "111:06:40")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_loss_is_smoothed_over_ten_steps() -> None:
+    monitor = Monitor(quiet=True)
+    assert math.isnan(monitor.smoothed_loss)
+    run(monitor, [100.0, *map(float, range(10))])
+    assert monitor.smoothed_loss == 4.5
+
+
+def test_losses_that_are_not_finite_do_not_spoil_the_mean() -> None:
+    monitor = Monitor(quiet=True)
+    run(monitor, [100.0, *map(float, range(5)), math.nan, math.inf, *map(float, range(5, 10))])
+    assert monitor.smoothed_loss == 4.5
+
+
+def test_averages_come_every_five_epochs() -> None:
+    out = io.StringIO()
+    run(Monitor(stream=out), [9.0] * 8 + [1.0, 3.0] + [9.0] * 10, steps_per_epoch=2)
+    assert [line for line in out.getvalue().splitlines() if "epoch" in line] == [
+        "epoch 5: average loss 2.0000",
+        "epoch 10: average loss 9.0000",
+    ]
+
+
+def test_a_resumed_run_goes_on_at_its_step() -> None:
+    out, sink = io.StringIO(), Recorder()
+    monitor = Monitor(stream=out)
+    monitor.begin(steps=60, steps_per_epoch=5, step=22, tokens=22 * 256, sinks=[sink])
+    for step in range(23, 61):
+        monitor.update(replace(row(step), seconds=2.0 * (step - 22)))
+    lines = out.getvalue().splitlines()
+    assert "] 23/60 steps" in lines[0]
+    assert [line for line in lines if "epoch" in line] == [
+        "epoch 5: average loss 1.0000 (from step 23)",
+        "epoch 10: average loss 1.0000",
+    ]
+    assert {speed for _, speed, _ in sink.rows[1:]} == {128.0}  # not 22 steps too many
+
+
+def test_speed_is_that_of_the_last_half_minute() -> None:
+    slow_then_fast = [10.0 * i for i in range(1, 21)] + [200.0 + 2.0 * i for i in range(1, 41)]
+    assert speeds(slow_then_fast)[15] == 25.6
+    assert speeds(slow_then_fast)[-1] == 128.0
+
+
+def test_speed_leaves_out_the_first_reading_which_compiles() -> None:
+    known = speeds([60.0, 62.0, 64.0, 66.0])
+    assert math.isnan(known[0])
+    assert known[1] == pytest.approx(256 / 60)  # there is no other yet
+    assert known[3] == 128.0
+
+
+def test_speed_of_steps_longer_than_the_window() -> None:
+    assert speeds([100.0 * i for i in range(1, 9)])[2:] == [2.56] * 6
+
+
+def test_speed_of_a_burst_is_not_that_of_its_first_row() -> None:
+    """Rows that are read together have one time: ten steps in 20 seconds, each burst."""
+    known = speeds([20.0 * (1 + i // 10) for i in range(60)])
+    assert all(math.isnan(speed) for speed in known[:10])
+    assert known[10:] == [128.0] * 50
+
+
+def test_speed_of_steps_faster_than_the_clock_is_read() -> None:
+    monitor, sink = Monitor(quiet=True), Recorder()
+    monitor.begin(steps=10**6, steps_per_epoch=10**6, sinks=[sink])
+    for step in range(1, 40_001):
+        monitor.update(row(step, seconds=0.001 * step))
+    assert sink.rows[-1][1] == pytest.approx(256_000)
+    assert len(monitor._speed._points) < 110  # what it remembers does not grow with the number of steps
+
+
+def test_speed_of_a_short_run_is_known_at_its_end() -> None:
+    assert speeds([0.01, 0.02], steps=2)[-1] == pytest.approx(25_600)
+
+
+def test_time_to_go_and_mfu_follow_the_window() -> None:
+    out, sink = io.StringIO(), Recorder()
+    monitor = Monitor(stream=out)
+    monitor.begin(steps=100, steps_per_epoch=1000, flops_per_token=6e9, peak_flops=1.92e12, sinks=[sink])
+    for step in range(1, 41):
+        monitor.update(row(step, seconds=600 + 2.0 * step))
+    monitor.close()
+    assert "| ETA: 00:02:00 |" in out.getvalue().splitlines()[-1]
+    assert out.getvalue().endswith("128 tok/s | MFU 40.0%\n")
+    assert sink.rows[-1][1:] == (128.0, pytest.approx(0.4))
+
+
+def test_without_a_peak_there_is_no_mfu() -> None:
+    out, sink = io.StringIO(), Recorder()
+    run(Monitor(stream=out), [1.0] * 9, flops_per_token=1e9, sinks=[sink])
+    assert "MFU" not in out.getvalue()
+    assert all(math.isnan(mfu) for _, _, mfu in sink.rows)
+
+
+def test_sinks_get_every_row_and_are_closed_once() -> None:
+    sinks = [Recorder(), Recorder()]
+    monitor = Monitor(quiet=True)
+    monitor.begin(steps=3, steps_per_epoch=3, sinks=sinks)
+    for step in (1, 2, 3):
+        monitor.update(row(step))
+    monitor.evaluation(step=3, loss=2.5, bits_per_byte=None, improved=True)
+    monitor.close()
+    monitor.close()
+    for sink in sinks:
+        assert [metrics for metrics, _, _ in sink.rows] == [row(1), row(2), row(3)]
+        assert sink.evaluations == [(3, 2.5, None)]
+        assert sink.closed == 1
+
+
+def test_skipped_steps_are_shown_at_once_and_counted() -> None:
+    out = io.StringIO()
+    monitor = Monitor(stream=out)
+    monitor.begin(steps=20, steps_per_epoch=20)
+    for step in range(1, 13):
+        monitor.update(row(step, loss=math.nan if step == 3 else 1.0, skipped=step in (3, 7, 12)))
+    assert out.getvalue().splitlines()[1:] == [
+        f"step {step}: loss or gradient not finite, update skipped ({count} so far)"
+        for count, step in enumerate((3, 7, 12), start=1)
+    ]
+
+
+def test_validations_are_said_with_what_is_known() -> None:
+    out = io.StringIO()
+    monitor = Monitor(stream=out)
+    monitor.evaluation(step=200, loss=3.21, bits_per_byte=1.23456, improved=True)
+    monitor.evaluation(step=400, loss=3.31, bits_per_byte=None, improved=False)
+    assert out.getvalue().splitlines() == [
+        "step 200: validation loss 3.2100, 1.2346 bits a byte, best so far",
+        "step 400: validation loss 3.3100",
+    ]
+
+
+def test_a_file_gets_first_and_last_line_only_when_quick() -> None:
+    out = io.StringIO()
+    run(Monitor(stream=out), [1.0] * 50)
+    lines = out.getvalue().splitlines()
+    assert [line.split("] ")[2].split(" steps")[0] for line in lines] == ["1/50", "50/50"]
+    assert "128 tok/s" in lines[-1]
+    assert "\r" not in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_the_last_step_is_shown_before_what_follows_it() -> None:
+    out = io.StringIO()
+    monitor = Monitor(stream=out)
+    monitor.begin(steps=2, steps_per_epoch=2)
+    monitor.update(row(1))
+    monitor.update(row(2))
+    monitor.evaluation(step=2, loss=1.0, bits_per_byte=None, improved=False)
+    monitor.close()
+    assert [line[-20:] for line in out.getvalue().splitlines()[1:]] == [
+        " lr 3.0e-04 | 128 tok/s"[-20:],
+        "validation loss 1.0000"[-20:],
+    ]
+
+
+def test_a_file_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    monitor = Monitor(stream=out)
+    monitor.begin(steps=50, steps_per_epoch=50)
+    for step in range(1, 26):
+        monitor.update(row(step))
+        now[0] += 2.0
+    assert re.findall(r"(\d+)/50", out.getvalue()) == ["1", "6", "11", "16", "21"]
+    monitor.close()  # an interrupted run says how far it came
+    assert re.findall(r"(\d+)/50", out.getvalue())[-1] == "25"
+
+
+def test_quiet_says_nothing() -> None:
+    out = Terminal()
+    monitor = Monitor(quiet=True, stream=out)
+    run(monitor, [1.0] * 5, steps_per_epoch=1)
+    monitor.note("note")
+    assert out.getvalue() == ""
+
+
+def test_notes_cannot_drive_the_terminal() -> None:
+    out = io.StringIO()
+    Monitor(stream=out).note("a\x1b[31mb\x07c\rd\u202e\n\té")
+    assert out.getvalue() == "a[31mbcd\n\té\n"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    return Terminal()
+
+
+def visible(out: str) -> list[str]:
+    """What was drawn, without escape sequences, one redraw or note each."""
+    return [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", out)) if line]
+
+
+def test_a_terminal_gets_one_moving_line_and_notes_above_it(terminal: Terminal) -> None:
+    monitor = Monitor(stream=terminal)
+    monitor.note("before")
+    assert terminal.getvalue() == "before\n"
+    monitor.begin(steps=9, steps_per_epoch=9)
+    monitor.update(row(1))
+    monitor.note("[bold]" + "long " * 30 + ":smile:")
+    monitor.update(row(2))
+    monitor.close()
+    lines = visible(terminal.getvalue())
+    assert lines[-1] == "[00:00:04] 2/9 steps | Loss: 1.0000 | ETA: 00:00:14"
+    assert "[bold]" + "long " * 30 + ":smile:" in lines  # no markup, and wrapped by the terminal only
+    assert terminal.getvalue().removesuffix("\x1b[?25h").endswith("\n")
+    assert terminal.getvalue().count("\n") == 3  # two notes, and the line's end
+
+
+def test_a_burst_leaves_the_line_at_its_last_step(terminal: Terminal) -> None:
+    monitor = Monitor(stream=terminal)
+    monitor.begin(steps=100, steps_per_epoch=100)
+    for step in range(1, 11):
+        monitor.update(row(step))
+    deadline = time.monotonic() + 5
+    while " 10/100 steps" not in terminal.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    shown = visible(terminal.getvalue())[-1]
+    monitor.close()
+    assert " 10/100 steps" in shown
+
+
+def test_a_terminal_shows_where_a_resumed_run_stands_and_keeps_its_cursor(terminal: Terminal) -> None:
+    monitor = Monitor(stream=terminal)
+    monitor.begin(steps=60, steps_per_epoch=5, step=22, tokens=22 * 256)
+    deadline = time.monotonic() + 5
+    while "steps" not in terminal.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    seen = terminal.getvalue()
+    monitor.close()
+    assert " 22/60 steps" in visible(seen)[0]
+    assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # even a kill leaves a cursor
+
+
+def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    run(Monitor(stream=terminal), [1.0] * 5)
+    assert "\x1b" not in terminal.getvalue()
+    assert re.findall(r"(\d)/5 steps", terminal.getvalue()) == ["1", "5"]
+
+
+def test_steps_cost_little_and_redraws_are_few(terminal: Terminal) -> None:
+    """2 us a step measured, 50 allowed; five redraws of 0.2 ms a second, ten allowed."""
+    monitor = Monitor(stream=terminal)
+    rows = [row(step) for step in range(1, 20_001)]
+    monitor.begin(steps=len(rows) + 1, steps_per_epoch=10**9)
+    start = time.perf_counter()
+    for metrics in rows:
+        monitor.update(metrics)
+    assert (time.perf_counter() - start) / len(rows) < 50e-6
+    time.sleep(0.5)
+    drawn = terminal.getvalue().count("20000/20001 steps")
+    monitor.close()
+    seconds = time.perf_counter() - start
+    assert 1 <= drawn <= 10 * seconds
+
+
+PROGRAM = """
+import sys, time
+from fusedgpt.train.report.progress import Monitor, StepMetrics
+monitor = Monitor()
+monitor.begin(steps=3, steps_per_epoch=3)
+for step in (1, 2):
+    monitor.update(StepMetrics(step=step, loss=1.0, grad_norm=1.0, learning_rate=1e-4, skipped=False,
+                               tokens=256 * step, seconds=2.0 * step))
+    time.sleep(0.5)
+print("a warning", file=sys.stderr)
+print("a result")
+raise RuntimeError("a fault")
+"""
+
+
+def test_a_run_that_fails_leaves_the_terminal_whole() -> None:
+    """In a real terminal of 40 columns; nobody calls close(), and stdout is a file."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        stdin=slave,
+        text=True,
+        env={**environment, "TERM": "xterm"},
+    )
+    os.close(slave)
+    seen = b""
+    try:
+        while data := os.read(master, 65536):
+            seen += data
+    except OSError:  # the terminal's other end is closed
+        pass
+    result, _ = process.communicate(timeout=30)
+    os.close(master)
+    assert process.returncode == 1
+    assert result == "a result\n"
+    lines = visible(seen.decode())
+    bars = [line for line in lines if "/3 steps" in line]
+    assert bars
+    assert max(map(len, bars)) < 40
+    assert "a warning" in lines
+    assert "RuntimeError: a fault" in lines
+    assert seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l")  # the cursor is there again

@@ -1,0 +1,236 @@
+"""create and train, end to end, with a model of one small layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ollama_fake import Fake
+
+from fusedgpt.model.folder import load_folder, save_folder
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.hf_config import list_folders
+from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
+from fusedgpt.train import pipeline
+from fusedgpt.train.config import ConfigError, RunConfig, build_config
+from fusedgpt.train.data.synthetic import collect
+from fusedgpt.train.data.synthetic.collect import count_gpt2_tokens, generate_texts
+from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
+FILES = {
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "dataset.json",
+    "dataset.txt",
+    "generation_info.json",
+    "README.md",
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run directories are made where one stands."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
+def tiny(**changes: object) -> RunConfig:
+    return create_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes})
+
+
+def test_create_has_short_windows_that_fit_the_context() -> None:
+    assert create_config({}).max_length == 128
+    assert create_config({"block_size": 64}).max_length == 64
+    assert create_config({"block_size": 64, "max_length": 32}).max_length == 32
+    assert create_config({"block_size": None}).train.learning_rate == 6e-4
+    with pytest.raises(ConfigError, match="block_size"):
+        create_config({"block_size": 0})
+
+
+def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
+    prompt = "A poem about the sea \x1b[31m ../../x 😀"
+    result = run_full_pipeline(prompt, tiny(), tmp_path)
+    assert {f.name for f in result.model_path.iterdir()} == FILES
+    assert result.model_path.parent == tmp_path
+    assert result.model_path.name.startswith("poetry_")
+    assert list(result.samples) == ["", "The", "Today"]
+    assert all(text.startswith(p) for p, text in result.samples.items())
+    model, _ = load_folder(result.model_path)
+    assert (model.config.block_size, model.config.window) == (48, 32)
+
+    info = json.loads((result.model_path / "generation_info.json").read_text())
+    dataset = json.loads((result.model_path / "dataset.json").read_text())
+    assert info["prompt"] == dataset["prompt"] == prompt
+    assert info["domain"] == "poetry"
+    assert info["generation_method"] == "template"
+    assert info["training"]["val_loss"] == result.summary.val_loss
+    texts = dataset["samples"]
+    assert (result.model_path / "dataset.txt").read_text() == "\n\n".join(texts) + "\n"
+    kept = sum(map(len, gpt2_tokenizer().encode_batch(texts)))
+    assert kept == info["refinement"]["kept_tokens"]
+    assert 1500 <= kept < 1700
+    assert info["samples_generated"] == len(texts) + sum(info["refinement"]["dropped"].values())
+
+
+def test_the_prompt_reaches_generator_and_refiner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("generate_samples", "refine"):
+        original = getattr(collect, name)
+
+        def spy(*args: object, original: Callable[..., object] = original, **kwargs: object) -> object:
+            seen.extend(arg for arg in args if isinstance(arg, str))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(collect, name, spy)
+    run_full_pipeline("poems about dragons", tiny(steps=1), tmp_path)
+    assert seen == ["poems about dragons"] * 2
+
+
+def test_same_seed_same_file(tmp_path: Path) -> None:
+    paths = [run_full_pipeline("poems", tiny(seed=s), tmp_path).model_path for s in (1, 1, 2)]
+    hashes = [hashlib.sha256((p / "model.safetensors").read_bytes()).hexdigest() for p in paths]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("prompt", ["", "/" * 10_000, "😀", "..", "\x00\n"])
+def test_any_prompt_makes_a_folder_inside(tmp_path: Path, prompt: str) -> None:
+    path = run_full_pipeline(prompt, tiny(steps=1), tmp_path / "root").model_path
+    assert [p.name for p in tmp_path.iterdir()] == ["root"]
+    assert [p.name for p in (tmp_path / "root").iterdir()] == [path.name]
+    json.loads((path / "generation_info.json").read_text())
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char", "byte"])
+def test_train_on_files(tmp_path: Path, tokenizer: str) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The cat sat on the mat. Today it rained. " * 40)
+    result = train_on_files([text], build_config({**TINY, "tokenizer": tokenizer}), tmp_path / "models")
+    model, loaded = load_folder(result.model_path)
+    assert loaded.kind == tokenizer
+    assert model.config.vocab_size == loaded.vocab_size
+    assert result.model_path.name.startswith("custom_")
+    assert json.loads((result.model_path / "generation_info.json").read_text())["data"] == [str(text)]
+    assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 48
+
+
+def test_packing_and_document_masks_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "The cat sat."}\n{"text": "It rained, today."}\n' * 30)
+    seen: list[torch.Tensor] = []
+
+    def hidden(model: GPT, idx: torch.Tensor, *, documents: torch.Tensor | None = None, **rest: Any) -> Any:
+        if documents is not None:
+            seen.append(torch.stack([idx, documents]))
+        return GPT_hidden(model, idx, documents=documents, **rest)
+
+    GPT_hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    config = build_config({**TINY, "tokenizer": "byte", "packing": True, "document_masks": True})
+    train_on_files([tmp_path / "t.jsonl"], config, tmp_path / "m")
+    training = [(idx, documents) for idx, documents in seen if len(idx) == config.train.batch_size]
+    assert len(training) >= TINY["steps"]
+    for idx, documents in training:
+        assert (idx[:, 0] == 256).all()  # packed: a window begins where a document does
+        assert torch.equal(documents, (idx == 256).cumsum(1).int())
+
+
+def test_a_run_begins_from_a_folder(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The cat sat on the mat. Today it rained. " * 40)
+    first = train_on_files([text], build_config({**TINY, "tokenizer": "byte"}), tmp_path / "m").model_path
+    options = {"init_from": str(first), "max_length": 16, "steps": 1, "learning_rate": 1e-9, "block_size": 40}
+    second = train_on_files([text], build_config(options), tmp_path / "m").model_path
+    (ours, tokenizer), (theirs, _) = load_folder(second), load_folder(first)
+    assert tokenizer.kind == "byte"
+    assert (ours.config.n_embd, ours.config.block_size, ours.config.window) == (16, 40, 32)
+    torch.testing.assert_close(ours.wpe.weight, theirs.wpe.weight[:40], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.h[0].mlp.c_fc.weight, theirs.h[0].mlp.c_fc.weight, atol=1e-6, rtol=0)
+    assert f"on from the weights of `{first.name}`" in (second / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "12M"}, "leave --preset out"),
+        ({"n_layer": 3}, "n_layer 1, not 3"),
+        ({"max_length": 49}, "longer than block_size 48"),
+        ({"tokenizer": "gpt2"}, "use --tokenizer"),
+        ({"init_from": "nowhere"}, "nowhere is no model folder"),
+    ],
+)
+def test_settings_that_the_folder_contradicts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    (tmp_path / "t.txt").write_text("The cat sat on the mat. " * 40)
+    folder = save_folder(GPT(build_config(TINY).model.gpt_config(257)), byte_tokenizer(), tmp_path, "model")
+    with pytest.raises(ValueError, match=message):
+        train_on_files(
+            [tmp_path / "t.txt"], build_config({"init_from": str(folder), **options}), tmp_path / "m"
+        )
+    assert not Path("runs").exists()
+
+
+def test_test_prompts_outside_a_character_vocabulary_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the hens " * 100)
+    result = train_on_files([tmp_path / "t.txt"], build_config({**TINY, "tokenizer": "char"}), tmp_path / "m")
+    assert list(result.samples) == [""]
+
+
+def test_nothing_is_left_behind_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("boom")
+
+    monkeypatch.setattr(pipeline, "train", fail)
+    with pytest.raises(ValueError, match="boom"):
+        run_full_pipeline("poems", tiny(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_an_unwritable_output_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipeline, "collect", None)  # calling it would be a TypeError
+    with pytest.raises(OSError, match="cannot write"):
+        run_full_pipeline("poems", tiny(), tmp_path / "file")
+
+
+def test_unknown_generation_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no generation method 'magic'; there are template, ollama, openai"):
+        run_full_pipeline("poems", tiny(), tmp_path, "magic")
+
+
+def test_a_language_model_may_write_the_data(tmp_path: Path) -> None:
+    """And what it wrote serves a second run, with no request."""
+    with Fake() as fake:
+        options = {"llm_host": fake.url, "gen_model": "writer", "refine_model": "grader:7b"}
+        config = tiny(steps=1, raw_tokens=700, refined_tokens=400, data_source="ollama", **options)
+        result = run_full_pipeline("poems", config, tmp_path)
+        asked = len(fake.requests)
+        run_full_pipeline("poems", config, tmp_path)
+        assert len(fake.requests) == asked
+        by_name = run_full_pipeline("poems", config, tmp_path, "template")
+    for name in ("generation_info.json", "dataset.json"):
+        info = json.loads((result.model_path / name).read_text())
+        assert info["generation_method"] == "ollama"
+        assert info["generation"]["model"] == "writer"
+        assert info["refinement"]["grader"] == "grader:7b"
+        assert info["samples_generated"] == info["generation"]["samples"]
+    info = json.loads((by_name.model_path / "generation_info.json").read_text())
+    assert info["generation_method"] == "template"
+    cards = [(one.model_path / "README.md").read_text() for one in (result, by_name)]
+    assert "on text that `writer` wrote for the prompt `'poems'`" in cards[0]
+    assert "on text that templates wrote for the prompt `'poems'`" in cards[1]
+    assert len(list_folders(tmp_path)) == 3  # the folder of the data is none of them
+
+
+def test_generated_tokens_reach_the_target_and_no_more() -> None:
+    texts = generate_texts("poems", domain="poetry", n_tokens=5000, seed=0)
+    lengths = count_gpt2_tokens(texts)
+    assert sum(lengths) >= 5000 > sum(lengths[:-1])

@@ -1,0 +1,359 @@
+"""Template texts for `fusedgpt create`: one grammar a domain, steered by the words of the prompt.
+
+The grammars are the TOML files in templates/. A rule is a list of alternatives, a bank a list of rows whose
+fields are parted by ";". Alternatives, rows and fields are templates:
+
+    {name}                          a rule, a bank (its first field) or a bound row
+    {x=bank}                        binds a row to x for the rest of the sample; writes nothing
+    {x.field}                       another field of the bound row
+    {x:is/are}                      the first text, or the second where the row is tagged #plural
+    {1..3 cup} {10..30/5 minute}    a number (in steps) and its noun in agreement: 1 cup, 2 cups
+    {a N} {A N} {cap N}             an article by sound, a capitalised one, a first capital
+    {title N} {Title N}             Title Case; {title N} leaves a first "the" or "of" small
+    [warm|cold|]                    a choice on the spot
+    \\[ and \\]                       brackets as such
+    ... #tag #tag                   at the end: the words of a prompt that select (or exclude) it
+
+No alternative of a rule, and no row of a bank, is taken twice in a sample while a fresh one is left.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
+from random import Random
+
+from fusedgpt.train.data.synthetic.words import (
+    WORD,
+    article,
+    content_stems,
+    domain_stems,
+    normalise,
+    plural,
+    proper_names,
+    read_templates,
+    singular_of,
+    stem,
+    words_of,
+)
+
+DOMAINS: tuple[str, ...] = ("cooking", "poetry", "technical", "general", "conversation")
+
+_FOCUS = 0.93  # how often a choice is made among the alternatives that suit the prompt best
+_TOPIC_WORDS, _TOPICS = 3, 4
+_ASIDE = "*"  # the tag of a topic that is mentioned in passing
+_PATIENCE = 1000  # so many repeats in a row, and the distinct texts count as used up and may come again
+_WORD_OR_MARK = re.compile(WORD.pattern + r"|[^\w\s]")
+_LATIN = re.compile(r"[a-zà-öø-ÿ]{2,24}")
+_SMALL_WORDS = ("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
+
+
+def choose_domain(prompt: str) -> str:
+    """Returns the domain that the prompt's English and Japanese words speak for, "general" where none does.
+
+    A form counts twice a subject, so a poem about cooking is poetry; a tie goes to the word that comes first.
+    """
+    words = list(dict.fromkeys(stem(word) for word in WORD.findall(normalise(prompt).casefold())))
+
+    def rank(domain: str) -> tuple[int, int]:
+        weights = domain_stems(domain)
+        hits = [i for i, word in enumerate(words) if word in weights]
+        return sum(weights[words[i]] for i in hits), -min(hits, default=len(words))
+
+    best = max(DOMAINS, key=rank)
+    return best if rank(best)[0] else "general"
+
+
+@dataclass(eq=False, kw_only=True)
+class _Alternative:
+    fields: dict[str, list["_Part"]]  # the field "" is what the alternative itself writes
+    tags: frozenset[str]
+    words: frozenset[str]
+    refs: list["_Choice"]
+    hits: frozenset[str] = frozenset()
+
+
+@dataclass(eq=False)
+class _Choice:
+    """A rule, a bank or a choice on the spot; allowed and preferred follow from the prompt."""
+
+    alternatives: list[_Alternative]
+    named: bool
+    allowed: list[_Alternative] | None = None
+    preferred: list[_Alternative] = field(default_factory=list)
+    hits: frozenset[str] = frozenset()
+
+    def render(self, run: "_Run") -> str:
+        return run.join(run.pick(self).fields[""])
+
+    def steer(self, wanted: frozenset[str], excluded: frozenset[str]) -> None:
+        """Drops what is excluded or cannot be completed; prefers what reaches most of the wanted tags."""
+        if self.allowed is not None:
+            return
+        self.allowed = []
+        for one in self.alternatives:
+            for choice in one.refs:
+                choice.steer(wanted, excluded)
+            if all(choice.allowed for choice in one.refs) and not (one.tags | one.words) & excluded:
+                one.hits = (one.tags & wanted).union(*(choice.hits for choice in one.refs))
+                self.allowed.append(one)
+        self.hits = frozenset().union(*(one.hits for one in self.allowed))
+        best = max((len(one.hits) for one in self.allowed), default=0)
+        self.preferred = [one for one in self.allowed if len(one.hits) == best]
+
+
+class _Run:
+    """The state of one sample: what is bound, and what has been used."""
+
+    def __init__(self, rng: Random) -> None:
+        self.random = rng.random
+        self.bound: dict[str, _Alternative] = {}
+        self.used: set[_Alternative] = set()
+
+    def join(self, parts: list["_Part"]) -> str:
+        return "".join([part if isinstance(part, str) else part(self) for part in parts])
+
+    def pick(self, choice: _Choice) -> _Alternative:
+        allowed = choice.allowed or []
+        pool = choice.preferred if self.random() < _FOCUS else allowed
+        one = pool[int(self.random() * len(pool))]
+        if choice.named:
+            if one in self.used:
+                fresh = [other for other in pool if other not in self.used]
+                fresh = fresh or [other for other in allowed if other not in self.used] or pool
+                one = fresh[int(self.random() * len(fresh))]
+            self.used.add(one)
+        return one
+
+    def bind(self, name: str, choice: _Choice) -> str:
+        self.bound[name] = self.pick(choice)
+        return ""
+
+    def field(self, name: str, field: str) -> str:
+        return self.join(self.bound[name].fields[field])
+
+    def agree(self, name: str, one: str, many: str) -> str:
+        return many if "plural" in self.bound[name].tags else one
+
+    def number(self, numbers: range, noun: str) -> str:
+        n = numbers[int(self.random() * len(numbers))]
+        return f"{n} {noun if n == 1 else plural(noun)}" if noun else str(n)
+
+
+# What a template is compiled to: text as such, and what is written anew for each sample.
+_Part = str | Callable[[_Run], str]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _title(text: str) -> str:
+    return " ".join([word if word in _SMALL_WORDS else _capital(word) for word in text.split(" ")])
+
+
+_STYLES: dict[str | None, Callable[[str], str]] = {
+    None: str,
+    "a": article,
+    "A": lambda text: _capital(article(text)),
+    "cap": _capital,
+    "title": _title,
+    "Title": lambda text: _capital(_title(text)),
+}
+_TAGS = re.compile(r"(?:\s+#[\w-]+)+\s*$")
+_TOKEN = re.compile(r"(\\[\[\]]|\{[^{}]*\}\s*|[\[\]|])")
+_SLOT = re.compile(r"\{(?:(a|A|cap|title|Title) )?(\w+)(?:\.(\w+))?\}")
+_BIND = re.compile(r"\{(\w+)=(\w+)\}")
+_AGREE = re.compile(r"\{(\w+):([^/]*)/([^/]*)\}")
+_NUMBER = re.compile(r"\{(\d+)\.\.(\d+)(?:/(\d+))?(?: ([^{}]+))?\}")
+
+
+class _Grammar:
+    """The compiled templates of a domain."""
+
+    def __init__(self, domain: str) -> None:
+        sources = [read_templates("shared"), read_templates(domain)]
+        rules = {name: rule for source in sources for name, rule in source.get("rules", {}).items()}
+        banks = {name: bank for source in sources for name, bank in source.get("banks", {}).items()}
+        # The bank "topic" is filled from the prompt: what it asks for and no template knows.
+        self.choices = {name: _Choice([], True) for name in [*rules, *banks, "topic"]}
+        # Which nouns of a prompt become topics: those "unknown" to the tags; "all" on a par with tagged rows;
+        # or all as an "aside", behind the rows with the tags of the prompt.
+        self.topics: str = read_templates(domain).get("topics", "unknown")
+        for name, rule in rules.items():
+            self.choices[name].alternatives += [self._alternative(text.strip(), None) for text in rule]
+        for name, bank in banks.items():
+            rows = [self._alternative(text, bank["fields"].split()) for text in bank["rows"]]
+            self.choices[name].alternatives += rows
+        self.known = frozenset(
+            tag for choice in self.choices.values() for one in choice.alternatives for tag in one.tags
+        )
+
+    def add_topic(self, phrase: str, tags: Set[str], many: bool) -> None:
+        row = self._alternative(phrase + (" #plural" if many else ""), ["name"])
+        row.tags |= tags
+        self.choices["topic"].alternatives.append(row)
+
+    def _alternative(self, text: str, names: list[str] | None) -> _Alternative:
+        found = _TAGS.search(text)
+        body = text[: found.start()] if found else text
+        tags = {
+            stem(tag) if tag != "plural" else tag
+            for tag in (found[0].replace("#", "").split() if found else [])
+        }
+        texts = [body] if names is None else [part.strip() for part in body.split(";")]
+        if names is not None:
+            if len(texts) != len(names):
+                raise ValueError(f"template row {text!r} has {len(texts)} fields, not {len(names)}: {names}")
+            tags |= {stem(word) for word in WORD.findall(texts[0].casefold())} - words_of("stop")
+        refs: list[_Choice] = []
+        parts = [self._compile(part, refs) for part in texts]
+        fields = {"": parts[0], **dict(zip(names or [], parts, strict=bool(names)))}
+        words = frozenset(stem(word) for word in WORD.findall(body.casefold()))
+        return _Alternative(fields=fields, tags=frozenset(tags), words=words, refs=refs)
+
+    def _compile(self, text: str, refs: list[_Choice]) -> list[_Part]:
+        """The parts of a template; a choice on the spot is split at its own level and compiled in turn."""
+        parts: list[_Part] = []
+        depth, inner = 0, [""]
+        for token in filter(None, _TOKEN.split(text)):
+            depth -= token == "]"
+            if depth and token == "|" and depth == 1:
+                inner.append("")
+            elif depth:
+                inner[-1] += token
+            elif token == "]":
+                choice = _Choice([self._alternative(part, None) for part in inner], False)
+                refs.append(choice)
+                parts.append(choice.render)
+                inner = [""]
+            elif token != "[":
+                parts += self._slot(token, refs) if token[0] == "{" else [token.lstrip("\\")]
+            depth += token == "["
+        if depth:
+            raise ValueError(f"template with an unclosed bracket: {text!r}")
+        return parts
+
+    def _slot(self, token: str, refs: list[_Choice]) -> list[_Part]:
+        slot = token.rstrip()
+        space = token[len(slot) :]
+        if found := _BIND.fullmatch(slot):
+            name, choice = found[1], self.choices[found[2]]
+            refs.append(choice)
+            return [lambda run: run.bind(name, choice)]
+        if found := _AGREE.fullmatch(slot):
+            subject, one, many = found.groups()
+            return [lambda run: run.agree(subject, one, many), space]
+        if found := _NUMBER.fullmatch(slot):
+            numbers, noun = range(int(found[1]), int(found[2]) + 1, int(found[3] or 1)), found[4] or ""
+            return [lambda run: run.number(numbers, noun), space]
+        if not (found := _SLOT.fullmatch(slot)):
+            raise ValueError(f"template slot {slot!r} is not understood")
+        style, source, field_name = _STYLES[found[1]], found[2], found[3] or ""
+        if source not in self.choices or field_name:
+            return [lambda run: style(run.field(source, field_name)), space]
+        rule = self.choices[source]
+        refs.append(rule)
+        return [lambda run: style(rule.render(run)), space]
+
+
+def _is_plural(word: str) -> bool:
+    if word in singular_of():
+        return True
+    return word.endswith("s") and not word.endswith(("ss", "us", "is", "ics")) and word != "news"
+
+
+def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
+    """The words as a phrase that needs no article, and whether it is plural: the moon, dragons, football."""
+    head = words[-1]
+    if head[0].isupper() or _is_plural(head):
+        return " ".join(words), _is_plural(head)
+    if before == "the":
+        return "the " + " ".join(words), False
+    if before in ("a", "an") or head in words_of("countable"):
+        return " ".join([*words[:-1], plural(head)]), True
+    return " ".join(words), False
+
+
+def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
+    """Cuts off what cannot head a topic: "brave", the work of "how clocks work", the soup of "okra soup"."""
+    while run and (
+        run[-1].endswith("ly")
+        or run[-1] in words_of("adjectives")
+        or stem(run[-1]) in dull
+        or (len(run) > 1 and run[-1] in words_of("verbs"))
+    ):
+        run = run[:-1]
+    return run[-_TOPIC_WORDS:]
+
+
+def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool]]:
+    """The noun phrases of a prompt; where it says what it is about, only those behind that word."""
+    found = _WORD_OR_MARK.findall(normalise(prompt))
+    headline = sum(word[0].isupper() for word in found) * 2 > len(found) + 1
+    # A form (poem) parts phrases; a general subject may end a phrase (quantum computers) but not begin it.
+    weights = domain_stems(domain)
+    dull = grammar.known & weights.keys() if grammar.topics == "unknown" else frozenset()
+    phrases: list[tuple[str, bool]] = []
+    run: list[str] = []
+    before, about = "", False
+    for i, word in enumerate([*found, "the"]):
+        low = word.casefold()
+        weight = weights.get(stem(low), 0) - (stem(low) in grammar.known)
+        if _LATIN.fullmatch(low) and low not in words_of("stop") and weight <= bool(run):
+            run.append(proper_names().get(low) or (low if i == 0 or headline else word))
+            continue
+        if head := _head_last(run, dull):
+            phrases.append(_noun_phrase(head, before))
+        run, before = [], low
+        if low in words_of("about") and not about:
+            phrases, about = [], True
+    return list(dict.fromkeys(phrases))[:_TOPICS]
+
+
+def _excluded(prompt: str, diets: dict[str, str]) -> frozenset[str]:
+    """The stems that a prompt rules out: by a diet of the domain, "no eggs", "without nuts" or "nut-free"."""
+    text = " ".join(WORD.findall(normalise(prompt).casefold()))
+    names = [name for diet, tags in diets.items() if f" {diet} " in f" {text} " for name in tags.split()]
+    names += re.findall(r"\b(?:no|without) (\w+)", text) + re.findall(r"\b(\w+) free\b", text)
+    return frozenset(stem(name) for name in names if name not in words_of("stop"))
+
+
+def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -> Iterator[str]:
+    """Returns an endless stream of distinct texts; (prompt, domain, seed) fixes the sequence on any machine.
+
+    Without a domain the prompt chooses it. Raises ValueError for a domain that is not one of DOMAINS.
+    """
+    domain = choose_domain(prompt) if domain is None else domain
+    if domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
+    seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
+    excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
+    root = _steered(prompt, domain, excluded)
+    # A prompt may rule out everything; then it is better to say too much than to say nothing.
+    return _stream(root if root.allowed else _steered(prompt, domain, frozenset()), Random(seed_text))
+
+
+def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> _Choice:
+    """The root of a domain's grammar, compiled and steered by the prompt."""
+    grammar = _Grammar(domain)
+    for phrase, many in _topics(prompt, domain, grammar):
+        stems = frozenset(stem(word) for word in WORD.findall(phrase)) - {"the"}
+        known = stem(phrase.split()[-1]) in grammar.known
+        if not stems & excluded and not (known and grammar.topics == "unknown"):
+            grammar.add_topic(phrase, {_ASIDE} if grammar.topics == "aside" else stems, many)
+    root = grammar.choices["root"]
+    root.steer(frozenset([_ASIDE, *content_stems(prompt)]) - excluded, excluded)
+    return root
+
+
+def _stream(root: _Choice, rng: Random) -> Iterator[str]:
+    seen: set[str] = set()
+    repeats = 0
+    while True:
+        text = root.render(_Run(rng)).strip()
+        repeats = repeats + 1 if text in seen else 0
+        if repeats > _PATIENCE:
+            seen.clear()
+        if text not in seen:
+            seen.add(text)
+            yield text

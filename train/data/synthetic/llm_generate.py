@@ -1,0 +1,314 @@
+"""Samples written by a language model: varied requests, several in flight, every good text kept at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Self
+
+from fusedgpt.train.data.synthetic.grammar import generate_samples
+from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of, write_atomically
+from fusedgpt.train.data.synthetic.llm import MOST_FAILURES, LLMClient, gave_out, run_until
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
+from fusedgpt.train.data.synthetic.refine import DuplicateFilter
+from fusedgpt.train.data.synthetic.words import WORD, words_of
+
+_TEXTS_A_REQUEST = 3
+_BARREN = 40  # so many answers in a row without a new sample, and the model counts as exhausted
+_PROMPT_CHARS = 2000
+_KINDS = {
+    "cooking": (
+        "a recipe",
+        "advice for the kitchen",
+        "a short tale of a meal",
+        "an answer to a cook's question",
+    ),
+    "poetry": ("a rhymed poem", "a poem in free verse", "a ballad", "a short poem of few lines"),
+    "technical": ("an explanation", "a how-to", "a question and its answer", "a comparison of two ways"),
+    "general": ("a short story", "a description", "a letter", "a report of something that happened"),
+    "conversation": (
+        "a talk of two friends",
+        "a chat with a stranger",
+        "a talk on the phone",
+        "an interview",
+    ),
+}
+_LENGTHS = ("40 to 80", "80 to 150", "150 to 250")
+_STYLES = (
+    "plain and warm", "lively and funny", "calm and exact", "vivid, with sights and smells", "thoughtful",
+    "as an expert would put it", "simple, for a child", "surprising", "in short sentences", "old-fashioned",
+)  # fmt: skip
+
+_MAX_ANSWER_CHARS = 200_000
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
+_CHAT_MARK = re.compile(r"<\|[a-z_]{1,30}\|>|\[/?INST\]|</?s>")
+_PARTED = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
+_RULE = re.compile(r"^[ \t]*[-*_](?: ?[-*_]){2,}[ \t]*$", re.M)
+_HEADING = re.compile(
+    r"^[^\w\n]*(?:text|sample|example|story|poem|recipe|conversation|answer|option)[ \t]*#?\d{1,3}[^\w\n]*$",
+    re.M | re.I,
+)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[^\n]*$", re.M)
+_YES = r"(?:sure|certainly|of course|absolutely|okay|ok|great|no problem)(?: thing)?"
+_HERE = r"(?:here(?:['’]s| is| are)|below (?:is|are))"
+_ASKED_FOR = r"(?:texts?|samples?|examples?|stor(?:y|ies)|poems?|recipes?|dialogues?|versions?|ones?)"
+_OPENING = re.compile(
+    rf"(?:{_YES}[!,. ]+{_HERE}\b[^\n:]{{0,120}}:|{_HERE} [^\n:]{{0,60}}\b{_ASKED_FOR}\b[^\n:]{{0,80}}:"
+    rf"|{_YES}\b[^\n:]{{0,120}}:(?=\s*\n)|{_YES}[!,.]*(?=\s*\n))\s*",
+    re.I,
+)
+_CLOSING = re.compile(
+    r"\n(?:i hope (?:this|these)\b|let me know if you\b|feel free to\b|would you like me to\b)[^\n]{0,200}\Z",
+    re.I,
+)
+_REFUSAL = re.compile(
+    r"\b(?:as an ai\b|as a (?:large )?language model"
+    r"|i(?: am|['’]m) (?:sorry|afraid),? (?:but )?i can(?:not|['’]t)"
+    r"|i can(?:not|['’]t) (?:help|assist|fulfil+|comply))",
+    re.I,
+)
+_LAST_END = re.compile(r".*[.!?…。！？][\"')\]”’」]*", re.S)
+
+
+def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
+    """The wording of a run's request of that number: its kind, length, style and sparks vary."""
+    rng = Random(f"{seed}\n{number}")
+    kind, length, style = (rng.choice(options) for options in (_KINDS[domain], _LENGTHS, _STYLES))
+    task = plain_text(prompt[:_PROMPT_CHARS]).strip() or "any texts"
+    sparks = " and ".join(rng.sample(_spark_words(prompt, domain), 2))
+    return (
+        f"Write {_TEXTS_A_REQUEST} texts from which a small language model will learn this task: {task}\n\n"
+        f"Each text: {kind}, {length} words, {style}; it is complete and differs from the others in subject, "
+        f"opening and structure. Somewhere in them: {sparks}. Write in English unless the task asks for "
+        "another language.\n\nWrite only the texts, no numbers, introduction or comments, and put a line of "
+        "=== between two."
+    )
+
+
+@lru_cache(maxsize=8)
+def _spark_words(prompt: str, domain: str) -> list[str]:
+    """Words that the templates would use for this prompt: two of them make each request another."""
+    texts = islice(generate_samples(prompt, domain=domain), 200)
+    words = {word for text in texts for word in WORD.findall(text) if len(word) > 3 and word.islower()}
+    return sorted(words - words_of("stop"))
+
+
+def split_answer(answer: Answer) -> list[str]:
+    """The samples of an answer, cleaned; of one that was cut, the last up to its last whole sentence."""
+    text = plain_text(answer.text[:_MAX_ANSWER_CHARS])
+    text = unicodedata.normalize("NFC", _FENCE.sub("", _CHAT_MARK.sub("", _THOUGHT.sub("", text))))
+    separator = next((s for s in (_PARTED, _HEADING, _RULE) if s.search(text)), _PARTED)
+    parts = separator.split(text)
+    if not answer.ended:
+        whole = _LAST_END.match(parts[-1])
+        parts[-1] = whole[0] if whole else ""
+    return [part for part in map(_clean, parts) if part]
+
+
+def _clean(text: str) -> str:
+    """A sample without what the model says about it or wraps around it."""
+    text = _RULE.sub("", text).strip() + "\n"
+    if opening := _OPENING.match(text):
+        text = text[opening.end() :]
+    text = _CLOSING.sub("", text.strip())
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip()
+    return (
+        text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2 else text
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What to write, and where to keep it. `path` is the JSONL, `info_path` says what it was made for."""
+
+    prompt: str
+    domain: str
+    seed: int
+    target_tokens: int
+    path: Path
+    count_tokens: Callable[[list[str]], list[int]]
+
+    @property
+    def info_path(self) -> Path:
+        return self.path.with_suffix(".info.json")
+
+
+class SampleFile:
+    """The samples of a run so far: read back on opening, then appended to as they come in.
+
+    Raises ValueError for a file that was made for something else, OSError where it cannot be written.
+    """
+
+    def __init__(self, plan: Generation, config: LLMConfig) -> None:
+        self.plan = plan
+        self.faults: Counter[str] = Counter()
+        fingerprint = config.fingerprint(plan.prompt, plan.domain, plan.seed)
+        self._read_info(fingerprint)  # before the file is touched
+        self.file = JsonLines(plan.path)
+        try:
+            before = self._read_info(fingerprint)
+            self.texts = [text_of(record, plan.path) for record in self.file.records]
+        except BaseException:
+            self.file.close()
+            raise
+        self.tokens = sum(plan.count_tokens(self.texts)) if self.texts else 0
+        self.filter = DuplicateFilter()
+        for text in self.texts:
+            self.filter.fault(text)
+        numbers = (n for record in self.file.records if isinstance(n := record.get("request"), int))
+        self.requests: int = max([before.get("requests", 0), *(n + 1 for n in numbers)])
+        self.rejected: Counter[str] = Counter(before.get("rejected", {}))
+        self._began = time.monotonic() - before.get("seconds", 0.0)
+        self._saved = 0.0
+        self.info = {
+            "fingerprint": fingerprint,
+            "prompt": plan.prompt,
+            "domain": plan.domain,
+            "seed": plan.seed,
+            "method": config.data_source,
+            "server": config.origin,
+            "model": config.gen_model,
+            "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("fusedgpt", "httpx2")},
+            "runs": before.get("runs", 0) + 1,
+        }
+        self.save_info()
+
+    def __str__(self) -> str:
+        return f"{len(self.texts):,} samples ({self.tokens:,} of {self.plan.target_tokens:,} tokens)"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no file behind that holds nothing: the next try may be with another model."""
+        self.save_info()
+        if not self.texts:
+            self.plan.path.unlink()
+            self.plan.info_path.unlink()
+        self.file.close()
+
+    @property
+    def enough(self) -> bool:
+        return self.tokens >= self.plan.target_tokens
+
+    def _read_info(self, fingerprint: str) -> dict[str, Any]:
+        """What the info file says, {} where there is none yet."""
+        path, info_path = self.plan.path, self.plan.info_path
+        if not info_path.exists():
+            if path.exists() and path.stat().st_size:
+                raise ValueError(f"{path} exists, and no {info_path.name} says what for; choose another file")
+            return {}
+        try:
+            info = dict(json.loads(info_path.read_text(encoding="utf-8")))
+            made_for = info["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{info_path} is damaged; remove it together with {path}") from None
+        if made_for != fingerprint:
+            asked = plain_text(str(info.get("prompt")))[:80]
+            made = f"{asked!r} with {info.get('model')}, seed {info.get('seed')}"
+            remedy = "another prompt, domain, seed, model or --llm-max-tokens needs another file"
+            raise ValueError(f"{path} was made for {made}; {remedy}")
+        return info
+
+    def take(self, number: int, answer: Answer) -> int:
+        """Keep what is new and sound of an answer, on disk; returns how many samples that is."""
+        parts = split_answer(answer)
+        kept = []
+        if not parts:
+            self.rejected["empty"] += 1
+        for text in parts:
+            fault = "refusal" if _REFUSAL.search(text[:300]) else self.filter.fault(text)
+            if fault:
+                self.rejected[fault] += 1
+            else:
+                kept.append(text)
+        if kept:
+            self.file.append({"text": text, "request": number} for text in kept)
+            self.texts += kept
+            self.tokens += sum(self.plan.count_tokens(kept))
+        return len(kept)
+
+    def report(self) -> dict[str, Any]:
+        """For generation_info.json: what was asked, kept and rejected, and why."""
+        return {
+            **self.info,
+            "requests": self.requests,
+            "samples": len(self.texts),
+            "tokens": self.tokens,
+            "rejected": dict(self.rejected),
+            "faults": dict(self.faults),
+            "seconds": round(time.monotonic() - self._began, 1),
+        }
+
+    def save_info(self, *, if_older: float = 0.0) -> None:
+        """Bring the info file up to date, where it is older than so many seconds."""
+        if time.monotonic() - self._saved >= if_older:
+            write_atomically(self.plan.info_path, json.dumps(self.report(), indent=2) + "\n")
+            self._saved = time.monotonic()
+
+
+async def write_samples(
+    client: LLMClient, progress: Callable[[int, int], None], *, samples: SampleFile
+) -> None:
+    """Ask until the samples reach the target, `client.parallel` requests in flight.
+
+    Raises LLMError where the server or the model gives out before; what was accepted is on disk.
+    """
+    plan, config = samples.plan, client.config
+    samples.faults = client.faults
+    failed = barren = 0
+
+    def show() -> None:
+        progress(min(samples.tokens, plan.target_tokens), plan.target_tokens)
+
+    async def worker(index: int) -> None:
+        nonlocal failed, barren
+        while not samples.enough and index < client.parallel:
+            number = samples.requests
+            samples.requests += 1
+            try:
+                answer = await client.ask(_question(plan, config, number, client.timeouts.generation))
+            except RequestFailed as error:
+                failed += 1
+                if failed >= MOST_FAILURES:
+                    raise gave_out(failed, error) from None
+                continue
+            barren = 0 if samples.take(number, answer) else barren + 1
+            failed = 0
+            samples.save_info(if_older=1.0)
+            show()
+            if barren >= _BARREN:
+                raise LLMError(_exhausted(samples.rejected))
+
+    show()
+    await run_until(lambda: samples.enough, [worker(i) for i in range(config.llm_concurrency)])
+
+
+def _question(plan: Generation, config: LLMConfig, number: int, seconds: float) -> Question:
+    return Question(
+        model=config.gen_model or "",
+        prompt=request_text(plan.prompt, plan.domain, plan.seed, number),
+        seed=(plan.seed * 1_000_003 + number) % (1 << 31),
+        max_tokens=config.llm_max_tokens,
+        seconds=seconds,
+    )
+
+
+def _exhausted(rejected: Counter[str]) -> str:
+    reasons = ", ".join(f"{n} {why}" for why, n in rejected.most_common(3))
+    return (
+        f"{_BARREN} answers in a row held no new sample (rejected so far: {reasons}); try another --gen-model"
+    )

@@ -1,0 +1,151 @@
+"""What Ollama and OpenAI-compatible servers are sent and send back, as far as fusedgpt uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?")
+_INVISIBLE = dict.fromkeys(  # C1 controls, bidirectional overrides, byte order mark, lone surrogates
+    [0x7F, *range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000)]
+)
+
+
+class LLMError(OSError):
+    """The server cannot be used; the message says what to do."""
+
+
+class RequestFailed(LLMError):
+    """One request failed, in all its tries; others may succeed."""
+
+
+class Fault(Exception):
+    """One try failed for a reason that may pass."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One request to a model; `seconds` bounds each try."""
+
+    model: str
+    prompt: str
+    seconds: float
+    seed: int = 0
+    max_tokens: int = 768
+    temperature: float = 0.9
+
+
+class Answer(NamedTuple):
+    """What the model wrote, and whether it came to an end by itself."""
+
+    text: str
+    ended: bool
+
+
+class Piece(NamedTuple):
+    """A line of a stream: some text, and at the end why it ends."""
+
+    text: str = ""
+    end: str | None = None
+
+
+def plain_text(text: str) -> str:
+    """`text` without control characters, escape sequences and bidirectional overrides; \\n and \\t stay."""
+    text = _ESCAPE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return "".join(c for c in text if c >= " " or c in "\n\t").translate(_INVISIBLE)
+
+
+class Ollama:
+    """https://docs.ollama.com/api: newline-delimited JSON, the last object has done: true."""
+
+    name = "Ollama"
+    models_path = "/api/tags"
+
+    def models(self, data: dict[str, Any]) -> list[str]:
+        return [str(model["name"]) for model in data["models"]]
+
+    def request(self, question: Question, config: LLMConfig) -> tuple[str, dict[str, Any]]:
+        options = {
+            "seed": question.seed,
+            "num_predict": question.max_tokens,
+            "temperature": question.temperature,
+        }
+        body = {"model": question.model, "prompt": question.prompt, "stream": True}
+        return "/api/generate", {**body, "think": False, "options": options}
+
+    def piece(self, line: bytes) -> Piece:
+        data = json_object(line)
+        done = data["done_reason"] if isinstance(data.get("done_reason"), str) else "stop"
+        return Piece(_string(data.get("response")), done if data.get("done") is True else None)
+
+
+class OpenAI:
+    """https://platform.openai.com/docs/api-reference: server-sent events, a finish_reason, then [DONE]."""
+
+    name = "OpenAI-compatible"
+    models_path = "/v1/models"
+
+    def models(self, data: dict[str, Any]) -> list[str]:
+        return [str(model["id"]) for model in data["data"]]
+
+    def request(self, question: Question, config: LLMConfig) -> tuple[str, dict[str, Any]]:
+        body: dict[str, Any] = {"model": question.model, "stream": True}
+        body |= {"seed": question.seed, "temperature": question.temperature}
+        if config.llm_endpoint == "completions":
+            return "/v1/completions", {**body, "prompt": question.prompt, "max_tokens": question.max_tokens}
+        limit = "max_completion_tokens" if config.origin.endswith("api.openai.com") else "max_tokens"
+        messages = [{"role": "user", "content": question.prompt}]
+        return "/v1/chat/completions", {**body, "messages": messages, limit: question.max_tokens}
+
+    def piece(self, line: bytes) -> Piece:
+        field, _, value = line.partition(b":")
+        if field != b"data":
+            if field in (b"", b"event", b"id", b"retry"):  # a comment, or what the API makes no use of
+                return Piece()
+            raise Fault("bad JSON", f"expected a server-sent event, found {line[:60]!r}")
+        if value.strip() == b"[DONE]":
+            return Piece(end="stop")
+        data = json_object(value)
+        choices = data.get("choices")
+        if not choices:
+            return Piece()  # the count of tokens used
+        choice = choices[0] if isinstance(choices, list) else None
+        if not isinstance(choice, dict):
+            raise Fault("bad JSON", f"expected choices, found {value[:60]!r}")
+        delta = choice.get("delta")
+        text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+        end = choice.get("finish_reason")
+        return Piece(_string(text), end if isinstance(end, str) else None)
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise Fault("bad JSON", f"expected a JSON object, found {line[:60]!r}")
+    if data.get("error"):
+        raise Fault("server error", f"the server says {error_text(data)!r}")
+    return data
+
+
+def _string(value: object) -> str:
+    if value is not None and not isinstance(value, str):
+        raise Fault("bad JSON", f"expected text, found {str(value)[:60]!r}")
+    return value or ""
+
+
+def error_text(data: object) -> str:
+    """{"error": "..."} as Ollama has it, {"error": {"message": "..."}} as OpenAI."""
+    error = data.get("error", data.get("detail")) if isinstance(data, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return plain_text(str(message or ""))[:300]

@@ -1,0 +1,241 @@
+"""Chooses the best of the raw samples: scored, without repeats, as many as the token target asks for."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from fusedgpt.train.data.synthetic.grammar import choose_domain
+from fusedgpt.train.data.synthetic.words import content_stems, domain_stems, stem
+
+_MIN_WORDS, _GOOD_WORDS, _LONG_WORDS, _MAX_WORDS = 5, 12, 250, 600
+_MAX_CHARS = 12_000  # longer samples are dropped unread
+_MIN_SCORE = 0.45
+
+# Near duplicates by MinHash: word 3-grams, 30 minima in 10 bands of 3. Texts of Jaccard similarity J share
+# 10 J^3 bands on average: 4.2 at the limit of 0.75, 0.6 at 0.4, the usual value for one template's samples.
+# So the few texts that share the most bands are compared in full, which keeps the whole near-linear.
+_SHINGLE, _BANDS, _ROWS = 3, 10, 3
+_NEAR = 0.75
+_BUCKET, _COMPARE = 48, 6  # look at so many texts of a bucket, and compare so many in full
+_Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineReport:
+    """What refine kept and why it dropped the rest: kept + the sum of dropped is the number of samples."""
+
+    kept: int
+    kept_tokens: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    mean_score: float = 0.0
+
+    def __str__(self) -> str:
+        total = self.kept + sum(self.dropped.values())
+        if total == 0:
+            return "no samples to refine"
+        text = f"kept {self.kept:,} of {total:,} samples ({self.kept_tokens:,} tokens)"
+        reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+        return text + ("; dropped " + ", ".join(f"{n:,} {why}" for why, n in reasons) if reasons else "")
+
+
+def _length_score(n_words: int) -> float:
+    if n_words < _GOOD_WORDS:
+        return n_words / _GOOD_WORDS
+    return min(1.0, _LONG_WORDS / n_words)
+
+
+def _form_score(text: str) -> float:
+    """Whether the text looks like prose: ends a sentence, is mostly letters, opens and closes its quotes."""
+    letters = sum(map(str.isalpha, text))
+    plain = text.replace("\n", "").replace("\t", "")
+    odd = 0 if plain.isprintable() else sum(unicodedata.category(char)[0] == "C" for char in plain)
+    upper = sum(map(str.isupper, text))
+    score = 1.0
+    score -= 0.15 * (text.rstrip()[-1:] not in tuple(".!?\"')]”…。！？」"))
+    score -= 0.15 * (text.count('"') % 2 + abs(text.count("(") - text.count(")")) > 0)
+    score -= 0.5 * (letters < 0.6 * len(text))
+    score -= 0.5 * (upper > 0.5 * max(letters, 1))
+    score -= min(0.8, 20 * odd / len(text))
+    return max(0.0, score)
+
+
+def _repetition_score(words: list[str]) -> float:
+    """The share of distinct 3-grams; the tenth that ordinary prose repeats costs nothing."""
+    n = max(len(words) - 2, 1)
+    distinct = len(set(zip(words, words[1:], words[2:], strict=False)))
+    return min(1.0, distinct / n / 0.85)
+
+
+@lru_cache(maxsize=64)
+def _prompt_stems(prompt: str) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset(content_stems(prompt)), frozenset(domain_stems(choose_domain(prompt)))
+
+
+def _relevance_score(words: list[str], prompt: str) -> float:
+    """How much of the prompt is found in the text: its own words, or half as good, those of its domain."""
+    topic, domain = _prompt_stems(prompt)
+    if not topic:
+        return 1.0
+    found = {stem(word) for word in words}
+    return max(min(1.0, len(topic & found) / min(2, len(topic))), 0.5 * bool(domain & found))
+
+
+def score_sample(text: str, prompt: str) -> float:
+    """Returns the quality of a text for a prompt, 0 to 1, from length, form, repetition and relevance.
+
+    Form and repetition scale the whole, so that noise scores low whatever its length; never raises. Good
+    samples share the top score on purpose: refine then keeps their mix instead of one favoured template.
+    """
+    text = text[:_MAX_CHARS]
+    words = _WORD.findall(text.casefold())
+    if not words:
+        return 0.0
+    quality = _form_score(text) * _repetition_score(words)
+    return quality * (0.6 * _length_score(len(words)) + 0.4 * _relevance_score(words, prompt))
+
+
+@lru_cache(maxsize=1 << 16)
+def _word_hash(word: str) -> int:
+    return crc32(word.encode("utf-8", "replace"))  # hash() would differ between processes
+
+
+def _shingles(words: list[str]) -> _Hashes:
+    """The distinct word 3-grams as hashes."""
+    ids = np.array([_word_hash(word) for word in words], dtype=np.uint64)
+    if len(ids) >= _SHINGLE:
+        ids = ids[:-2] * np.uint64(31) + ids[1:-1] * np.uint64(1_009) + ids[2:] * np.uint64(65_537)
+    return np.unique(ids)
+
+
+class _NearDuplicates:
+    """MinHash with banding: a text is compared only to those kept texts that share a band of minima."""
+
+    def __init__(self) -> None:
+        # Multiply-shift hashes, which wrap around in 64 bits; the factors are odd.
+        rng = np.random.default_rng(0)
+        shape = (_BANDS * _ROWS, 1)
+        self.scale = rng.integers(1 << 63, size=shape, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.shift = rng.integers(1 << 63, size=shape, dtype=np.uint64)
+        self.kept: list[frozenset[int]] = []
+        self.buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
+
+    def add(self, words: list[str]) -> bool:
+        """Returns whether the text is new, and only then remembers it."""
+        hashes = _shingles(words)
+        minima = ((self.scale * hashes + self.shift) >> np.uint64(33)).min(axis=1)  # (BANDS * ROWS,)
+        keys = [(band, row.tobytes()) for band, row in enumerate(minima.reshape(_BANDS, _ROWS))]
+        mine = frozenset(hashes.tolist())
+        close = Counter(chain.from_iterable(self.buckets[key][-_BUCKET:] for key in keys))
+        for i, _ in close.most_common(_COMPARE):
+            shared = len(mine & self.kept[i])
+            if shared >= _NEAR * (len(mine) + len(self.kept[i]) - shared):
+                return False
+        for key in keys:
+            self.buckets[key].append(len(self.kept))
+        self.kept.append(mine)
+        return True
+
+
+class DuplicateFilter:
+    """Takes texts one by one and says why one is of no use: by its length, or too like an earlier one."""
+
+    def __init__(self) -> None:
+        self._screen = _Screen()
+        self._near = _NearDuplicates()
+
+    def fault(self, text: str) -> str | None:
+        """Returns None for a text that is new and of a sensible length, and remembers it; else the reason."""
+        fault, words = self._screen.look(text)
+        return fault or (None if self._near.add(words) else "near-duplicate")
+
+
+class _Screen:
+    """Finds texts too long, too short, or the same as an earlier one but for case and white space."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def look(self, text: str) -> tuple[str | None, list[str]]:
+        """Why the text is not worth a score, and its words."""
+        if len(text) > _MAX_CHARS:
+            return "too long", []
+        words = _WORD.findall(text.casefold())
+        same = " ".join(text.casefold().split())
+        fault: str | None = None
+        if len(words) < _MIN_WORDS:
+            fault = "too short"
+        elif len(words) > _MAX_WORDS:
+            fault = "too long"
+        elif same in self.seen:
+            fault = "duplicate"
+        self.seen.add(same)
+        return fault, words
+
+
+def worth_grading(samples: Sequence[str]) -> list[str]:
+    """The samples that refine will ask the score of: neither too short, too long nor the same as another."""
+    return [samples[i] for i in _screen(samples, Counter())]
+
+
+def _screen(samples: Sequence[str], dropped: Counter[str]) -> dict[int, list[str]]:
+    """The words of each sample that is worth a score, by its index."""
+    screen = _Screen()
+    words_of: dict[int, list[str]] = {}
+    for i, text in enumerate(samples):
+        fault, words = screen.look(text)
+        if fault:
+            dropped[fault] += 1
+        else:
+            words_of[i] = words
+    return words_of
+
+
+def refine(
+    samples: Sequence[str],
+    prompt: str,
+    *,
+    target_tokens: int,
+    count_tokens: Callable[[list[str]], list[int]],
+    score: Callable[[str, str], float] = score_sample,
+) -> tuple[list[str], RefineReport]:
+    """Returns the best samples, in their original order, until their tokens reach the target, and a report.
+
+    count_tokens maps texts to their token counts; score(text, prompt) gives 0 to 1, a language model's grade
+    may take its place. Every dropped sample is counted under one reason. Raises ValueError for a target < 1.
+    """
+    if target_tokens < 1:
+        raise ValueError(f"target_tokens must be positive, not {target_tokens}")
+    dropped: Counter[str] = Counter()
+    words_of = _screen(samples, dropped)
+    scores = {i: score(samples[i], prompt) for i in words_of}
+    good = [i for i in words_of if scores[i] >= _MIN_SCORE]
+    dropped["low score"] += len(words_of) - len(good)
+    tokens = dict(zip(good, count_tokens([samples[i] for i in good]) if good else [], strict=True))
+
+    near = _NearDuplicates()
+    kept: list[int] = []
+    kept_tokens = 0
+    for i in sorted(good, key=lambda i: -scores[i]):
+        if kept_tokens >= target_tokens:
+            dropped["over target"] += 1
+        elif not near.add(words_of[i]):
+            dropped["near-duplicate"] += 1
+        else:
+            kept.append(i)
+            kept_tokens += tokens[i]
+    report = RefineReport(
+        kept=len(kept),
+        kept_tokens=kept_tokens,
+        dropped={why: n for why, n in dropped.items() if n},
+        mean_score=sum(scores[i] for i in kept) / len(kept) if kept else 0.0,
+    )
+    return [samples[i] for i in sorted(kept)], report

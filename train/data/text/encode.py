@@ -1,0 +1,142 @@
+"""Text to token ids on all cores, in order: processes, as tiktoken's threads wait for each other."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.train.data.tokens.shards import token_dtype
+
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+_WAITING = 3  # chunks a worker: one that it encodes, and others read ahead or not yet written
+
+
+class Chunk(NamedTuple):
+    """Texts to encode."""
+
+    texts: list[str]
+    ends: list[bool]  # whether a document ends with each
+    held_out: list[bool]  # whether each belongs to the validation stream
+
+
+class Ids(NamedTuple):
+    """Token ids, end-of-text among them, and how many of them there are at the end of each document."""
+
+    ids: NDArray[Any]
+    document_ends: NDArray[np.int64]
+
+
+class Encoded(NamedTuple):
+    """What a chunk adds to both streams."""
+
+    train: Ids
+    val: Ids
+    text_bytes: int  # in UTF-8
+
+
+def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
+    """Encode, put end-of-text after each document, and sort by stream."""
+    arrays = tokenizer.encode_arrays(chunk.texts)
+    eot = np.array([tokenizer.eot_id], dtype=np.uint32)
+    dtype = token_dtype(tokenizer.vocab_size)
+    streams = []
+    for stream in (False, True):
+        mine = [
+            (a, e)
+            for a, e, held_out in zip(arrays, chunk.ends, chunk.held_out, strict=True)
+            if held_out == stream
+        ]
+        parts = [part for ids, ends in mine for part in ((ids, eot) if ends else (ids,))]
+        ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype=dtype)
+        counts = np.cumsum([len(a) + e for a, e in mine], dtype=np.int64)
+        streams.append(Ids(ids, counts[np.fromiter((e for _, e in mine), dtype=bool, count=len(mine))]))
+    text_bytes = sum(map(_utf8_length, chunk.texts))
+    return Encoded(streams[0], streams[1], text_bytes)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """`encode_chunk` of each, in order, by `workers` processes; by this one if one is enough.
+
+    Raises OSError where a worker was killed.
+    """
+    chunks = iter(chunks)
+    first = list(islice(chunks, 2))
+    chunks = chain(first, chunks)
+    if workers == 1 or len(first) < 2:
+        yield from (encode_chunk(tokenizer, chunk) for chunk in chunks)
+        return
+    # fork shares the vocabulary, and needs no main module that can be imported
+    method = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (tokenizer, os.getpid()))
+    try:
+        waiting: deque[Future[Encoded]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_in_worker, chunk))
+            if len(waiting) >= _WAITING * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed, for want of memory perhaps: try fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: list[Tokenizer] = []  # in a worker: the one it encodes with
+
+
+def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
+    return_freed_memory()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # that library's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    _worker_tokenizer[:] = [tokenizer]
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    return encode_chunk(_worker_tokenizer[0], chunk)
+
+
+def return_freed_memory() -> None:
+    """Tell malloc, where it is glibc's, to hand large blocks back at once, for the rest of the process.
+
+    It would else learn to keep blocks as large as ours, between which memory then grows slowly without end.
+    """
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,166 @@
+"""Batches for the training loop: made ahead on a thread, copied to the device once.
+
+Which windows a step takes is a pure function of (seed, epoch, position): the cursor of a run.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedgpt.train.config import TrainConfig, windows_per_step
+from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch, TokenDataset
+
+_PREFETCHED = 2  # steps made ahead
+_MAX_RESIDENT_TOKENS = 1 << 26  # 256 MB on the GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """Where in the training stream a step begins: `position` windows into `epoch`."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one optimizer step trains on, in micro-batches that fit the device."""
+
+    micro_batches: tuple[Batch, ...]  # inputs and targets, (B, T) int64 each
+    shares: tuple[float, ...]  # of the step's targets that each micro-batch has; they add up to 1
+    tokens: int
+    following: Cursor  # where the next step begins
+
+    @classmethod
+    def collect(cls, micro_batches: Sequence[Batch], following: Cursor) -> Self:
+        """The step on `micro_batches`, each weighing by the targets it has that are not ignored."""
+        counts = [int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches]
+        return cls.weigh(micro_batches, counts, following)
+
+    @classmethod
+    def weigh(cls, micro_batches: Sequence[Batch], counts: Sequence[int], following: Cursor) -> Self:
+        """The same where it is known how many targets of each count: nothing waits for a GPU."""
+        return cls(
+            micro_batches=tuple(micro_batches),
+            shares=tuple(count / max(1, sum(counts)) for count in counts),
+            tokens=sum(inputs.numel() for inputs, _ in micro_batches),
+            following=following,
+        )
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of the micro-batches."""
+        return tuple(inputs.shape for inputs, _ in self.micro_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """A step as the thread makes it: batches on the host, or where windows start in tokens on the GPU."""
+
+    pieces: list[Batch | Tensor]
+    counts: list[int]  # targets that count
+    following: Cursor
+
+
+class Loader:
+    """Iterates over the steps of a run from `cursor` on, without end; use it as a context manager.
+
+    The last step of an epoch may be smaller. What goes wrong in the thread is raised by next(). A small set
+    lives on the GPU (`resident`, by default where it fits well), and a step copies only where it looks there.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        config: TrainConfig,
+        device: torch.device,
+        cursor: Cursor,
+        *,
+        resident: bool | None = None,
+    ) -> None:
+        self.dataset, self.config, self.device = dataset, config, device
+        self.windows = windows_per_step(config, dataset.max_length)
+        small = device.type == "cuda" and len(dataset.train) <= _MAX_RESIDENT_TOKENS
+        self._resident: Tensor | None = None
+        if dataset.has_starts and (small if resident is None else resident):
+            tokens = np.asarray(dataset.train[:], dtype=np.int32)
+            self._resident = torch.from_numpy(tokens).to(device)
+        self._queue: queue.Queue[_Drawn | BaseException] = queue.Queue(maxsize=_PREFETCHED)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(cursor,), name="loader", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        drawn = self._queue.get()
+        if isinstance(drawn, BaseException):
+            raise drawn
+        return StepBatch.weigh([self._on_device(p) for p in drawn.pieces], drawn.counts, drawn.following)
+
+    def _on_device(self, piece: Batch | Tensor) -> Batch:
+        if not isinstance(piece, Tensor):
+            inputs, targets = (x.to(self.device, non_blocking=True) for x in piece)
+            return inputs, targets
+        assert self._resident is not None
+        starts = piece.to(self.device, non_blocking=True)
+        offsets = torch.arange(self.dataset.max_length + 1, device=self.device)
+        ids = self._resident[(starts[:, None] + offsets) % len(self._resident)].long()  # (B, T + 1)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def _work(self, cursor: Cursor) -> None:
+        try:
+            while not self._closed.is_set():
+                drawn = self._draw(cursor)
+                cursor = drawn.following
+                self._put(drawn)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: _Drawn | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def _draw(self, cursor: Cursor) -> _Drawn:
+        """The step that begins at `cursor`."""
+        left = self.dataset.windows_per_epoch - cursor.position
+        pieces: list[Batch | Tensor] = []
+        counts: list[int] = []
+        for first in range(0, min(self.windows, left), self.config.batch_size):
+            size = min(self.config.batch_size, self.windows - first)
+            where: dict[str, Any] = {"seed": self.config.seed, "epoch": cursor.epoch, "batch_size": size}
+            where["position"] = cursor.position + first
+            if self._resident is not None:
+                starts = torch.from_numpy(self.dataset.window_starts(**where))
+                pieces.append(self._pinned(starts))
+                counts.append(len(starts) * self.dataset.max_length)
+            else:
+                inputs, targets = self.dataset.train_batch(**where)
+                pieces.append((self._pinned(inputs), self._pinned(targets)))
+                counts.append(int((targets != IGNORE_INDEX).sum()))
+        end = left <= self.windows
+        following = Cursor(epoch=cursor.epoch + end, position=0 if end else cursor.position + self.windows)
+        return _Drawn(pieces=pieces, counts=counts, following=following)
+
+    def _pinned(self, x: Tensor) -> Tensor:
+        return x.pin_memory() if self.device.type == "cuda" else x

@@ -1,0 +1,170 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from fusedgpt.kernels.cpu.process import deterministic, keep_freed_memory
+from fusedgpt.model.gpt import GPT
+from fusedgpt.train.config import TrainConfig, windows_per_step
+from fusedgpt.train.data.tokens.dataset import TokenDataset
+from fusedgpt.train.loop.batches import Loader
+from fusedgpt.train.loop.compilation import build_step, choose_compile, choose_cuda_graphs
+from fusedgpt.train.loop.optimizer import build_optimizer
+from fusedgpt.train.loop.precision import LossScale, resolve_device, resolve_precision, set_precision
+from fusedgpt.train.loop.schedule import learning_rate
+from fusedgpt.train.loop.validation import Validation
+from fusedgpt.train.report.progress import Monitor
+from fusedgpt.train.report.step_log import TrainingDiverged, TrainingLog
+from fusedgpt.train.run.checkpoint import check_space
+from fusedgpt.train.run.directory import Run
+from fusedgpt.train.run.signals import StopSignals
+from fusedgpt.train.run.training_state import Training, fingerprint
+from fusedgpt.train.tools.estimate import flops_per_token
+
+__all__ = ["TrainingDiverged", "TrainingSummary", "train", "train_model"]
+_CHECKPOINT_BYTES = 16  # a parameter: itself, two moments, its value at the best validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """How a run went; losses in nats a token, None where nothing was held out."""
+
+    steps: int
+    tokens: int
+    final_loss: float  # training loss, mean of the last 10 steps
+    val_loss: float | None  # of the weights after the last step
+    best_val_loss: float | None  # of the weights that are kept
+    best_step: int | None  # after which they were
+    tokens_per_second: float  # over this process's training steps; evaluation and saving not counted
+    seconds: float  # of this process, all of it
+    skipped_steps: int  # for a loss or gradient that was not finite
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON."""
+        return asdict(self)
+
+
+def train_model(model: GPT, dataset: TokenDataset, config: TrainConfig) -> float:
+    """Train `model` in place and return the final smoothed training loss; see train."""
+    return train(model, dataset, config).final_loss
+
+
+def train(
+    model: GPT,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    monitor: Monitor | None = None,
+    run: Run | None = None,
+    *,
+    profile: bool = False,
+) -> TrainingSummary:
+    """Train `model` in place on `dataset`, drawing progress on `monitor`, saving into `run`.
+
+    The model ends in eval mode and fp32 on the device it was trained on, with the weights of the best
+    validation if there was one. profile: trace a few steps into `run`, the dearest ops on the monitor.
+
+    Raises ValueError for an unusable device or too little data for a step, TrainingDiverged when losses stop
+    being finite, Stopped (once `run` is saved) on SIGINT, SIGTERM or SIGUSR1, OSError where `run` cannot be
+    written, CheckpointError where what it resumes does not fit.
+    """
+    monitor = monitor or Monitor(quiet=True)
+    steps, steps_per_epoch = count_steps(dataset, config)
+    training = _prepare(model, dataset, config)
+    progress = training.progress
+    device = model.wte.weight.device
+    if run is not None:
+        check_space(run.path, _CHECKPOINT_BYTES * _n_parameters(model) * (run.store.keep_last + 1))
+        if run.resumed is not None:
+            training.restore(run.resumed)
+            progress = training.progress
+    compile_mode = choose_compile(config, model, steps - progress.step, dataset.max_length)
+    cuda_graphs = choose_cuda_graphs(config, model, dataset.max_length)
+    step = build_step(
+        training, config, dataset.document_ids, compile_mode=compile_mode, cuda_graphs=cuda_graphs
+    )
+    slow_start = compile_mode != "off" or cuda_graphs
+    validation = Validation(dataset, config, steps, progress.validation)
+    log = TrainingLog(training, config, monitor, run, profile=profile)
+    log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
+    with (
+        deterministic(config.deterministic and device.type == "cuda"),
+        StopSignals() as stop,
+        Loader(dataset, config, device, progress.cursor) as batches,
+        log,
+    ):
+        while True:
+            if validation.due(progress.step):
+                log.validate(validation, stop)
+            if stop.requested():
+                raise log.stopped(stop)
+            if run is not None and run.save_due(progress.step):
+                log.save(run)
+            if progress.step >= steps or validation.out_of_patience:
+                break
+            batch, lr = next(batches), learning_rate(progress.step, steps, config)
+            if slow_start:  # compiling takes minutes, and before the first step there is nothing to save
+                result = stop.unless_stopped(partial(step, batch, lr))
+                if result is None:
+                    raise log.stopped(stop, save=False)
+                slow_start = False
+            else:
+                result = step(batch, lr)
+            progress.step += 1
+            progress.tokens += batch.tokens
+            progress.cursor = batch.following
+            log.add(result, lr)
+        if validation.out_of_patience:
+            monitor.note(f"no improvement in {config.patience} validations: stopped early")
+        if run is not None and run.saving.keep_last and run.last_saved_step != progress.step:
+            log.save(run)  # in the background of what the caller does with the model
+    training.finish()
+    return TrainingSummary(
+        steps=progress.step,
+        tokens=progress.tokens,
+        final_loss=progress.smoothed_loss,
+        val_loss=progress.validation.last_loss,
+        best_val_loss=progress.validation.best_loss,
+        best_step=progress.validation.best_step or None,
+        tokens_per_second=log.tokens_per_second,
+        seconds=log.seconds,
+        skipped_steps=progress.skipped_steps,
+    )
+
+
+def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, int]:
+    """(steps of the run, steps of an epoch). Raises ValueError where a step is larger than the data."""
+    windows = windows_per_step(config, dataset.max_length)
+    if windows > dataset.windows_per_epoch:
+        raise ValueError(
+            f"a step takes {windows} windows of {dataset.max_length} tokens, the training text has only "
+            f"{dataset.windows_per_epoch}: lower --batch-size or --batch-tokens, or add text"
+        )
+    steps_per_epoch = -(-dataset.windows_per_epoch // windows)
+    return config.steps or config.epochs * steps_per_epoch, steps_per_epoch
+
+
+def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training:
+    """The model on its device, in its precision, with its optimizer."""
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model.to(device).train()
+    model.seed_dropout(config.seed)
+    model.checkpointing = config.checkpointing
+    dtype = resolve_precision(config.precision, device)
+    set_precision(model, dtype)
+    micro_batches = -(-windows_per_step(config, dataset.max_length) // config.batch_size)
+    return Training(
+        model=model,
+        optimizer=build_optimizer(model, config, micro_batches=micro_batches),
+        loss_scale=LossScale(device) if dtype == torch.float16 else None,
+        fingerprint=fingerprint(dataset, config),
+    )
+
+
+def _n_parameters(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,173 @@
+"""Where a run's metrics are kept: metrics.jsonl, and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fusedgpt.train.report.progress import StepMetrics
+
+Row = dict[str, Any]
+
+_SECONDS_BETWEEN_MEMORY_READINGS = 1.0  # each takes some 100 us
+_SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's; what a kill loses
+
+
+class MetricsFile:
+    """metrics.jsonl: a JSON object a line, one for each step and one for each validation; for resumes too.
+
+    {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "skipped", "seconds"}
+    {"step", "val_loss", "val_bits_per_byte"}
+
+    in the units of StepMetrics and Sink; what is not known or not finite is null.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Go on with `path` after `resume_step`, 0 for a new run: rows of later steps will come again.
+
+        So they are dropped, and so is a last line that a kill cut short. Raises OSError.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(path, resume_step)
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # each line is in the file once written
+
+    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
+        """Append a step's row."""
+        row = {
+            "step": metrics.step,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "learning_rate": metrics.learning_rate,
+            "tokens": metrics.tokens,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": round(mfu, 5),
+            "skipped": metrics.skipped,
+            "seconds": round(metrics.seconds, 3),
+        }
+        self._append(row)
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Append a validation's row."""
+        self._append({"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte})
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        self._file.close()
+
+    def _append(self, row: Row) -> None:
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(known, allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, without a last line that is cut short.
+
+    Raises OSError, and ValueError for a file that is none.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [_parse(line) for line in lines]
+    if rows and rows[-1] is None and not lines[-1].endswith(b"\n"):
+        rows.pop()
+    if None in rows:
+        raise ValueError(f"{path}, line {rows.index(None) + 1}: not a row of metrics")
+    return [row for row in rows if row is not None]
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Rewrite `path`, all or nothing, without the rows of later steps and the lines that are no rows."""
+    if not path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(_lines_until(path, step))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lines_until(path: Path, step: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            row = _parse(line)
+            if row is not None and row["step"] <= step:
+                yield line if line.endswith(b"\n") else line + b"\n"
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard, of all steps and validations; what a resume repeats is shown once.
+
+    train/loss train/grad_norm train/learning_rate eval/loss eval/bits_per_byte throughput/tokens_per_second
+    throughput/mfu memory/peak_bytes (on CUDA)
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Go on in `folder` after `resume_step`, 0 for a new run.
+
+        Raises ValueError where TensorBoard is not installed, OSError where the folder cannot be written.
+        """
+        try:
+            self._proto: Any = import_module("tensorboard.compat.proto.event_pb2")
+            self._summary: Any = import_module("tensorboard.compat.proto.summary_pb2").Summary
+            writer = import_module("tensorboard.summary.writer.event_file_writer")
+        except ImportError:
+            raise ValueError("TensorBoard is not installed: pip install 'fusedgpt[tensorboard]'") from None
+        self._writer: Any = writer.EventFileWriter(str(folder), flush_secs=_SECONDS_BETWEEN_FLUSHES)
+        # at 0 too: a run killed before it saved anything begins again, perhaps in the same folder
+        self._purge_from(resume_step + 1)
+        self._memory_read = -math.inf
+
+    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
+        """Add a step's scalars."""
+        scalars = {
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/learning_rate": metrics.learning_rate,
+        }
+        speeds = {"throughput/tokens_per_second": tokens_per_second, "throughput/mfu": mfu}
+        scalars |= {tag: value for tag, value in speeds.items() if math.isfinite(value)}
+        if metrics.seconds - self._memory_read >= _SECONDS_BETWEEN_MEMORY_READINGS:
+            self._memory_read = metrics.seconds
+            scalars |= _memory()
+        self._add(scalars, metrics.step)
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Add a validation's scalars."""
+        per_byte = {} if bits_per_byte is None else {"eval/bits_per_byte": bits_per_byte}
+        self._add({"eval/loss": loss, **per_byte}, step)
+
+    def close(self) -> None:
+        """Write what is left; may be called again."""
+        self._writer.close()
+
+    def _purge_from(self, step: int) -> None:
+        """Make readers forget what earlier files of the folder say about `step` and later ones."""
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), session_log=start))
+
+    def _add(self, scalars: dict[str, float], step: int) -> None:
+        # one event for all: torch's SummaryWriter makes one of each scalar, four times as slow
+        summary = self._summary(value=[{"tag": tag, "simple_value": v} for tag, v in scalars.items()])
+        self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
+
+
+def _memory() -> dict[str, float]:
+    """The most GPU memory that tensors have taken so far; nothing for a run that uses no GPU."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"memory/peak_bytes": float(torch.cuda.max_memory_allocated())}

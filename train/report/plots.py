@@ -1,0 +1,164 @@
+"""Pictures of a run: the learning rate to come, the losses so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loop.schedule import decay_steps, learning_rate, warmup_steps
+from fusedgpt.train.report.metrics import read_metrics
+
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1600a", "#5a5a5a"
+_SCHEDULE_POINTS = 2000  # more than the picture has pixels across
+_SMALLEST_WINDOW = 10  # steps, as on the progress bar
+_WINDOWS_PER_RUN = 50
+
+
+def plot_schedule(config: TrainConfig, total_steps: int, path: Path) -> Path:
+    """Draw the learning rate over a run of total_steps into the PNG `path`; returns `path`.
+
+    Raises ValueError where matplotlib is not installed, OSError where `path` cannot be written.
+    """
+    figure, axes = _figure(f"Learning rate: {config.schedule}, {total_steps:,} steps")
+    warmup, decay = warmup_steps(total_steps, config), decay_steps(total_steps, config)
+    edges = [0, warmup - 1, warmup, total_steps - 1 - decay, total_steps - 1]
+    sampled = np.linspace(0, total_steps - 1, min(total_steps, _SCHEDULE_POINTS)).astype(int)
+    steps = sorted({min(max(step, 0), total_steps - 1) for step in (*edges, *sampled.tolist())})
+    rates = [learning_rate(step, total_steps, config) for step in steps]
+    axes.plot([step + 1 for step in steps], rates, color=_BLUE, linewidth=2.2)
+    if warmup:
+        _name_phase(axes, 0, min(warmup, total_steps), "warm-up", "left")
+    if config.schedule == "wsd" and decay:
+        _name_phase(axes, total_steps - decay, total_steps, "decay", "right")
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.set_xlim(0, total_steps)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(0, 1.12 * config.learning_rate)  # room above the peak for the names of the phases
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    return _save(figure, path)
+
+
+def plot_losses(metrics_path: Path, png: Path) -> Path:
+    """Draw the losses of a metrics.jsonl into `png`, steps on a log scale if most happens early; returns it.
+
+    Raises ValueError where there is no loss yet or no matplotlib, OSError for paths that cannot be used.
+    """
+    rows = read_metrics(metrics_path)
+    steps, losses = _series(rows, "loss")
+    val_steps, val_losses = _series(rows, "val_loss")
+    if not len(steps):
+        raise ValueError(f"{metrics_path} has no training loss yet")
+    window = max(_SMALLEST_WINDOW, len(steps) // _WINDOWS_PER_RUN)
+    smooth = running_mean(losses, window)
+    figure, axes = _figure("Training and validation loss" if len(val_steps) else "Training loss")
+    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
+    axes.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"training, mean of up to {window} steps")
+    if len(val_steps):
+        _draw_validation(axes, val_steps, val_losses)
+    if falls_early(smooth):
+        _show_last_decades(axes, np.concatenate([steps, val_steps]), np.concatenate([losses, val_losses]))
+    else:
+        axes.set_xlabel("step")
+        axes.set_xlim(0, steps[-1] * 1.02)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend(loc="upper right", frameon=False, fontsize=11)
+    return _save(figure, png)
+
+
+def running_mean(values: Floats, window: int) -> Floats:
+    """The mean of the last values at each place: a fifth of those so far, at most `window`.
+
+    A fixed window would lag far behind while the loss falls fastest.
+    """
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    lengths = np.clip(ends // 5, 1, window)
+    means: Floats = (total[ends] - total[ends - lengths]) / lengths
+    return means
+
+
+def falls_early(losses: Floats) -> bool:
+    """Whether a linear scale would press nine tenths of the fall into the first tenth of the run."""
+    whole = losses[0] - losses.min()
+    return len(losses) >= 100 and bool(losses[0] - losses[len(losses) // 10] > 0.9 * whole)
+
+
+def _series(rows: Iterable[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
+    """Steps and values of `name`; what was not finite is left out."""
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array([s for s, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
+
+
+def _draw_validation(axes: Axes, steps: Floats, losses: Floats) -> None:
+    best = int(losses.argmin())
+    axes.plot(steps, losses, "o-", color=_ORANGE, linewidth=1.2, markersize=5, label="validation")
+    label = f"best validation: {losses[best]:.4f} at step {int(steps[best]):,}"
+    axes.plot(
+        steps[best], losses[best], "*", color=_ORANGE, markersize=17, markeredgecolor="white", label=label
+    )
+
+
+def _show_last_decades(axes: Axes, steps: Floats, losses: Floats) -> None:
+    """Steps on a log scale of three decades; more would give half the width to the very first steps."""
+    last = steps.max()
+    left = max(1.0, last * 1e-3)
+    seen = losses[steps >= left]
+    margin = 0.05 * float(np.ptp(seen))
+    axes.set_xscale("log")
+    axes.set_xlabel("step (log scale)")
+    axes.set_xlim(left, last * 1.05)
+    axes.set_ylim(seen.min() - margin, seen.max() + margin)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _name_phase(axes: Axes, start: float, end: float, name: str, side: Literal["left", "right"]) -> None:
+    """Shade a phase and name it above the curve, from its outer side, as the name may be the wider one."""
+    axes.axvspan(start, end, color=_GREY, alpha=0.1, linewidth=0)
+    at, indent = (start, 6) if side == "left" else (end, -6)
+    axes.annotate(
+        name,
+        (at, 0.97),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(indent, 0),
+        textcoords="offset points",
+        ha=side,
+        va="top",
+        color=_GREY,
+        fontsize=11,
+    )
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    """A figure with one set of axes, without pyplot: no backend is chosen, no window or global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'fusedgpt[plots]'") from None
+    figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=15, pad=12)
+    axes.xaxis.label.set_fontsize(13)
+    axes.yaxis.label.set_fontsize(13)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path

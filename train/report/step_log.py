@@ -1,0 +1,185 @@
+"""What a run tells: its losses read from the device now and then, its validations, its saves, its end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fusedgpt.kernels.ops import fallback
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loop.validation import Validation
+from fusedgpt.train.report.profiling import StepProfiler
+from fusedgpt.train.report.progress import Monitor, StepMetrics
+from fusedgpt.train.run.directory import Run
+from fusedgpt.train.run.signals import Stopped, StopSignals
+from fusedgpt.train.run.training_state import Training
+from fusedgpt.train.tools.estimate import peak_flops
+
+_LOG_EVERY = {"cuda": 10}  # steps; elsewhere looking costs nothing
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class TrainingLog:
+    """Keeps each step's results on the device and reads them, many at once, every log_every steps.
+
+    A context manager around the loop: on leaving, whatever way, everything it opened is closed.
+    """
+
+    def __init__(
+        self, training: Training, config: TrainConfig, monitor: Monitor, run: Run | None, *, profile: bool
+    ) -> None:
+        self.training, self.config, self.monitor, self.run = training, config, monitor, run
+        self.profiler = StepProfiler(run.path / "trace.json" if run else None) if profile else None
+        device = training.model.wte.weight.device
+        self.results = torch.zeros(config.log_every or _LOG_EVERY.get(device.type, 1), 3, device=device)
+        self.pending: list[tuple[int, int, float]] = []  # step, tokens, learning rate of the unread results
+        self.first_tokens = training.progress.tokens
+        self.started = time.perf_counter()
+        self.paused_seconds = 0.0
+
+    def begin(self, steps: int, steps_per_epoch: int, flops_per_token: float) -> None:
+        """Say what is about to happen."""
+        model, progress = self.training.model, self.training.progress
+        device = model.wte.weight.device
+        if self.run is not None:
+            for note in self.run.notes:
+                self.monitor.note(note)
+            if self.run.resumed is not None:
+                self.monitor.note(f"resuming after step {progress.step} of {steps} from {self.run.path}")
+        if why := fallback(device, model.activation_dtype):
+            self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
+        on_gpu = device.type == "cuda"
+        self.monitor.begin(
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            step=progress.step,
+            tokens=progress.tokens,
+            flops_per_token=flops_per_token,
+            peak_flops=peak_flops(torch.cuda.get_device_name(device)) if on_gpu else 0.0,
+            sinks=self.run.sinks() if self.run else (),
+        )
+
+    def __enter__(self) -> Self:
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.read()
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
+            self.monitor.close()
+            self.seconds = time.perf_counter() - self.started
+
+    def add(self, result: Tensor, lr: float) -> None:
+        """A step is done; result: fp32 (3,) as Step gives it."""
+        progress = self.training.progress
+        self.results[len(self.pending)] = result
+        self.pending.append((progress.step, progress.tokens, lr))
+        if len(self.pending) == len(self.results):
+            self.read()
+        if self.profiler is not None:
+            self.profiler.step()
+            if self.profiler.table:
+                self.monitor.note(self.profiler.table)
+                self.profiler.table = None
+
+    def read(self) -> None:
+        """Fetch what the device has ready, and show it. Raises TrainingDiverged."""
+        rows = self.results[: len(self.pending)].tolist()
+        seconds = self.training_seconds
+        for (step, tokens, lr), (loss, norm, skipped) in zip(self.pending, rows, strict=True):
+            self.training.progress.take_in(loss, skipped=bool(skipped))
+            self.monitor.update(
+                StepMetrics(
+                    step=step,
+                    loss=loss,
+                    grad_norm=norm,
+                    learning_rate=lr,
+                    skipped=bool(skipped),
+                    tokens=tokens,
+                    seconds=seconds,
+                )
+            )
+        self.pending.clear()
+        self._check_divergence()
+
+    def _check_divergence(self) -> None:
+        in_a_row = self.training.progress.skipped_in_a_row
+        if in_a_row < self.config.max_skipped_steps:
+            return
+        saved = self.run.store.steps() if self.run else []
+        advice = (
+            f"the last good checkpoint is step {saved[-1]} in {self.run.path}; " if self.run and saved else ""
+        )
+        raise TrainingDiverged(
+            f"{in_a_row} steps in a row had a loss or gradient that is not finite; {advice}"
+            f"try a lower --learning-rate (now {self.config.learning_rate:g}) or --precision fp32"
+        )
+
+    @property
+    def training_seconds(self) -> float:
+        """Since the loop began, without validation and saving."""
+        return time.perf_counter() - self.started - self.paused_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this process's training steps."""
+        seconds = self.seconds - self.paused_seconds
+        return (self.training.progress.tokens - self.first_tokens) / seconds
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Time that is not training; all steps before it are read."""
+        self.read()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused_seconds += time.perf_counter() - start
+
+    def validate(self, validation: Validation, stop: StopSignals) -> None:
+        """Validate, show it, keep the weights if they are the best; a signal cuts it short."""
+        with self._paused():
+            step = self.training.progress.step
+            evaluation = validation.run(self.training.model, step, stop.requested)
+            if evaluation is None:
+                return
+            if validation.improved:
+                self.training.keep_best()
+            self.monitor.evaluation(
+                step=step,
+                loss=evaluation.loss,
+                bits_per_byte=evaluation.bits_per_byte,
+                improved=validation.improved,
+            )
+
+    def save(self, run: Run) -> None:
+        """Save in the background of what follows."""
+        with self._paused():
+            run.save(self.training.snapshot())
+
+    def stopped(self, stop: StopSignals, *, save: bool = True) -> Stopped:
+        """The exception that ends the run for a signal, once it is saved."""
+        number = stop.received or 0
+        progress = self.training.progress
+        said = f"stopped by {signal.Signals(number).name} after step {progress.step}"
+        if self.run is None:
+            return Stopped(f"{said}; nothing was saved, there is no run directory", number)
+        if save and progress.step and self.run.last_saved_step != progress.step:
+            self.save(self.run)
+        self.run.store.wait()
+        if not self.run.store.steps():
+            return Stopped(f"{said}: there was nothing to save yet", number)
+        return Stopped(f"{said}; go on with --resume {self.run.path}", number)

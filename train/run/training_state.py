@@ -1,0 +1,165 @@
+"""What a checkpoint holds of a training: taken out of it, and put back in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedgpt.model.gpt import GPT
+from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.data.tokens.dataset import TokenDataset
+from fusedgpt.train.loop.batches import Cursor
+from fusedgpt.train.loop.optimizer import AdamW
+from fusedgpt.train.loop.precision import LossScale
+from fusedgpt.train.loop.validation import ValidationState
+from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointError
+
+Tensors = dict[str, Tensor]
+_SMOOTHED_STEPS = 10
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    recent_losses: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    validation: ValidationState = field(default_factory=ValidationState)
+
+    def take_in(self, loss: float, *, skipped: bool) -> None:
+        """A step's outcome."""
+        self.recent_losses = [*self.recent_losses[1 - _SMOOTHED_STEPS :], loss]
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    @property
+    def smoothed_loss(self) -> float:
+        """Mean of the last 10 losses, NaN before the first."""
+        return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Everything that changes while a model is trained."""
+
+    model: GPT
+    optimizer: AdamW
+    loss_scale: LossScale | None  # fp16's
+    fingerprint: dict[str, Any]  # of what must not change between a checkpoint and its resume
+    progress: Progress = field(default_factory=Progress)
+    best: Tensors = field(default_factory=dict)  # fp32 parameters of the best validation, on the host
+
+    def snapshot(self) -> Checkpoint:
+        """A copy of it all on the host, as training goes on and changes what it holds."""
+        state = {
+            "progress": asdict(self.progress),
+            "dropout": {"seed": int(self.model.dropout_seed), "step": int(self.model.dropout_step)},
+            "loss_scale": self.loss_scale.state() if self.loss_scale else None,
+            "fingerprint": self.fingerprint,
+        }
+        tensors = {
+            "model": _on_host(dict(self.model.named_parameters())),
+            "optimizer": _on_host(self._optimizer_tensors()),
+        }
+        if self.best and self.progress.validation.best_step != self.progress.step:
+            tensors["best"] = self.best
+        return Checkpoint(step=self.progress.step, tensors=tensors, state=state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what snapshot() copied. Raises CheckpointError where it does not fit this run."""
+        state = checkpoint.state
+        for name, value in self.fingerprint.items():
+            if (then := state["fingerprint"].get(name)) != value:
+                raise CheckpointError(
+                    f"step {checkpoint.step} was made with another {name}: {then}, now {value}"
+                )
+        parameters = dict(self.model.named_parameters())
+        _expect_alike(checkpoint.tensors.get("model", {}), parameters, "model")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(checkpoint.tensors["model"][name])
+        self._load_optimizer(checkpoint.tensors.get("optimizer", {}))
+        dropout, progress = state["dropout"], dict(state["progress"])
+        self.model.seed_dropout(dropout["seed"], dropout["step"])
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load(state["loss_scale"])
+        self.progress = Progress(
+            cursor=Cursor(**progress.pop("cursor")),
+            validation=ValidationState(**progress.pop("validation")),
+            **progress,
+        )
+        self.best = checkpoint.tensors.get("best", {})
+        if not self.best and self.progress.validation.best_step == self.progress.step > 0:
+            self.keep_best()
+
+    def keep_best(self) -> None:
+        """Take a copy of the weights: they are the best so far."""
+        self.best = _on_host(self.parameters())
+
+    def parameters(self) -> Tensors:
+        """The parameters by name, in fp32 where the optimizer keeps them so."""
+        state = self.optimizer.state
+        return {n: state.get(p, {}).get("master", p).detach() for n, p in self.model.named_parameters()}
+
+    def finish(self) -> None:
+        """Leave the model in fp32 and eval mode, with the best validated weights if there are any."""
+        values = self.best or _on_host(self.parameters())
+        self.model.compute_dtype = self.model.activation_dtype
+        self.model.float().eval()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(values[name])
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """(name, parameter) in the optimizer's order."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        return [(names[p], p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _optimizer_tensors(self) -> Tensors:
+        return {
+            f"{name}.{key}": value
+            for name, p in self._named()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        state: dict[int, Tensors] = {}
+        wanted = dict(self._named())
+        index = {name: i for i, name in enumerate(wanted)}
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition(".")
+            if name not in wanted or (kind != "step" and value.shape != wanted[name].shape):
+                raise CheckpointError(f"optimizer state {key} {tuple(value.shape)} fits no parameter")
+            state.setdefault(index[name], {})[kind] = value
+        if len(state) not in (0, len(wanted)):
+            raise CheckpointError(f"optimizer state of {len(state)} parameters, but there are {len(wanted)}")
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def fingerprint(dataset: TokenDataset, config: TrainConfig) -> dict[str, Any]:
+    """What decides the meaning of a cursor: the tokens, how they are cut, and the seed of their order."""
+    return {"training text": dataset.fingerprint, "max_length": dataset.max_length, "seed": config.seed}
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
+
+
+def _expect_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    if found.keys() != wanted.keys():
+        odd = sorted(found.keys() ^ wanted.keys())
+        raise CheckpointError(f"{what}: these tensors are missing or too many: {', '.join(odd[:3])}")
+    for name, x in wanted.items():
+        if (found[name].shape, found[name].dtype) != (x.shape, x.dtype):
+            there = f"{tuple(found[name].shape)} {found[name].dtype}"
+            raise CheckpointError(f"{what}: {name} is {there}, expected {tuple(x.shape)} {x.dtype}")

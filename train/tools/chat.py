@@ -1,0 +1,88 @@
+"""A conversation in the terminal: what is said so far is the text that the model goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Unpack
+
+from fusedgpt.model.generate import Sampling, continue_ids
+from fusedgpt.model.gpt import GPT
+from fusedgpt.model.streaming import check_stop
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.train.report.terminal import TerminalWriter
+
+FORGET = "/forget"
+
+
+class Chat:
+    """A model, and the history of a conversation with it, which slides: the oldest tokens go first.
+
+    Each turn is user + line + newline + reply, the two being prefixes that the model has learned to
+    expect, or empty; the reply ends at end-of-text, a stop string or max_new_tokens.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        user: str = "",
+        reply: str = "",
+        stop: Sequence[str] = (),
+        **sampling: Unpack[Sampling],
+    ) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.user, self.reply = user, reply
+        self.stop = [*stop, *([user] if user else [])]  # the model must not speak for the user
+        check_stop(self.stop)
+        self.history: list[int] = []
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.history = []
+
+    def turn(self, line: str, on_text: Callable[[str], None]) -> str:
+        """What the model says to `line`, told to on_text as it comes; Ctrl-C ends the reply, not the chat.
+
+        Raises ValueError for what the tokenizer cannot encode; the history then is as it was.
+        """
+        said = self.tokenizer.encode(f"{self.user}{line}\n{self.reply}")
+        prompt = self._within([*(self.history or [self.tokenizer.eot_id]), *said])
+        told: list[str] = []
+
+        def tell(text: str) -> None:
+            told.append(text)
+            on_text(text)
+
+        with suppress(KeyboardInterrupt):
+            continue_ids(
+                self.model, self.tokenizer, [prompt], stop=self.stop, on_text=tell, sampling=self.sampling
+            )
+        text = "".join(told)
+        self.history = self._within([*prompt, *self._encodable(text.rstrip("\n") + "\n")])
+        self.sampling["seed"] = self.sampling.get("seed", 0) + 1
+        return text
+
+    def _within(self, ids: list[int]) -> list[int]:
+        """The last ids, half a window left for the reply."""
+        return ids[-max(1, self.model.config.window // 2) :]
+
+    def _encodable(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(text)
+        except ValueError:  # a character vocabulary may lack U+FFFD or the newline
+            return []
+
+
+def converse(chat: Chat, read: Callable[[str], str | None], writer: TerminalWriter) -> None:
+    """Read a line, write the reply, until `read` returns None (Ctrl-D, Ctrl-C). /forget begins anew."""
+    while (line := read("> ")) is not None:
+        if line.strip() == FORGET:
+            chat.forget()
+            continue
+        try:
+            chat.turn(line, writer.write)
+        except ValueError as error:
+            writer.write(f"({error})")
+        writer.end()
