@@ -27,7 +27,7 @@ def report_kernels(
     debug: Debug = False,
 ) -> None:
     """Compile every kernel, with or without a GPU: registers, spills, shared memory, instructions."""
-    inspection = _triton_module("inspect")
+    inspection = _triton_module("report")
     with progress_bar("compiling") as progress:
         rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
     if as_json:
@@ -89,7 +89,7 @@ def tune_kernels(
 
 
 def _triton_module(name: str) -> Any:
-    """The module fusedgpt.kernels.`name`, which needs Triton."""
+    """The module fusedgpt.kernels.tools.`name`, which needs Triton."""
     if find_spec("triton") is None:
         raise ValueError("the kernels need the package triton, which exists for Linux only")
-    return import_module(f"fusedgpt.kernels.{name}")
+    return import_module(f"fusedgpt.kernels.tools.{name}")
