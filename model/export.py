@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from fusedgpt.model.files import sync
-from fusedgpt.model.folder import sync_files, write_files
+from fusedgpt.model.files import beside, publish
+from fusedgpt.model.folder import write_files
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.model.weights import DTYPES, MAX_SHARD_BYTES, rounded
@@ -54,10 +54,9 @@ def export_safetensors(
     if dtype not in DTYPES:
         raise ExportError(f"no dtype {dtype!r} for safetensors; there are {', '.join(DTYPES)}")
     n_bytes = model.config.parameter_counts()[0] * DTYPES[dtype].itemsize
-    with _beside(out, n_bytes) as temporary:
+    with _new(out, n_bytes) as temporary:
         temporary.mkdir()
         write_files(temporary, model, tokenizer, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
-        sync_files(temporary)
 
 
 def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f16", name: str = "") -> None:
@@ -74,7 +73,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f1
         raise ExportError("exporting to GGUF needs the package gguf: pip install 'fusedgpt[gguf]'") from None
     tokens = _bpe_of(tokenizer)
     n_bytes = model.config.parameter_counts()[0] * {"f32": 4, "f16": 2, "q8_0": 2}[dtype]
-    with _beside(out, n_bytes) as temporary:
+    with _new(out, n_bytes) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         try:
             _add_shape(writer, model, dtype, name or out.stem)
@@ -86,8 +85,6 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f1
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        temporary.chmod(0o644)
-        sync(temporary)
 
 
 def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
@@ -103,28 +100,23 @@ def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
 
 
 @contextmanager
-def _beside(out: Path, n_bytes: int) -> Iterator[Path]:
+def _new(out: Path, n_bytes: int) -> Iterator[Path]:
     """A free path beside `out` that becomes `out` at the end; nothing is left of it after an error."""
-    parent = out.absolute().parent
     try:
-        if out.exists() or out.is_symlink():
-            raise ExportError(f"{out} exists: remove it, or choose another --out")
-        _check_space(parent, n_bytes + _OTHER_BYTES)
-        holder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=parent))
-    except OSError as error:
-        raise OSError(f"cannot write to {parent}: {error.strerror}; choose another --out") from None
-    try:
-        temporary = holder / out.name
-        yield temporary
-        if out.exists():
-            raise ExportError(f"{out} exists by now: remove it, or choose another --out")
-        temporary.rename(out)
-        sync(parent)
+        _refuse_taken(out)
+        _check_space(out.absolute().parent, n_bytes + _OTHER_BYTES)
+        with beside(out) as temporary:
+            yield temporary
+            _refuse_taken(out)
+            publish(temporary, out)
     except (OSError, SafetensorError) as error:  # safetensors says so of a full disk, too
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {out}: {reason}; choose another --out") from None
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ExportError(f"{out} exists: remove it, or choose another --out")
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

@@ -1,13 +1,69 @@
-"""Bringing files to the disk."""
+"""Files and folders that are on the disk as a whole or not at all: written aside, synced, renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write or replace `path`; text as UTF-8. Raises OSError: what was there before is then still there."""
+    with beside(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        publish(temporary, path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` at the end of the block; after an error nothing is left of it.
+
+    Raises OSError where `path` cannot be written, or is anything but an empty folder.
+    """
+    with beside(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        publish(temporary, path)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A free path on the same disk as `path`, to write what `publish` renames; it is removed otherwise.
+
+    A process that is killed leaves a hidden folder `.NAME-*` beside `path`.
+    """
+    path = path.absolute()
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield holder / path.name
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a file or folder and rename it to `path`, replacing a file or an empty folder. Raises OSError."""
+    sync_all(temporary)
+    temporary.replace(path)
+    try:
+        sync(path.absolute().parent)
+    except OSError:
+        if path.is_dir():  # whose name may not last; a file has already replaced its predecessor
+            path.replace(temporary)
+        raise
+
+
+def sync_all(path: Path) -> None:
+    """`sync` a file, or a folder and what is in it."""
+    for child in path.iterdir() if path.is_dir() else ():
+        sync(child)
+    sync(path)
+
+
 def sync(path: Path) -> None:
-    """fsync of a file, or of a directory, whose entries it makes last: a new file's name, a rename."""
+    """fsync a file, or a folder, which makes the names in it durable: new files, renames."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

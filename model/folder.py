@@ -5,18 +5,19 @@ weights.py knows its tensors, hf_config.py its shape, this file the rest and how
 
 from __future__ import annotations
 
+import errno
 import json
 import re
-import shutil
 import tempfile
 import unicodedata
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedgpt.model.files import sync
+from fusedgpt.model.files import beside, publish
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import ModelFolderError, hf_config, read_config
 from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
@@ -36,22 +37,27 @@ def safe_name(text: str) -> str:
 def save_folder(
     model: GPT, tokenizer: Tokenizer, root: Path, name: str, *, extra: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a model folder `root/name` (`name_2`, ... if taken) and return its path.
+    """Write a model folder `root/name` (`name_2`, ... if taken), as a whole or not at all; return its path.
 
-    All or nothing: it is made in a hidden directory beside it, synced to disk and renamed. extra: further
-    text files by name. Raises OSError where root cannot be written.
+    extra: further text files by name. Raises OSError where root cannot be written.
     """
     check_writable(root)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=root))
-    try:
+    with beside(root / name) as temporary:
+        temporary.mkdir()
         write_files(temporary, model, tokenizer)
         for file_name, text in (extra or {}).items():
             (temporary / file_name).write_text(text, encoding="utf-8")
-        sync_files(temporary)
-        return _rename_to_free_name(temporary, root, name)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        for number in count(1):
+            target = root / (name if number == 1 else f"{name}_{number}")
+            if target.exists():
+                continue
+            try:
+                publish(temporary, target)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # then another process has just taken the name
+                    raise
+    return target
 
 
 def write_files(
@@ -75,13 +81,6 @@ def write_files(
     _write_json(folder / "generation_config.json", {**ids, **sampling})
 
 
-def sync_files(folder: Path) -> None:
-    """Let others read `folder`, and have it and its files on the disk."""
-    for path in (*folder.iterdir(), folder):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        sync(path)
-
-
 def check_writable(root: Path) -> None:
     """Create `root` if it is missing; raises OSError naming it where no file can be made in it."""
     try:
@@ -90,20 +89,6 @@ def check_writable(root: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"cannot write to {root}: {error.strerror}; choose another --output-dir") from None
-
-
-def _rename_to_free_name(temporary: Path, root: Path, name: str) -> Path:
-    number = 1
-    while True:
-        target = root / (name if number == 1 else f"{name}_{number}")
-        number += 1
-        try:
-            target.mkdir()  # claims the name; renaming onto an empty directory of ours is atomic
-        except FileExistsError:
-            continue
-        temporary.replace(target)
-        sync(root)
-        return target
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from fusedgpt.model import files
 from fusedgpt.model import folder as folders
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_folder, safe_name, save_folder
@@ -130,9 +131,9 @@ def test_a_save_that_fails_leaves_nothing(
 
         return sync
 
-    for n in range(1, 7):
+    for n in range(1, 8):
         calls.clear()
-        monkeypatch.setattr(folders, "sync", fail_at(n))
+        monkeypatch.setattr(files, "sync", fail_at(n))
         with pytest.raises(OSError, match="No space left"):
             save_folder(tiny_gpt, build_tokenizer("char", text=TEXT), tmp_path, "m")
         assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,9 @@
-"""What the commands share: options, progress bars, tables."""
+"""What the commands share: options, tables."""
 
 import inspect
 import json
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,6 @@ from pydantic.fields import FieldInfo
 
 from fusedgpt.train.config import ConfigError, Sections, option_fields, parse_set, read_toml
 
-_SECONDS_BETWEEN_LINES = 10.0
 _SYNONYMS = {"preset": ["--size"]}
 
 OutputDir = Annotated[Path, typer.Option(help="Where finished model folders go.")]
@@ -137,30 +133,6 @@ def _run_to_resume(
     return found, told, [saved]
 
 
-@contextmanager
-def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, or a line now and then where that is no terminal.
-
-    Call what it yields with what is done and the total.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    last = time.monotonic()
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title)
-
-        def show(done: int, total: int) -> None:
-            nonlocal last
-            bar.update(task, completed=done, total=total)
-            if not quiet and not console.is_terminal and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                sys.stderr.write(f"{title}: {done:,} of {total:,}\n")
-
-        yield show
-
-
 def print_table(rows: list[dict[str, str]]) -> None:
     """Columns as wide as their widest cell; those that are empty throughout are left out."""
     columns = [name for name in (rows[0] if rows else []) if any(row[name] for row in rows)]
@@ -175,12 +147,6 @@ def exit_with(faults: list[str]) -> None:
     sys.stderr.writelines(f"fusedgpt: {fault}\n" for fault in faults)
     if faults:
         sys.exit(1)
-
-
-def printable(text: str) -> str:
-    """`text` without control characters and escape sequences, which could drive the terminal."""
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])?", "", text)
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
 
 
 def print_json(value: Any) -> None:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, Json, Quiet, print_json, progress_bar, with_options
+from fusedgpt.train.cli.common import Debug, Json, Quiet, print_json, with_options
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.report.terminal import progress_bar
 
 data = typer.Typer(no_args_is_help=True, help="Make and choose training texts, without training on them.")
 _LLM = LLMConfig.model_fields

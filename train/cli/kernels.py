@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, Json, exit_with, print_json, print_table, progress_bar
+from fusedgpt.train.cli.common import Debug, Json, exit_with, print_json, print_table
+from fusedgpt.train.report.terminal import progress_bar
 
 kernels = typer.Typer(
     no_args_is_help=True, help="The Triton kernels: what they compile to, and their errors."

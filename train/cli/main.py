@@ -22,8 +22,6 @@ from fusedgpt.train.cli.common import (
     RunDir,
     print_json,
     print_table,
-    printable,
-    progress_bar,
     resolve_run,
     with_options,
     with_run_options,
@@ -32,6 +30,7 @@ from fusedgpt.train.cli.data import data as data_app
 from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
 from fusedgpt.train.config import ConfigError, build_config, create_config, option_fields
+from fusedgpt.train.report.terminal import printable, progress_bar
 
 app = typer.Typer(
     add_completion=False,

@@ -18,10 +18,9 @@ from fusedgpt.train.cli.common import (
     Quiet,
     TextField,
     print_json,
-    printable,
-    progress_bar,
 )
 from fusedgpt.train.config import ConfigError
+from fusedgpt.train.report.terminal import printable, progress_bar
 
 if TYPE_CHECKING:  # they import what takes long
     from fusedgpt.model.generate import Sampling

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fusedgpt.model.files import write_file
 from fusedgpt.train.report.progress import StepMetrics
 
 Row = dict[str, Any]
@@ -92,12 +92,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Rewrite `path`, all or nothing, without the rows of later steps and the lines that are no rows."""
     if not path.exists():
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(_lines_until(path, step))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, b"".join(_lines_until(path, step)))
 
 
 def _lines_until(path: Path, step: int) -> Iterator[bytes]:

@@ -1,28 +1,39 @@
-"""Text from a model on a terminal, as it comes, without what could drive the terminal."""
+"""What a person sees on a terminal: text without escape sequences, a progress bar, a line typed in."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from typing import TextIO
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
 
-from fusedgpt.train.cli.common import printable
+_SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
+_SECONDS_BETWEEN_LINES = 10.0  # elsewhere
 
+_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])?")
 _OPEN_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")  # a sequence that may go on in the next piece
 _MAX_HELD = 64
 
 
-class TerminalWriter:
-    """Writes pieces of a text to `stream` at once; control characters and escape sequences are left out.
+def printable(text: str) -> str:
+    """`text` without control characters and escape sequences."""
+    return "".join(c for c in _ESCAPE.sub("", text) if c in "\n\t" or c.isprintable())
 
-    The text is what `printable` makes of the whole, but for escape sequences of over 64 characters.
+
+class TerminalWriter:
+    """Writes a text to `stream` piece by piece, as `printable` makes it of the whole.
+
+    An escape sequence of over 64 characters that is cut between two pieces is written as text.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._held = stream, ""
 
     def write(self, text: str) -> None:
-        """Write `text` but for an escape sequence at its end that may go on."""
+        """Write `text` except an escape sequence at its end that may go on."""
         text = self._held + text
         found = _OPEN_ESCAPE.search(text)
         cut = found.start() if found and len(text) - found.start() <= _MAX_HELD else len(text)
@@ -37,8 +48,48 @@ class TerminalWriter:
         self._held = ""
 
 
+class ShowProgress(Protocol):
+    """What `progress_bar` yields."""
+
+    def __call__(self, done: int, total: int, title: str | None = None) -> None:
+        """Show how much is done of the total, 0 if that is not known, and perhaps another title."""
+
+
+@contextmanager
+def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
+    """A bar on standard error; where that is no terminal, a line every ten seconds.
+
+    It may be called as often as one likes.
+    """
+    from rich.console import Console  # 60 ms, which `fusedgpt --help` saves
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    on_terminal = console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # auto_refresh would draw in a thread: processes forked meanwhile inherit its locks, perhaps held
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=quiet or not on_terminal
+    ) as bar:
+        task = bar.add_task(title)
+        interval = _SECONDS_BETWEEN_REDRAWS if on_terminal else _SECONDS_BETWEEN_LINES
+        shown = -math.inf if on_terminal else time.monotonic()
+
+        def show(done: int, total: int, title: str | None = title) -> None:
+            nonlocal shown
+            if quiet or time.monotonic() - shown < interval:
+                return
+            shown = time.monotonic()
+            bar.update(task, description=title, completed=done, total=total or None, refresh=True)
+            if not on_terminal:
+                share = f" {min(done / total, 1):.0%}" if total else ""
+                sys.stderr.write(f"{title}{share}\n")
+
+        yield show
+
+
 def read_line(prompt: str) -> str | None:
-    """A line that a person types; None at its end (Ctrl-D) and for Ctrl-C."""
+    """A line from the keyboard; None at the end of input (Ctrl-D) and for Ctrl-C."""
     try:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
@@ -46,5 +97,5 @@ def read_line(prompt: str) -> str | None:
 
 
 def read_lines_from(stream: TextIO) -> Callable[[str], str | None]:
-    """`read_line` for a pipe: nobody sees the prompt."""
+    """`read_line` for a pipe: no prompt is shown."""
     return lambda _: line.rstrip("\n") if (line := stream.readline()) else None

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedgpt.train.cli.common import printable
 from fusedgpt.train.config import option_fields
+from fusedgpt.train.report.terminal import printable
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
 TINY = [

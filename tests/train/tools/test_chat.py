@@ -13,8 +13,7 @@ import torch
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
-from fusedgpt.train.cli.common import printable
-from fusedgpt.train.report.terminal import TerminalWriter, read_line, read_lines_from
+from fusedgpt.train.report.terminal import TerminalWriter, printable, read_line, read_lines_from
 from fusedgpt.train.tools.chat import Chat, converse
 
 EOT = 256
