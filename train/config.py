@@ -1,15 +1,16 @@
-"""What a run is made of: the model's size, the data, the training. Frozen and checked on construction."""
+"""Every setting of a run: default, range, help text. The models are frozen and checked on construction."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
@@ -18,36 +19,53 @@ from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 
 class ConfigError(ValueError):
-    """Options that are unknown, out of range or at odds with each other."""
+    """A setting that is unknown, out of range or in conflict with another."""
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _setting(default: Any, text: str, *, panel: str | None = None, unset: str = "", **limits: Any) -> Any:
+    """A field with the help text `text`.
+
+    panel: the part of --help that shows it; None for the first, which has what people use first.
+    unset: what happens without a value, for a setting whose default is None. limits: ge, gt, le, lt.
+    """
+    shown: Any = {"panel": panel, "unset": unset}
+    return Field(default=default, description=text, json_schema_extra=shown, **limits)
+
+
+_TEXTS = "Generated texts"
+_model = partial(_setting, panel="Model")
+_data = partial(_setting, panel="Data")
+_texts = partial(_setting, panel=_TEXTS)
+_optim = partial(_setting, panel="Optimizer and schedule")
+_val = partial(_setting, panel="Validation")
+_speed = partial(_setting, panel="Speed, memory, reproducibility")
+_logs = partial(_setting, panel="Checkpoints and logs")
+_sampling = partial(_setting, panel="Sampling")
+
+
 class ModelConfig(_Frozen):
     """A preset, and what deviates from it."""
 
-    preset: str = Field(default="12M", description=f"Model size: {', '.join(PRESETS)}.")
-    n_layer: int | None = Field(default=None, description="Number of blocks.")
-    n_head: int | None = Field(default=None, description="Attention heads a block.")
-    n_embd: int | None = Field(default=None, description="Width of the residual stream.")
-    block_size: int | None = Field(default=None, description="The model's context, in tokens.")
-    dropout: float | None = Field(default=None, description="Dropout probability.")
-    init_from: str | None = Field(
-        default=None, description="A GPT-2 folder to start from, in place of --preset: weights and shape."
+    preset: Literal["12M", "33M", "117M", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = _setting(
+        "12M", "Model size."
     )
-
-    @model_validator(mode="after")
-    def _preset_exists(self) -> Self:
-        if self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; there are {', '.join(PRESETS)}")
-        return self
+    n_layer: int | None = _model(None, "Number of transformer blocks.", unset="the preset's")
+    n_head: int | None = _model(None, "Attention heads per block.", unset="the preset's")
+    n_embd: int | None = _model(None, "Width of the residual stream.", unset="the preset's")
+    block_size: int | None = _model(None, "Context length in tokens.", unset="the preset's")
+    dropout: float | None = _model(None, "Dropout probability.", unset="0.1")
+    init_from: str | None = _model(
+        None, "GPT-2 model folder to start from, in place of a preset: its weights and shape."
+    )
 
     def gpt_config(self, vocab_size: int, trained_length: int | None = None) -> GPTConfig:
         """The GPTConfig these settings mean for a vocabulary and a training window.
 
-        With init_from the folder's vocabulary counts. Raises ValueError where it is no GPT-2's.
+        With init_from the folder's vocabulary counts. Raises ValueError if the folder is not a GPT-2's.
         """
         changed = self.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
         known = {"vocab_size": vocab_size, "trained_length": trained_length}
@@ -62,7 +80,7 @@ class ModelConfig(_Frozen):
 
     @property
     def name(self) -> str:
-        """The preset's name, "custom" where its shape was changed, or that of the folder it begins with."""
+        """The preset's name, "custom" if its shape was changed, or the name of the init_from folder."""
         if self.init_from is not None:
             return Path(self.init_from).resolve().name
         custom = any(v is not None for v in (self.n_layer, self.n_head, self.n_embd))
@@ -70,99 +88,88 @@ class ModelConfig(_Frozen):
 
 
 class DataConfig(_Frozen):
-    """How text becomes token windows, and how much of it `create` makes."""
+    """How text becomes training windows, and how much text `create` generates."""
 
-    tokenizer: str = Field(default="gpt2", description="gpt2, char, byte, or the path of a tokenizer.json.")
-    max_length: int | None = Field(
-        default=None, ge=1, description="Tokens a training window (default: the block size; create: 128)."
+    tokenizer: str = _setting("gpt2", "Tokenizer: gpt2, char, byte, or the path of a tokenizer.json.")
+    max_length: int | None = _data(None, "Tokens per training window.", unset="the context length", ge=1)
+    packing: bool = _data(
+        False, "Fill windows with whole documents instead of cutting documents at their ends."
     )
-    packing: bool = Field(
-        default=False, description="Windows end where documents end: whole ones share a window."
+    document_masks: bool = _data(False, "Let tokens attend only within their own document.")
+    val_fraction: float = _data(0.1, "Fraction of the documents held out for validation.", ge=0.0, lt=1.0)
+    raw_tokens: int | None = _texts(
+        None, "GPT-2 tokens of text to generate.", unset="by preset, 30000 for 12M", ge=1
     )
-    document_masks: bool = Field(
-        default=False, description="A token attends to its own document only, not to all of its window."
-    )
-    val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of the text held out.")
-    raw_tokens: int | None = Field(
-        default=None, ge=1, description="create: GPT-2 tokens to generate (default: by preset)."
-    )
-    refined_tokens: int | None = Field(
-        default=None, ge=1, description="create: GPT-2 tokens to keep (default: by preset)."
+    refined_tokens: int | None = _texts(
+        None, "GPT-2 tokens of text to keep.", unset="by preset, 15000 for 12M", ge=1
     )
 
 
 class TrainConfig(_Frozen):
-    """The optimisation. `steps` ends it where given, else `epochs`."""
+    """Everything that the training loop needs to know; `steps` overrides `epochs`."""
 
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; goes before --epochs.")
-    epochs: int = Field(default=20, ge=1, description="Passes over the training text.")
-    batch_size: int = Field(
-        default=2, ge=1, description="Windows a forward pass; without --batch-tokens a step."
+    steps: int | None = _setting(None, "Optimizer steps; overrides --epochs.", ge=1)
+    epochs: int = _setting(20, "Passes over the training text.", ge=1)
+    batch_size: int = _setting(
+        2, "Windows per micro-batch; also per optimizer step, unless --batch-tokens is given.", ge=1
     )
-    batch_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens a step, gathered from as many forward passes as it takes."
+    batch_tokens: int | None = _optim(
+        None,
+        "Tokens per optimizer step, reached by gradient accumulation over micro-batches.",
+        unset="one micro-batch",
+        ge=1,
     )
-    learning_rate: float = Field(default=3e-4, gt=0.0, description="Peak learning rate (create: 0.0006).")
-    min_learning_rate: float | None = Field(
-        default=None, ge=0.0, description="Where the schedule ends (default: a tenth of --learning-rate)."
+    learning_rate: float = _setting(3e-4, "Peak learning rate.", gt=0.0)
+    min_learning_rate: float | None = _optim(
+        None, "Learning rate at the end of the schedule.", unset="a tenth of the peak", ge=0.0
     )
-    warmup: float = Field(
-        default=0.05, ge=0.0, description="Warm-up: a share of the run below 1, steps from 1 on."
+    warmup: float = _optim(
+        0.05, "Length of the warmup: a fraction of the run if below 1, else steps.", ge=0.0
     )
-    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
-        default="cosine", description="constant, linear, cosine, wsd (trapezoid) or inverse_sqrt."
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = _optim(
+        "cosine", "Learning rate schedule after the warmup; wsd: constant, then a decay."
     )
-    decay: float = Field(
-        default=0.2,
-        ge=0.0,
-        description="wsd's last, falling part: a share of the run below 1, steps from 1 on.",
+    decay: float = _optim(
+        0.2, "Length of the decay of the wsd schedule: a fraction of the run if below 1, else steps.", ge=0.0
     )
-    weight_decay: float = Field(default=0.01, ge=0.0, description="AdamW's, on matrices only.")
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="AdamW's first moment.")
-    beta2: float = Field(default=0.999, ge=0.0, lt=1.0, description="AdamW's second moment.")
-    eps: float = Field(default=1e-8, gt=0.0, description="AdamW's epsilon.")
-    grad_clip: float = Field(default=1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="Of the training loss.")
-    z_loss: float = Field(
-        default=0.0,
-        ge=0.0,
-        description="Weight of logsumexp^2 in the training loss, against drifting logits.",
+    weight_decay: float = _optim(0.01, "AdamW weight decay, applied to matrices only.", ge=0.0)
+    beta1: float = _optim(0.9, "AdamW decay rate of the first moment.", ge=0.0, lt=1.0)
+    beta2: float = _optim(0.999, "AdamW decay rate of the second moment.", ge=0.0, lt=1.0)
+    eps: float = _optim(1e-8, "AdamW epsilon.", gt=0.0)
+    grad_clip: float = _optim(1.0, "Maximum gradient norm; 0 disables clipping.", ge=0.0)
+    label_smoothing: float = _optim(0.0, "Label smoothing of the training loss.", ge=0.0, lt=1.0)
+    z_loss: float = _optim(
+        0.0, "Weight of logsumexp(logits)^2 in the training loss; keeps logits small.", ge=0.0
     )
-    eval_every: int | None = Field(
-        default=None, ge=1, description="Steps between validations (default: a tenth of the run)."
+    eval_every: int | None = _val(None, "Steps between validations.", unset="a tenth of the run", ge=1)
+    eval_tokens: int | None = _val(
+        None, "Tokens per validation, from the start of the held-out text.", unset="all", ge=1
     )
-    eval_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens of a validation, the first held out (default: all)."
+    patience: int | None = _val(
+        None, "Stop after this many validations without improvement.", unset="never", ge=1
     )
-    patience: int | None = Field(
-        default=None, ge=1, description="Stop after so many validations without improvement (default: never)."
+    min_improvement: float = _val(0.0, "Decrease of the validation loss that counts as improvement.", ge=0.0)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _speed(
+        "auto", "Compute precision; fp16 with dynamic loss scaling."
     )
-    min_improvement: float = Field(
-        default=0.0, ge=0.0, description="How much lower a validation loss must be to be an improvement."
+    compile: Literal["auto", "off", "block", "model"] = _speed(
+        "auto", "What torch.compile compiles: nothing, each block, or the whole model."
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="auto, bf16, fp16 (with loss scaling) or fp32."
+    cuda_graphs: Literal["auto", "off", "on"] = _speed("auto", "Replay the training step as a CUDA graph.")
+    checkpointing: Literal["none", "selective", "full"] = _speed(
+        "none", "Gradient checkpointing: saves memory, costs time."
     )
-    compile: Literal["auto", "off", "block", "model"] = Field(
-        default="auto", description="torch.compile: off, block by block, the whole model, or auto."
+    log_every: int | None = _logs(
+        None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )
-    cuda_graphs: Literal["auto", "off", "on"] = Field(
-        default="auto", description="Replay the whole step as one CUDA graph: auto, off or on."
+    max_skipped_steps: int = _optim(
+        10, "Stop after this many steps in a row with a non-finite loss or gradient.", ge=1
     )
-    checkpointing: Literal["none", "selective", "full"] = Field(
-        default="none", description="Gradient checkpointing: none, selective or full; less memory, more time."
+    deterministic: bool = _speed(
+        False, "Make PyTorch's CUDA ops deterministic too; the kernels of fusedgpt always are."
     )
-    log_every: int | None = Field(
-        default=None, ge=1, description="Steps between looks at the loss (default: 10 on a GPU, 1 on a CPU)."
-    )
-    max_skipped_steps: int = Field(
-        default=10, ge=1, description="Skipped steps in a row (loss or gradient not finite) that end the run."
-    )
-    deterministic: bool = Field(
-        default=False, description="On a GPU, keep torch's own ops deterministic too (ours always are)."
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Of data, weights, order and dropout.")
+    device: str = _speed("auto", "auto, cpu, cuda or cuda:N.")
+    seed: int = _speed(0, "Random seed for data, weights, sample order and dropout.", ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Self:
@@ -185,13 +192,9 @@ class TrainConfig(_Frozen):
 class SavingConfig(_Frozen):
     """What a run leaves on disk while it is going on."""
 
-    save_every: str = Field(
-        default="10m", description="Between checkpoints: steps (500) or a time (90s, 10m, 2h)."
-    )
-    keep_last: int = Field(
-        default=1, ge=0, description="Checkpoints kept; 0: none once the run is done (create: 0)."
-    )
-    tensorboard: bool = Field(default=False, description="Write TensorBoard files into the run directory.")
+    save_every: str = _logs("10m", "Time or steps between checkpoints: 90s, 10m, 2h, or 500 for steps.")
+    keep_last: int = _logs(1, "Number of checkpoints to keep; 0 keeps none of a finished run.", ge=0)
+    tensorboard: bool = _logs(False, "Write TensorBoard logs to the run directory.")
 
     @field_validator("save_every")
     @classmethod
@@ -202,15 +205,26 @@ class SavingConfig(_Frozen):
 
     @property
     def save_steps(self) -> int | None:
-        """Steps between checkpoints, None where they are made by the clock."""
+        """Steps between checkpoints, None if they are saved by time."""
         return int(self.save_every) if self.save_every.isdigit() else None
 
     @property
     def save_seconds(self) -> float | None:
-        """Seconds between checkpoints, None where they are counted in steps."""
+        """Seconds between checkpoints, None if they are saved by steps."""
         if self.save_steps is not None:
             return None
         return float(self.save_every[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.save_every[-1]]
+
+
+class SamplingConfig(_Frozen):
+    """How `sample` and `chat` choose tokens; model/generate.py checks the values."""
+
+    max_new_tokens: int = _setting(100, "Maximum number of tokens to generate.")
+    temperature: float = _sampling(0.8, "Sampling temperature; 0 always takes the most likely token.")
+    top_k: int = _sampling(40, "Sample from the k most likely tokens; 0: from all.")
+    top_p: float = _sampling(1.0, "Sample from the most likely tokens whose probabilities add up to p.")
+    repetition_penalty: float = _sampling(1.0, "Above 1, makes tokens of the text less likely to recur.")
+    seed: int = _sampling(0, "Random seed; the same seed gives the same text.")
 
 
 class RunConfig(_Frozen):
@@ -224,7 +238,7 @@ class RunConfig(_Frozen):
 
     @property
     def max_length(self) -> int:
-        """Tokens a training window."""
+        """Tokens per training window."""
         return self.data.max_length or self.model.gpt_config(1).block_size
 
     @model_validator(mode="after")
@@ -243,20 +257,13 @@ class RunConfig(_Frozen):
             raise ValueError("patience needs held-out text: set val_fraction above 0")
         return self
 
-    def windows_per_step(self) -> int:
-        """Windows an optimizer step takes."""
-        return windows_per_step(self.train, self.max_length)
-
     def to_toml(self) -> str:
-        """What --config reads back; settings without a value are left out."""
-        lines = []
-        for section, values in self.model_dump(exclude_none=True).items():
-            lines += [f"[{section}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items()), ""]
-        return "\n".join(lines)
+        """The settings as --config reads them; those without a value are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
 def windows_per_step(config: TrainConfig, max_length: int) -> int:
-    """Windows of max_length tokens that an optimizer step takes."""
+    """Windows of max_length tokens per optimizer step."""
     return config.batch_tokens // max_length if config.batch_tokens else config.batch_size
 
 
@@ -268,21 +275,38 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "saving": SavingConfig,
     "llm": LLMConfig,
 }
+# Defaults of a command that differ from the settings' own.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "create": {"learning_rate": 6e-4, "keep_last": 0, "max_length": 128},
+    "chat": {"repetition_penalty": 1.1},
+}
 
 
-def option_fields(*, llm: bool = False) -> dict[str, FieldInfo]:
-    """Every setting of a run by its flat name ("n_layer", ...); `llm`: those of `create` alone, too."""
-    kinds = [kind for kind in _SECTIONS.values() if llm or kind is not LLMConfig]
-    return {name: field for kind in kinds for name, field in kind.model_fields.items()}
+def settings_of(command: str) -> dict[str, FieldInfo]:
+    """The settings that are options of a command, by flat name ("n_layer", ...)."""
+    if command in ("sample", "chat"):
+        return SamplingConfig.model_fields
+    if command in ("generate", "refine"):
+        return LLMConfig.model_fields
+    fields = {name: field for kind in _SECTIONS.values() for name, field in kind.model_fields.items()}
+    if command == "create":
+        return fields
+    return {name: field for name, field in fields.items() if panel_of(field)[0] != _TEXTS}
+
+
+def panel_of(field: FieldInfo) -> tuple[str | None, str]:
+    """(the panel of --help that shows a setting, what happens without a value); LLMConfig has none."""
+    extra: Any = field.json_schema_extra or {"panel": _TEXTS, "unset": ""}
+    return extra["panel"], extra["unset"]
 
 
 def build_config(
     options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, *, layers: Iterable[Sections] = ()
 ) -> RunConfig:
-    """A RunConfig from flat option names, where None means not given.
+    """A RunConfig from options by flat name; None stands for an option that was not given.
 
-    Later ones win: defaults, each of layers (section -> name -> value, as read_toml gives them), options.
-    Raises ConfigError for an unknown name, a value out of range, or values at odds.
+    The last value wins: defaults, then each of layers (section -> name -> value, as from read_toml), options.
+    Raises ConfigError for an unknown name, a value out of range, or values in conflict.
     """
     merged: Sections = {section: {} for section in _SECTIONS}
     for layer in (_by_section(defaults or {}), *layers, _by_section(options)):
@@ -300,22 +324,20 @@ def build_config(
 
 
 def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
-    """The configuration of `create`: short windows and a higher rate suit its short texts.
+    """The configuration of `create`, whose short texts need short windows and a higher learning rate.
 
-    options, layers and errors are build_config's.
+    Arguments and errors are build_config's.
     """
     layers = list(layers)
-    defaults = {"learning_rate": 6e-4, "keep_last": 0}
-    block_size = (
-        build_config(options, {**defaults, "max_length": 1}, layers=layers).model.gpt_config(1).block_size
-    )
-    return build_config(options, {**defaults, "max_length": min(128, block_size)}, layers=layers)
+    shape = build_config(options, DEFAULTS["create"] | {"max_length": 1}, layers=layers).model.gpt_config(1)
+    max_length = min(DEFAULTS["create"]["max_length"], shape.block_size)
+    return build_config(options, DEFAULTS["create"] | {"max_length": max_length}, layers=layers)
 
 
 def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
-    """Its absolute path, so that a resume finds it; and its tokenizer, unless another one was named."""
+    """Makes init_from absolute, so that a resume finds it, and takes its tokenizer if none is given."""
     if options.get("preset"):
-        raise ConfigError("--init-from says what shape the model has: leave --preset out")
+        raise ConfigError("--init-from sets the shape of the model: leave out --preset")
     folder = Path(merged["model"]["init_from"]).expanduser().resolve()
     merged["model"]["init_from"] = str(folder)
     if (folder / "tokenizer.json").is_file():
@@ -332,7 +354,7 @@ def _by_section(options: Mapping[str, Any]) -> Sections:
 
 
 def _known(name: str, names: Iterable[str], what: str) -> str:
-    """`name`; raises ConfigError, with the nearest of `names`, if it is none of them."""
+    """`name`; raises ConfigError, with the closest of `names`, if it is none of them."""
     names = list(names)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
@@ -341,7 +363,7 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
 
 
 def read_toml(path: Path) -> Sections:
-    """The sections of a --config file. Raises ConfigError where it is no such file."""
+    """The sections of a --config file. Raises ConfigError if it cannot be read as one."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -351,12 +373,12 @@ def read_toml(path: Path) -> Sections:
     for section, values in content.items():
         _known(section, _SECTIONS, f"section in {path}:")
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: [{section}] is no section but {values!r}")
+            raise ConfigError(f"{path}: expected a section [{section}], got {section} = {values!r}")
     return content
 
 
 def parse_set(assignment: str) -> Sections:
-    """A --set "section.name=value", the value as in TOML or plain text. Raises ConfigError."""
+    """A --set "section.name=value"; the value is TOML or plain text. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", assignment, re.DOTALL)
     if match is None:
         raise ConfigError(f"--set {assignment!r}: expected section.name=value, such as train.beta2=0.99")
@@ -369,7 +391,7 @@ def parse_set(assignment: str) -> Sections:
 
 
 def explain(error: ValidationError) -> str:
-    """pydantic's findings as one line, e.g. "batch_size: Input should be greater than 0 (got 0)"."""
+    """pydantic's errors in one line, e.g. "batch_size: Input should be greater than 0 (got 0)"."""
     findings = []
     for e in error.errors():
         where = f"{e['loc'][-1]}: " if e["loc"] and e["type"] != "value_error" else ""

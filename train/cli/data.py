@@ -1,41 +1,44 @@
-"""Commands that make training texts and choose the best of them, each step alone: JSONL in and out."""
+"""`fusedgpt data ...`: the first steps of `create` alone, with JSONL files in between."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, Json, Quiet, print_json, with_options
-from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.cli.common import Debug, Json, Quiet, print_json
+from fusedgpt.train.cli.settings import SettingsCommand, given_settings
 from fusedgpt.train.report.terminal import progress_bar
 
-data = typer.Typer(no_args_is_help=True, help="Make and choose training texts, without training on them.")
-_LLM = LLMConfig.model_fields
+if TYPE_CHECKING:  # they take long to import
+    from fusedgpt.train.data.synthetic.collect import Task
+    from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+
+data = typer.Typer(no_args_is_help=True, help="Generate and refine training texts, without training.")
+Domain = Literal["cooking", "poetry", "technical", "general", "conversation"]
 
 
-@data.command()
-@with_options(_LLM)
+@data.command(cls=SettingsCommand)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the texts are to teach, in your own words.")],
-    output: Annotated[Path, typer.Option(help='The JSONL file to make or go on with: {"text": ...} a line.')],
-    tokens: Annotated[int, typer.Option(min=1, help="GPT-2 tokens to write.")] = 30_000,
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What the texts should teach, in your own words.")],
+    output: Annotated[
+        Path, typer.Option(help='JSONL file to write or continue, one {"text": ...} per line.')
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="GPT-2 tokens to generate.")] = 30_000,
     domain: Annotated[
-        str | None, typer.Option(help="cooking, poetry, technical, general, conversation.")
+        Domain | None, typer.Option(help="Kind of text.", show_default="chosen by the prompt")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-    **options: Any,
 ) -> None:
-    """Write texts for a prompt, from templates or by a language model."""
+    """Generate texts for a prompt, from templates or with a language model."""
     from fusedgpt.train.data.synthetic.collect import make_texts
-    from fusedgpt.train.data.synthetic.grammar import DOMAINS, choose_domain
+    from fusedgpt.train.data.synthetic.grammar import choose_domain
     from fusedgpt.train.data.synthetic.jsonl import write_objects
 
-    if domain not in (None, *DOMAINS):
-        raise ValueError(f"no domain {domain!r}; choose one of {', '.join(DOMAINS)}")
-    config = _config(options)
+    config = _config(ctx)
     if config.data_source == "template":
         _refuse_to_overwrite(output)
     task = _task(prompt, domain or choose_domain(prompt), seed, quiet)
@@ -47,24 +50,25 @@ def generate(
     _report({"path": str(output), "samples": len(texts), **info}, f"{len(texts):,} texts: {output}", as_json)
 
 
-@data.command()
-@with_options(_LLM)
+@data.command(cls=SettingsCommand)
 def refine(
-    texts: Annotated[Path, typer.Argument(help='A JSONL file with {"text": ...} a line.')],
-    output: Annotated[Path, typer.Option(help="The JSONL file to write.")],
-    prompt: Annotated[str, typer.Option(help="What the texts are to teach; by it they are graded.")] = "",
+    ctx: typer.Context,
+    texts: Annotated[Path, typer.Argument(help='JSONL file with one {"text": ...} per line.')],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    prompt: Annotated[
+        str, typer.Option(help="What the texts should teach; they are graded by it.", show_default=False)
+    ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="GPT-2 tokens to keep.")] = 15_000,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-    **options: Any,
 ) -> None:
-    """Keep the best texts, without repeats: graded by heuristics, or by a language model."""
+    """Keep the best texts without repeats, graded by heuristics or by a language model."""
     from fusedgpt.train.data.synthetic.collect import refine_texts
     from fusedgpt.train.data.synthetic.grammar import choose_domain
     from fusedgpt.train.data.synthetic.jsonl import read_texts, write_objects
 
-    config = _config(options)
+    config = _config(ctx)
     _refuse_to_overwrite(output)
     if not texts.is_file():
         raise FileNotFoundError(f"there is no file {texts}")
@@ -75,19 +79,14 @@ def refine(
     _report({"path": str(output), "samples": len(kept), **info}, f"{len(kept):,} texts: {output}", as_json)
 
 
-def _config(options: dict[str, Any]) -> LLMConfig:
-    """Raises ConfigError for options out of range or at odds."""
-    from pydantic import ValidationError
+def _config(ctx: typer.Context) -> "LLMConfig":
+    """The settings of the language model. Raises ConfigError."""
+    from fusedgpt.train.config import build_config
 
-    from fusedgpt.train.config import ConfigError, explain
-
-    try:
-        return LLMConfig(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+    return build_config(given_settings(ctx)).llm
 
 
-def _task(prompt: str, domain: str, seed: int, quiet: bool) -> Any:
+def _task(prompt: str, domain: str, seed: int, quiet: bool) -> "Task":
     from fusedgpt.train.data.synthetic.collect import Task
     from fusedgpt.train.report.progress import Monitor
 
@@ -98,7 +97,7 @@ def _task(prompt: str, domain: str, seed: int, quiet: bool) -> Any:
 
 def _refuse_to_overwrite(output: Path) -> None:
     if output.exists():
-        raise FileExistsError(f"{output} exists; remove it or choose another --output")
+        raise FileExistsError(f"{output} exists; remove it, or choose another --output")
 
 
 def _report(result: dict[str, Any], summary: str, as_json: bool) -> None:

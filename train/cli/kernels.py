@@ -1,33 +1,44 @@
 """`fusedgpt kernels ...`: the Triton kernels, checked, inspected and tuned."""
 
 import os
+import sys
 from dataclasses import asdict
+from enum import StrEnum
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, Json, exit_with, print_json, print_table
+from fusedgpt.train.cli.common import Debug, Json, print_json, print_table
 from fusedgpt.train.report.terminal import progress_bar
 
-kernels = typer.Typer(
-    no_args_is_help=True, help="The Triton kernels: what they compile to, and their errors."
-)
+kernels = typer.Typer(no_args_is_help=True, help="Inspect, check and tune the Triton kernels.")
+
+
+class Dtype(StrEnum):  # typer takes no list of a Literal
+    """Of the inputs of a kernel."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
 
 
 @kernels.command(name="report")
 def report_kernels(
-    kernel: Annotated[list[str] | None, typer.Option(help="Only this file of kernels; repeatable.")] = None,
-    arch: Annotated[
-        list[int] | None, typer.Option(help="Compute capability, e.g. 90 (default: 80, 90, 100).")
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Only the kernels of this file; may be repeated.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="More dtypes and shapes.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 where a kernel may not ship.")] = False,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(help="Compute capability; may be repeated.", show_default="80, 90, 100"),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Add more dtypes and shapes.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a kernel has a problem.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compile every kernel, with or without a GPU: registers, spills, shared memory, instructions."""
+    """Compile every kernel, no GPU needed: registers, spills, shared memory, instructions."""
     inspection = _triton_module("report")
     with progress_bar("compiling") as progress:
         rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
@@ -39,17 +50,17 @@ def report_kernels(
         f"{row.kernel} ({row.dtype}, {row.label}, sm_{row.arch}) {row.problem}" for row in rows if row.problem
     ]
     if check:
-        exit_with(faults)
+        _exit_with(faults)
 
 
 @kernels.command(name="check")
 def check_kernels(
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; repeatable.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Only fp32, fp16 or bf16; repeatable.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure every kernel against float64, interpreted where there is no GPU; exit with 1 on a failure."""
+    """Check every kernel against float64, in the interpreter if there is no GPU; exit with 1 on failure."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -64,21 +75,24 @@ def check_kernels(
         print_json([finding.as_dict() for finding in findings])
     else:
         print_table([finding.cells() for finding in findings])
-    exit_with([finding.fault for finding in findings if not finding.ok])
+    _exit_with([finding.fault for finding in findings if not finding.ok])
 
 
 @kernels.command(name="tune")
 def tune_kernels(
     head_size: Annotated[
-        list[int] | None, typer.Option(help="Channels of a head; repeatable (default: 64 and 128).")
+        list[int] | None,
+        typer.Option(help="Channels per head; may be repeated.", show_default="64, 128"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    feature: Annotated[str, typer.Option(help="plain, documents or dropout.")] = "plain",
-    minutes: Annotated[float, typer.Option(help="Stop after that long, with what was found.")] = 20.0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the inputs.")] = Dtype.BF16,
+    feature: Annotated[
+        Literal["plain", "documents", "dropout"], typer.Option(help="Variant of the kernel.")
+    ] = "plain",
+    minutes: Annotated[float, typer.Option(help="Time limit; the best found so far is kept.")] = 20.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search this GPU's fastest attention tiles and keep them for every later run."""
+    """Find the fastest attention tiles for this GPU and store them for later runs."""
     tune = _triton_module("tune")
     with progress_bar("tuning") as progress:
         choices, path = tune.tune(head_size or (64, 128), dtype, feature, minutes, progress=progress)
@@ -94,3 +108,10 @@ def _triton_module(name: str) -> Any:
     if find_spec("triton") is None:
         raise ValueError("the kernels need the package triton, which exists for Linux only")
     return import_module(f"fusedgpt.kernels.tools.{name}")
+
+
+def _exit_with(faults: list[str]) -> None:
+    """Exit with 1 if there are faults, each a line on standard error."""
+    sys.stderr.writelines(f"fusedgpt: {fault}\n" for fault in faults)
+    if faults:
+        raise typer.Exit(1)

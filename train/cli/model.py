@@ -1,17 +1,15 @@
 """Commands that take a model folder."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from fusedgpt.kernels.cpu.process import spin_briefly
 from fusedgpt.train.cli.common import (
     Debug,
-    DecodingErrors,
     Errors,
     Json,
     ModelFolder,
@@ -19,60 +17,40 @@ from fusedgpt.train.cli.common import (
     TextField,
     print_json,
 )
-from fusedgpt.train.config import ConfigError
-from fusedgpt.train.report.terminal import printable, progress_bar
+from fusedgpt.train.cli.settings import all_settings
+from fusedgpt.train.report.terminal import ShowProgress, printable, progress_bar
 
-if TYPE_CHECKING:  # they import what takes long
+if TYPE_CHECKING:  # they take long to import
     from fusedgpt.model.generate import Sampling
     from fusedgpt.train.data.text.sources import Source
 
-MaxNewTokens = Annotated[int, typer.Option(help="The longest continuation, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: among all.")]
-TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach p.")]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: tokens that were there become less likely (1.2 is much).")
+_SPINS = 16_000  # measured: docs/experiments.md, "Spinning while sampling"
+
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Stop before this string; may be repeated.")
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same texts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
-class Format(StrEnum):
-    """What a model can be exported to."""
-
-    GGUF = "gguf"
-    SAFETENSORS = "safetensors"
-
-
-class Precision(StrEnum):
-    """What a model computes in."""
-
-    AUTO = "auto"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
 def sample(
+    ctx: typer.Context,
     model: ModelFolder,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="The text to continue; empty starts a new one; may be repeated."),
+        typer.Option(
+            metavar="TEXT",
+            help="Text to continue; may be repeated.",
+            show_default="empty: start a new text",
+        ),
     ] = None,
-    n_samples: Annotated[int, typer.Option("--n-samples", "-n", help="How many texts a prompt.")] = 1,
-    max_new_tokens: MaxNewTokens = 100,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    n_samples: Annotated[int, typer.Option("--n-samples", "-n", help="Samples per prompt.")] = 1,
     stop: Stop = None,
-    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Generate text from a model folder. With --json a line for each prompt."""
+    """Generate text; with --json, one line per prompt."""
+    spin_briefly(_SPINS)
     from fusedgpt.model.folder import load_folder
     from fusedgpt.model.generate import sample_batch
     from fusedgpt.train.loop.precision import resolve_device
@@ -81,10 +59,10 @@ def sample(
     gpt, tokenizer = load_folder(model)
     prompts = prompt or [""]
     writer = TerminalWriter(sys.stdout) if len(prompts) * n_samples == 1 and not as_json else None
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    sampling = _sampling(ctx)
     begun = False
 
-    def tell(text: str) -> None:  # the prompt only once settings and prompt have proved usable
+    def show(text: str) -> None:  # the prompt is not shown before prompt and settings have proved usable
         nonlocal begun
         if writer is not None:
             writer.write(text if begun else prompts[0] + text)
@@ -96,7 +74,7 @@ def sample(
         prompts,
         n_samples=n_samples,
         stop=stop or (),
-        on_text=tell,
+        on_text=show,
         **sampling,
     )
     if as_json:
@@ -110,30 +88,27 @@ def sample(
 
 
 def chat(
+    ctx: typer.Context,
     model: ModelFolder,
-    user: Annotated[str, typer.Option(help="What stands before your lines in the training text.")] = "",
-    reply: Annotated[str, typer.Option(help="What stands before the model's.")] = "",
-    max_new_tokens: MaxNewTokens = 100,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.1,
+    user: Annotated[str, typer.Option(help="Prefix of your lines, as in the training text.")] = "",
+    reply: Annotated[str, typer.Option(help="Prefix of the model's replies.")] = "",
     stop: Stop = None,
-    seed: Seed = 0,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Talk with a model: it goes on with what was said. Ctrl-C ends a reply, Ctrl-D the chat.
+    """Chat with a model: it continues the conversation.
 
-    /forget begins anew. The model sees at most its last half window of the conversation.
+    Ctrl-C stops a reply, Ctrl-D ends the chat, /forget starts a new conversation. The model sees at most the
+    last half of its context length.
     """
+    spin_briefly(_SPINS)
     from fusedgpt.model.folder import load_folder
     from fusedgpt.train.loop.precision import resolve_device
     from fusedgpt.train.report.terminal import TerminalWriter, read_line, read_lines_from
     from fusedgpt.train.tools.chat import Chat, converse
 
     gpt, tokenizer = load_folder(model)
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    sampling = _sampling(ctx)
     gpt = gpt.to(resolve_device(device)).for_sampling()
     talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
     if not sys.stdin.isatty():
@@ -145,70 +120,59 @@ def chat(
     typer.echo()
 
 
-def _sampling(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int,
-) -> "Sampling":
-    """The settings of `generate`. Raises ValueError for one that is out of range."""
-    from fusedgpt.model.generate import Sampling, check_settings
+def _sampling(ctx: typer.Context) -> "Sampling":
+    """The settings of `generate`. Raises ValueError if one is out of range."""
+    from fusedgpt.model.generate import check_settings
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    check_settings(max_new_tokens, temperature, top_k or None, top_p, repetition_penalty)
-    return sampling
+    settings = all_settings(ctx)
+    settings["top_k"] = settings["top_k"] or None
+    check_settings(**{name: value for name, value in settings.items() if name != "seed"})
+    return cast("Sampling", settings)
 
 
 def eval_model(
     model: ModelFolder,
     data: Annotated[
-        list[Path] | None,
+        list[Path],
         typer.Option(
-            help="Text, .jsonl, .parquet, folders of them, - for standard input; or a token set, whose "
-            "held-out part counts; may be repeated."
+            metavar="PATH",
+            help="Text, .jsonl or .parquet files, folders of them, - for stdin, or a token set, of which the "
+            "held-out part is used; may be repeated.",
         ),
-    ] = None,
+    ],
     stride: Annotated[
-        int | None, typer.Option(help="Tokens by which a window moves on (default: half of it).")
+        int | None,
+        typer.Option(help="Tokens from one window to the next.", show_default="half a window"),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens of context (default: what training has seen).")
+        int | None,
+        typer.Option(help="Context length in tokens.", show_default="the length of training windows"),
     ] = None,
     text_field: TextField = "text",
-    errors: Errors = DecodingErrors.STRICT,
-    precision: Annotated[Precision, typer.Option(help="What to compute in.")] = Precision.FP32,
+    errors: Errors = "strict",
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Compute precision.")
+    ] = "fp32",
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a model on a text, every token weighed the same."""
+    """Measure loss, perplexity and bits per byte on a text; every token counts the same."""
     from fusedgpt.model.folder import load_folder
+    from fusedgpt.train.config import ConfigError
     from fusedgpt.train.data.text.sources import Source
     from fusedgpt.train.data.tokens.mixes import is_prepared, open_held_out
     from fusedgpt.train.loop.precision import resolve_device, resolve_precision, set_precision
     from fusedgpt.train.tools.evaluate import evaluate_text, evaluate_tokens
 
-    if not data:
-        raise ConfigError("say what to evaluate on: --data FILE_OR_FOLDER")
     gpt, tokenizer = load_folder(model)
     where = resolve_device(device)
-    set_precision(gpt.to(where), resolve_precision(precision.value, where))
+    set_precision(gpt.to(where), resolve_precision(precision, where))
     with progress_bar("evaluating", quiet=quiet) as show:
         options: dict[str, Any] = {"window": window, "stride": stride}
         if not any(map(is_prepared, data)):
-            source = Source(
-                inputs=tuple(data), text_field=text_field, errors=errors.value, cut=tokenizer.safe_cut
-            )
+            source = Source(inputs=tuple(data), text_field=text_field, errors=errors, cut=tokenizer.safe_cut)
             result = evaluate_text(gpt, tokenizer, _counted(source, show), **options)
         elif all(map(is_prepared, data)):
             streams = [open_held_out(path, tokenizer) for path in data]
@@ -217,20 +181,20 @@ def eval_model(
                 gpt, tokenizer, streams, report=lambda done: show(done, total), **options
             )
         else:
-            raise ConfigError("evaluate on text and on token sets one after the other, not at once")
+            raise ConfigError("--data: text and token sets cannot be evaluated together; use two commands")
     if as_json:
         print_json({"model_path": str(model), "data": list(map(str, data)), **asdict(result)})
         return
-    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits a byte"
-    typer.echo(f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}{bits}")
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+    typer.echo(f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}{bits}")
     typer.echo(
         f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; "
         f"window {result.window}, stride {result.stride}; {result.tokens / result.seconds:,.0f} tok/s"
     )
 
 
-def _counted(source: "Source", show: Callable[[int, int], None]) -> "Source":
-    """`source`, which shows how much of it was read."""
+def _counted(source: "Source", show: ShowProgress) -> "Source":
+    """`source`, which shows how much of it has been read."""
     total, read = source.size, 0
 
     def count(n_bytes: int) -> None:
@@ -243,21 +207,26 @@ def _counted(source: "Source", show: Callable[[int, int], None]) -> "Source":
 
 def export(
     model: ModelFolder,
-    to: Annotated[Format, typer.Option("--to", help="gguf is for llama.cpp and Ollama.")],
-    out: Annotated[Path, typer.Option(help="The file (GGUF) or folder (safetensors) to make.")],
+    to: Annotated[
+        Literal["gguf", "safetensors"], typer.Option(help="Format; gguf is for llama.cpp and Ollama.")
+    ],
+    out: Annotated[Path, typer.Option(help="File (gguf) or folder (safetensors) to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="GGUF: f32, f16 (default) or q8_0; safetensors: bf16, fp16 or fp32 (default)."),
+        typer.Option(
+            help="gguf: f32, f16 or q8_0; safetensors: bf16, fp16 or fp32.",
+            show_default="f16 for gguf, fp32 for safetensors",
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model for other tools: whole or not at all. For GGUF, Ollama's Modelfile is printed."""
+    """Export a model for other tools; for gguf, print a Modelfile for Ollama."""
     from fusedgpt.model import export as exports
     from fusedgpt.model.folder import load_folder
 
     gpt, tokenizer = load_folder(model)
-    if to is Format.SAFETENSORS:
+    if to == "safetensors":
         dtype = dtype or "fp32"
         exports.export_safetensors(gpt, tokenizer, out, dtype=dtype)
         files = sorted(out.iterdir())
@@ -267,9 +236,7 @@ def export(
         files = [out]
     n_bytes = sum(file.stat().st_size for file in files)
     if as_json:
-        print_json({"path": str(out), "format": to.value, "dtype": dtype, "bytes": n_bytes})
+        print_json({"path": str(out), "format": to, "dtype": dtype, "bytes": n_bytes})
         return
-    sys.stderr.write(f"wrote {out}: {to.value}, {dtype}, {n_bytes / 1e6:,.1f} MB\n")
-    typer.echo(
-        exports.modelfile(gpt, tokenizer, out) if to is Format.GGUF else str(out), nl=to is not Format.GGUF
-    )
+    sys.stderr.write(f"wrote {out}: {to}, {dtype}, {n_bytes / 1e6:,.1f} MB\n")
+    typer.echo(exports.modelfile(gpt, tokenizer, out) if to == "gguf" else f"{out}\n", nl=False)

@@ -1,18 +1,21 @@
 """`fusedgpt prepare`: text of any size to a token set."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, DecodingErrors, Errors, Json, Quiet, TextField, print_json
-
-_SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
-_SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
+from fusedgpt.train.cli.common import (
+    Debug,
+    Errors,
+    Json,
+    Quiet,
+    TextField,
+    print_json,
+)
+from fusedgpt.train.report.terminal import ShowProgress, progress_bar
 
 
 def prepare(
@@ -20,30 +23,30 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="Text, .jsonl, .parquet, saved Hugging Face datasets, folders of them; - is standard input.",
+            help="Text, .jsonl or .parquet files, Hugging Face datasets, folders of them, or - for stdin.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="gpt2, char, byte, or the path of a tokenizer.json (default: gpt2)."),
+        typer.Option(help="gpt2, char, byte, or the path of a tokenizer.json.", show_default="gpt2"),
     ] = None,
     train_tokenizer: Annotated[
         int | None,
-        typer.Option(metavar="VOCAB", help="Train a byte-pair tokenizer of that many ids on the text."),
+        typer.Option(metavar="VOCAB", help="Train a BPE tokenizer with this vocabulary size on the text."),
     ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the text held out.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="Fraction of the documents held out.")] = 0.1,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that tokenise (default: a core each).")
+        int | None, typer.Option(help="Tokenizer processes.", show_default="one per core")
     ] = None,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens a file.")] = 100_000_000,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 100_000_000,
     text_field: TextField = "text",
-    errors: Errors = DecodingErrors.STRICT,
+    errors: Errors = "strict",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Tokenise text, of any size, into a folder that `train --data` maps into memory."""
+    """Tokenise text of any size into a token set, a folder that `train --data` maps into memory."""
     from fusedgpt.train.data.text import prepare as prepare_
     from fusedgpt.train.data.text.encode import return_freed_memory
 
@@ -51,7 +54,7 @@ def prepare(
     if tokenizer is not None and train_tokenizer is not None:
         raise typer.BadParameter("--tokenizer and --train-tokenizer exclude each other")
     start = time.perf_counter()
-    with _progress(quiet) as report:
+    with progress_bar("reading", quiet=quiet) as show:
         index = prepare_.prepare(
             inputs,
             out,
@@ -61,8 +64,8 @@ def prepare(
             workers=workers,
             shard_tokens=shard_tokens,
             text_field=text_field,
-            errors=errors.value,
-            report=report,
+            errors=errors,
+            report=_with_speed(show),
         )
     seconds = time.perf_counter() - start
     tokens = index.train.tokens + index.val.tokens
@@ -90,38 +93,13 @@ def prepare(
     typer.echo(f"token set: {out}")
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int, int], None]]:
-    """A bar on standard error where that is a terminal, a line now and then where it is not."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def _with_speed(show: ShowProgress) -> Callable[[str, int, int, int], None]:
+    """`show` for prepare's reports (phase, done, total, tokens so far), with the tokens per second."""
+    started: dict[str, float] = {}
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    # no thread that draws: workers are forked, and would have its locks as they were at that moment
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        auto_refresh=False,
-        disable=quiet or not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("reading")
-        interval = _SECONDS_BETWEEN_REDRAWS if console.is_terminal else _SECONDS_BETWEEN_LINES
-        begun: dict[str, float] = {}
-        last = time.monotonic()
+    def report(phase: str, done: int, total: int, tokens: int) -> None:
+        seconds = time.monotonic() - started.setdefault(phase, time.monotonic())
+        speed = f", {tokens:,} tokens, {tokens / max(seconds, 1e-3):,.0f} tok/s" if tokens else ""
+        show(done, total, phase + speed)
 
-        def report(title: str, done: int, total: int, tokens: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            seconds = now - begun.setdefault(title, now)
-            if now - last < interval:
-                return
-            last = now
-            speed = f", {tokens:,} tokens, {tokens / max(seconds, 1e-3):,.0f} tok/s" if tokens else ""
-            bar.update(task, description=title + speed, completed=done, total=total or None, refresh=True)
-            if not quiet and not console.is_terminal:
-                share = f" {min(done / total, 1):.0%}" if total else ""
-                sys.stderr.write(f"{title}{share}{speed}\n")
-
-        yield report
+    return report

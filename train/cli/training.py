@@ -1,0 +1,153 @@
+"""Commands that train: `fusedgpt create` and `fusedgpt train`."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusedgpt.kernels.cpu.process import spin_briefly
+from fusedgpt.train.cli.common import Debug, Json, OutputDir, Quiet, print_json, print_table
+from fusedgpt.train.cli.settings import earlier_layers, given_settings
+from fusedgpt.train.report.terminal import printable, progress_bar
+
+if TYPE_CHECKING:  # takes long to import
+    from fusedgpt.train.pipeline import TrainingResult
+
+_SPINS = 1_000  # measured: docs/experiments.md, "Spinning"
+_log_option = partial(typer.Option, rich_help_panel="Checkpoints and logs")
+_config_option = partial(typer.Option, rich_help_panel="Configuration")
+_instead_option = partial(typer.Option, rich_help_panel="Instead of training")
+
+RunDir = Annotated[
+    Path | None,
+    _log_option(help="Directory of the run: checkpoints and metrics.", show_default="a new one in runs/"),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="Continue a run: its directory, one of its checkpoints, or auto for the newest run."),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags override the file.")]
+Assignments = Annotated[
+    list[str] | None,
+    _config_option(
+        "--set",
+        metavar="SECTION.NAME=VALUE",
+        help="Override a setting of the file, such as train.beta2=0.99; may be repeated.",
+    ),
+]
+PrintConfig = Annotated[
+    bool, _config_option("--print-config", help="Print the resolved settings as TOML and exit.")
+]
+Profile = Annotated[
+    bool,
+    _log_option("--profile", help="Trace a few steps (trace.json) and print the ten most expensive ops."),
+]
+
+
+def create(
+    ctx: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the GPT should write, in your own words.", show_default=False)
+    ] = None,
+    output_dir: OutputDir = Path("models"),
+    run_dir: RunDir = None,
+    resume: Resume = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+    profile: Profile = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Create a GPT from a prompt: generate texts, refine them, train, test, save a model folder."""
+    spin_briefly(_SPINS)
+    from fusedgpt.train.config import ConfigError, create_config
+
+    recorded, found, layers = earlier_layers("create", run_dir, resume, config, assignments)
+    resolved = create_config(given_settings(ctx), layers)
+    if print_config:
+        typer.echo(resolved.to_toml(), nl=False)
+        return
+    if recorded and prompt not in (None, recorded["prompt"]):
+        raise ConfigError(f"the run to resume was made for the prompt {recorded['prompt']!r}")
+    prompt = recorded.get("prompt", prompt)
+    if prompt is None:
+        raise ConfigError('no prompt: say what the GPT should write, fusedgpt create "PROMPT"')
+    from fusedgpt.train.pipeline import RunOptions, run_full_pipeline
+    from fusedgpt.train.report.progress import Monitor
+
+    options = RunOptions(run_dir=run_dir, resume=found, profile=profile)
+    monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
+    _report(run_full_pipeline(prompt, resolved, output_dir, None, monitor, options, bar), as_json)
+
+
+def train(
+    ctx: typer.Context,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Text, .jsonl or .parquet files, folders of them, or token sets, which may have a weight "
+            "(SET:0.7); may be repeated.",
+        ),
+    ] = None,
+    output_dir: OutputDir = Path("models"),
+    run_dir: RunDir = None,
+    resume: Resume = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+    plot_schedule: Annotated[
+        Path | None,
+        _instead_option(metavar="PNG", help="Plot the learning rate over the run to this file."),
+    ] = None,
+    estimate: Annotated[
+        bool,
+        _instead_option("--estimate", help="Print memory and time of each --checkpointing."),
+    ] = False,
+    profile: Profile = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a GPT on your own text."""
+    spin_briefly(_SPINS)
+    from fusedgpt.train.config import ConfigError, build_config
+
+    recorded, found, layers = earlier_layers("train", run_dir, resume, config, assignments)
+    resolved = build_config(given_settings(ctx), layers=layers)
+    data = data or [Path(path) for path in recorded.get("data", [])]
+    if print_config:
+        typer.echo(resolved.to_toml(), nl=False)
+        return
+    if not (data or plot_schedule or estimate):
+        raise ConfigError("no training data: give --data FILE_OR_FOLDER")
+    from fusedgpt.train import pipeline
+    from fusedgpt.train.report.progress import Monitor
+
+    if plot_schedule is not None:
+        typer.echo(pipeline.draw_schedule(resolved, data, plot_schedule))
+    elif estimate:
+        print_table(pipeline.estimate_rows(resolved, data))
+    else:
+        options = pipeline.RunOptions(run_dir=run_dir, resume=found, profile=profile)
+        _report(pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), options), as_json)
+
+
+def _report(result: "TrainingResult", as_json: bool) -> None:
+    """The outcome, for a person or a program."""
+    from fusedgpt.train.pipeline import loss_text
+
+    if as_json:
+        print_json(result.as_dict())
+        return
+    for prompt, text in result.samples.items():
+        typer.echo(f"--- sample for {prompt!r}\n{printable(text).rstrip()}\n")
+    summary = result.summary
+    typer.echo(
+        f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "
+        f"loss {summary.final_loss:.4f}, validation loss {loss_text(summary.best_val_loss)}"
+    )
+    typer.echo(f"run directory: {result.run_path}\nmodel folder: {result.model_path}")
