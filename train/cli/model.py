@@ -98,8 +98,8 @@ def chat(
 ) -> None:
     """Chat with a model: it continues the conversation.
 
-    Ctrl-C stops a reply, Ctrl-D ends the chat, /forget starts a new conversation. The model sees at most the
-    last half of its context length.
+    Ctrl-C stops a reply, Ctrl-D ends the chat, /forget starts over.
+    The model sees at most the last half of its context length.
     """
     spin_briefly(_SPINS)
     from fusedgpt.model.folder import load_folder

@@ -22,7 +22,7 @@ def prepare(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Text, .jsonl or .parquet files, Hugging Face datasets, folders of them, or - for stdin.",
         ),
     ],

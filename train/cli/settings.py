@@ -46,7 +46,8 @@ class SettingsCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The function's own parameters of the first panel, the settings, the other own ones, --help."""
-        *own, help_option = super().get_params(ctx)
+        params: list[Any] = super().get_params(ctx)
+        *own, help_option = params
         first = [param for param in own if param.rich_help_panel is None]
         return [*first, *self._settings, *(param for param in own if param not in first), help_option]
 

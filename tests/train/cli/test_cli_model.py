@@ -92,6 +92,13 @@ def test_sample_takes_prompts_in_a_batch(fusedgpt: Run, root: Path) -> None:
     assert fusedgpt(*arguments).stdout.count("---\n") == 3
 
 
+@pytest.mark.parametrize(("command", "penalty"), [("sample", "1.0"), ("chat", "1.1")])
+def test_help_shows_the_commands_own_default(fusedgpt: Run, command: str, penalty: str) -> None:
+    text = " ".join(fusedgpt(command, "--help").stdout.replace("│", "").split())
+    assert f"less likely to recur. [default: {penalty}]" in text
+    assert text.index("Options") < text.index("Sampling") < text.index("--temperature")
+
+
 def test_sample_streams_what_json_says(fusedgpt: Run, root: Path) -> None:
     arguments = ["sample", root / "m", "--prompt", "The", "--temperature", "0", "--top-k", "0"]
     text = json.loads(fusedgpt(*arguments, "--json").stdout)["samples"][0]
@@ -111,8 +118,8 @@ def test_eval_prints_what_the_api_gives(fusedgpt: Run, root: Path) -> None:
     assert (result["stride"], result["window"], result["tokens"], result["documents"]) == (7, 32, 820, 1)
     assert result["loss"] == pytest.approx(5.55, abs=0.1)  # ln 257: it has learned nothing
     plain = fusedgpt("eval", root / "m", "--data", root / "book.txt", "--stride", "7").stdout
-    assert f"loss {result['loss']:.4f} nats a token" in plain
-    assert f"{result['bits_per_byte']:.4f} bits a byte" in plain
+    assert f"loss {result['loss']:.4f} nats per token" in plain
+    assert f"{result['bits_per_byte']:.4f} bits per byte" in plain
 
 
 def test_eval_takes_what_a_token_set_holds_out(fusedgpt: Run, root: Path) -> None:
@@ -194,12 +201,14 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
         ("sample {root}/m -n 0", 1, "n_samples: expected 1 or more, got 0"),
         ("chat {root}/m --temperature -1", 1, "temperature: expected 0 or more, got -1.0"),
         ("chat {root}/none", 1, "is no model folder"),
-        ("eval {root}/m", 2, "say what to evaluate on: --data FILE_OR_FOLDER"),
+        ("eval {root}/m", 2, "Missing option '--data'"),
+        ("eval {root}/m --data {root}/book.txt --precision fp8", 2, "'fp8' is not one of 'auto', 'bf16', "),
+        ("sample {root}/m --temperature hot", 2, "Invalid value for '--temperature'"),
         ("eval {root}/none --data {root}/book.txt", 1, "is no model folder"),
         ("eval {root}/m --data {root}/absent", 1, "there is no file or folder {root}/absent"),
         ("eval {root}/m --data {root}/none", 1, "{root}/none holds no .txt"),
         ("eval {root}/m --data {root}/blank.txt", 1, "there is no text to evaluate"),
-        ("eval {root}/m --data {root}/set --data {root}/book.txt", 2, "one after the other"),
+        ("eval {root}/m --data {root}/set --data {root}/book.txt", 2, "cannot be evaluated together"),
         ("eval {root}/chars --data {root}/set", 1, "{root}/set was made with another tokenizer"),
         ("eval {root}/m --data {root}/all", 1, "{root}/all holds nothing out"),
         ("eval {root}/m --data {root}/none.bin", 1, "none.bin"),
