@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import record
 import torch
 
+from benchmarks.report import record
 from fusedgpt.kernels.cpu.linear import matmul_nt
 
 CUDA = torch.cuda.is_available()

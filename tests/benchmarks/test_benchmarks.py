@@ -107,12 +107,22 @@ def test_a_wrong_loss_gets_no_training_speed(tmp_path: Path) -> None:
 
 
 def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-p", "planted", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "benchmarks.kernels.collect",
+        "-p",
+        "planted",
+        "-p",
+        "no:cacheprovider",
+    ]
     (tmp_path / "planted.py").write_text(WRONG_GELU)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'benchmarks'}"}
-    environment["GPU_CHECK_RESULTS"] = str(tmp_path / "results.jsonl")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment["BENCHMARK_RESULTS"] = str(tmp_path / "results.jsonl")
     done = subprocess.run(
-        [*command, "benchmarks/test_bench_activation.py", "-k", "forward and ours"],
+        [*command, "benchmarks/kernels/test_bench_activation.py", "-k", "forward and ours"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -157,7 +167,7 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
     (peer / "train.py").write_text(NANOGPTS_LOOP.replace("TEXT", repr(str(text))))
     options = ["--peer", peer, "--text", text, "--presets", "toy", "--steps", "10"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "jobs.py", *options], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.workloads.jobs", *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     pipeline, ours, theirs = map(json.loads, done.stdout.splitlines())
@@ -171,7 +181,7 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
 
 
 def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "jobs.py"]
+    command = [sys.executable, "-m", "benchmarks.workloads.jobs"]
     (tmp_path / "empty").touch()
     done = subprocess.run([*command, "shakespeare", "--text", tmp_path / "empty"], capture_output=True)
     assert done.returncode == 1
@@ -184,8 +194,7 @@ def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> Non
 def test_what_raises_is_a_fault_and_the_rest_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    record = importlib.import_module("record")
+    record = importlib.import_module("benchmarks.report.record")
 
     def broken() -> Iterator[dict[str, object]]:
         yield {"name": "first half", "ms": 1.0}
@@ -201,8 +210,7 @@ def test_what_raises_is_a_fault_and_the_rest_is_measured(
 
 
 def test_losses_that_part_from_the_references_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    jobs = importlib.import_module("jobs")
+    jobs = importlib.import_module("benchmarks.workloads.jobs")
     falling = [10.0 - 0.1 * i for i in range(50)]
     for late, fault in ((0.01, False), (0.05, True), (float("nan"), True)):
         ours = [*falling[:40], *(x + late for x in falling[40:])]

@@ -20,8 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("gpu_runner")
+    return importlib.import_module("benchmarks.report.runner")
 
 
 def python(code: str) -> list[str]:
@@ -116,7 +115,7 @@ while not there.exists(): time.sleep(0.01)
 print(json.dumps([{"op": here.name, "dtype": "fp32", "shape": "", "direction": "", "output": "", "error": 1.0,
                    "limit": None, "exception": "boom", "ok": here.name == "a"}]))
 """
-    look = "import os; print('results', open(os.environ['GPU_CHECK_RESULTS']).read().count('dtype'))"
+    look = "import os; print('results', open(os.environ['BENCHMARK_RESULTS']).read().count('dtype'))"
     pair = [[*python(meet), str(tmp_path), *names] for names in (("a", "b"), ("b", "a"))]
     parts = [
         runner.Part(name="check", share=1, commands=pair, jobs=2, keeps_rows=True),
@@ -148,7 +147,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_environment_part_runs_anywhere(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", tmp_path, "--minutes", "0.5"]
+    command = [sys.executable, "-m", "benchmarks.report.gpu_check", "--out", tmp_path, "--minutes", "0.5"]
     done = subprocess.run([*command, "--parts", "environment"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
     first, doctor = sorted(

@@ -32,19 +32,18 @@ STAMP = {
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module of benchmarks/ by its name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module
 
 
 @pytest.fixture
 def record(load: Any) -> ModuleType:
-    module: ModuleType = load("record")
+    module: ModuleType = load("benchmarks.report.record")
     return module
 
 
 @pytest.fixture
 def report(load: Any) -> ModuleType:
-    module: ModuleType = load("report")
+    module: ModuleType = load("benchmarks.report.bench")
     return module
 
 
@@ -145,8 +144,8 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(report: ModuleType,
 
 def test_no_label_or_legend_leaves_its_picture(report: ModuleType, load: Any) -> None:
     """By the width that charts.py takes for a character; a browser has the last word."""
-    charts = load("charts")
-    for section in load("page").sections(made_up()):
+    charts = load("benchmarks.report.charts")
+    for section in load("benchmarks.report.page").sections(made_up()):
         for chart in section.charts:
             svg = chart.svg()
             height = float(re.search(r'viewBox="0 0 \d+ (\d+)"', svg)[1])  # type: ignore[index]
@@ -231,29 +230,29 @@ def test_history_grows_with_the_committed_runs(
 def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(
     report: ModuleType, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, lines = load("train"), []
-    jobs = load("jobs")
+    train, lines = load("benchmarks.workloads.training_step"), []
+    jobs = load("benchmarks.workloads.jobs")
     for part in report.parts(gpu=True, peer=ROOT, text=ROOT / "README.md"):
-        lines += [command for command in part.commands if command[1] == "benchmarks/train.py"]
+        lines += [command for command in part.commands if command[2] == "benchmarks.workloads.training_step"]
         for command in part.commands if part.name == "jobs" else ():
-            monkeypatch.setattr("sys.argv", command[1:])
+            monkeypatch.setattr("sys.argv", command[2:])
             assert jobs.parse().peer == ROOT
     assert len(lines) == 8
     for line in lines:
-        monkeypatch.setattr("sys.argv", [*line[1:], "--device", "cuda"])
+        monkeypatch.setattr("sys.argv", [*line[2:], "--device", "cuda"])
         assert train.parse().contenders[0] == "ours"
 
 
 def test_one_fused_op_can_be_undone(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = load("fusedgpt.kernels.ops")
     monkeypatch.setattr(ops, "backend", lambda op, device, dtype: f"triton {op}")
-    load("contenders").undo("gelu")
+    load("benchmarks.workloads.contenders").undo("gelu")
     found = {op: ops.backend(op, torch.device("cpu"), torch.float32) for op in ("gelu", "bias_gelu")}
     assert found == {"gelu": "reference", "bias_gelu": "triton bias_gelu"}
 
 
 def test_results_are_kept_as_they_come_and_a_cut_is_no_failure(load: Any, tmp_path: Path) -> None:
-    runner = load("gpu_runner")
+    runner = load("benchmarks.report.runner")
     results = tmp_path / "results.jsonl"
     slow = f"""
 import json, time

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernel_bench import DIRECTIONS, DTYPE, Bench, choose, phases
 
+from benchmarks.kernels.harness import DIRECTIONS, DTYPE, Bench, choose, phases
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 

@@ -31,9 +31,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu_runner import gpu_state
+from benchmarks.report.runner import gpu_state
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = ("suite", "name", "shape", "dtype", "contender")
 NOISE = 0.03  # no two runs are taken to agree better than this
 UNKNOWN_NOISE = 0.2  # of what was measured once

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import record
-from prepare import stock_tiktoken
-
+from benchmarks.report import record
+from benchmarks.workloads.tokenising import stock_tiktoken
+from benchmarks.workloads.training_step import SHAPES
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model, save_folder
 from fusedgpt.model.gpt import GPT
@@ -36,7 +36,6 @@ from fusedgpt.model.tokenizer import gpt2_tokenizer
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
-from train import SHAPES
 
 CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

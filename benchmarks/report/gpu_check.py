@@ -25,15 +25,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import record
-import report
-from gpu_runner import Part, gpu_state, run_parts
+from benchmarks.report import bench, record
+from benchmarks.report.runner import Part, gpu_state, run_parts
 
 PYTHON = sys.executable
-SCRIPT, CLI = [PYTHON, __file__], [PYTHON, "-m", "fusedgpt.train.cli.main"]
+SCRIPT, CLI = [PYTHON, "-m", "benchmarks.report.gpu_check"], [PYTHON, "-m", "fusedgpt.train.cli.main"]
 PYTEST = [
     PYTHON,
-    *shlex.split("-m pytest -p gpu_pytest -p no:cacheprovider -vv -ra --tb=short --durations=10"),
+    *shlex.split(
+        "-m pytest -p benchmarks.kernels.collect -p no:cacheprovider -vv -ra --tb=short --durations=10"
+    ),
 ]
 PYTEST += shlex.split("--continue-on-collection-errors -o faulthandler_timeout=90")
 TESTED = "attention decode_attention layer_norm activation dropout linear_cross_entropy adamw optimizer"
@@ -59,7 +60,15 @@ def all_parts(
     sanitize = [str(sanitizer), "--error-exitcode", "9"]
     sanitized = [[*sanitize, "--tool", tool, *SCRIPT, "--small-check", op] for tool in tools for op in ops]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one tensor's end is another's beginning
-    memory = [PYTHON, "benchmarks/memory.py", "--presets", "12M", "gpt2", "gpt2-medium", "--compile"]
+    memory = [
+        PYTHON,
+        *["-m", "benchmarks.workloads.memory"],
+        "--presets",
+        "12M",
+        "gpt2",
+        "gpt2-medium",
+        "--compile",
+    ]
     describe = [[*SCRIPT, "--environment"], [*CLI, "doctor", "--json"]]
     tuning = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}"]
     tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
@@ -68,9 +77,13 @@ def all_parts(
         Part(name="check", share=18, commands=checks, jobs=jobs, needs_gpu=False, keeps_rows=True),
         Part(name="gpu_tests", share=20, commands=[[*PYTEST, *workers, "-m", "gpu", "tests"]]),
         Part(name="tests", share=15, commands=[[*PYTEST, *workers, "-m", "not gpu", *files]]),
-        *report.parts(gpu=gpu, peer=peer, text=text),
+        *bench.parts(gpu=gpu, peer=peer, text=text),
         Part(name="memory", share=4, commands=[memory], may_be_cut=True),
-        Part(name="report", share=2, commands=[[PYTHON, report.__file__, "--out", str(out), "--render"]]),
+        Part(
+            name="report",
+            share=2,
+            commands=[[PYTHON, "-m", "benchmarks.report.bench", "--out", str(out), "--render"]],
+        ),
         Part(name="sanitizer", share=10, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", share=30, commands=[tuning], environment=tuned)] if tune else []),
     ]

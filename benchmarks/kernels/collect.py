@@ -6,7 +6,8 @@ import json
 import os
 
 import pytest
-import record
+
+from benchmarks.report import record
 
 BENCHED = ("attention", "linear_cross_entropy", "layer_norm", "adamw", "activation", "decode_attention")
 FIRST = ((64, 1024), (64, 4096))  # head size and T of the attention that is measured before all else
@@ -31,7 +32,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Keep a benchmark's figures at once."""
     benchmark = item.funcargs.get("benchmark")  # type: ignore[attr-defined]
     if benchmark is not None and benchmark.extra_info:
-        with open(os.environ["GPU_CHECK_RESULTS"], "a") as file:
+        with open(os.environ["BENCHMARK_RESULTS"], "a") as file:
             file.write(json.dumps(record.stamp({"part": "kernels", **benchmark.extra_info})) + "\n")
 
 
@@ -41,7 +42,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     benched = "bench" in getattr(item, "fixturenames", ())
     if benched and error and not error.errisinstance(pytest.skip.Exception):
         row = {"suite": "kernels", "name": item.name, "fault": str(error.value).splitlines()[0]}
-        with open(os.environ["GPU_CHECK_RESULTS"], "a") as file:
+        with open(os.environ["BENCHMARK_RESULTS"], "a") as file:
             file.write(json.dumps(record.stamp({"part": "kernels", **row})) + "\n")
 
 

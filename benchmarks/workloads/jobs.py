@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle  # noqa: TID251 - nanoGPT reads its vocabulary from one
+import pickle  # nanoGPT reads its vocabulary from one
 import re
 import shlex
 import shutil
@@ -35,9 +35,10 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import record
-from ceilings import DEVICE
-from record import Row
+
+from benchmarks.ceilings import DEVICE
+from benchmarks.report import record
+from benchmarks.report.record import Row
 
 CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 PROMPT = "A fun GPT that writes cooking recipes"

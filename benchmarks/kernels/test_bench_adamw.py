@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_bench import DEVICE, Bench, choose
 from torch import nn
 
+from benchmarks.kernels.harness import DEVICE, Bench, choose
 from fusedgpt.kernels.tools import cases
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT

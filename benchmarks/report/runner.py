@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 GRACE, RESERVE = 10.0, 3.0  # seconds from SIGINT to SIGKILL, and for the summary
 
 
@@ -41,12 +41,12 @@ class Command:
         self.read = 0  # bytes of the output that were harvested
         self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
         self.output = out / f"{part.name}-{index}.out"
-        path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        extra = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GPU_CHECK_RESULTS": str(out / "results.jsonl")}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        extra = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "BENCHMARK_RESULTS": str(out / "results.jsonl")}
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 self.arguments,
-                cwd=BENCHMARKS.parent,
+                cwd=ROOT,
                 env={**os.environ, **extra, **part.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,

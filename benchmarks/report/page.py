@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from html import escape
 from string import Template
 
-import record
-from charts import Bar, Bars, Plot, Series, number
-from record import Row
+from benchmarks.report import record
+from benchmarks.report.charts import Bar, Bars, Plot, Series, number
+from benchmarks.report.record import Row
 
 Cells = dict[str, str]  # column -> text
 OURS = "ours"

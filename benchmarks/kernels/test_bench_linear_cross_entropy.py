@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bench import CUDA, DEVICE, DTYPE, Bench, choose, phases
 from torch import Tensor
 
+from benchmarks.kernels.harness import CUDA, DEVICE, DTYPE, Bench, choose, phases
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases
 

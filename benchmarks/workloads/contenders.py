@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from ceilings import DTYPES
-from plain_gpt import PlainGPT
 from torch import Tensor
 
+from benchmarks.ceilings import DTYPES
+from benchmarks.workloads.plain_gpt import PlainGPT
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
 from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch

@@ -32,13 +32,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import contenders
-import record
 import torch
-from ceilings import DTYPES, Ceilings, measure_ceilings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.ceilings import DTYPES, Ceilings, measure_ceilings
+from benchmarks.report import record
+from benchmarks.workloads import contenders
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.train.tools.estimate import flops_per_token, peak_flops
 
@@ -99,7 +99,7 @@ def peak_mb() -> float:
 
 def run(contender: str, arguments: argparse.Namespace, point: list[str], steps: int) -> dict[str, Any]:
     """`measure` in a process of its own; {"fault": ...} or {"skipped": ...} where that fails."""
-    command = [sys.executable, __file__, "--contender", contender, "--steps", str(steps), *point]
+    command = [sys.executable, "-m", __spec__.name, "--contender", contender, "--steps", str(steps), *point]
     command += ["--device", arguments.device, "--threads", str(arguments.threads)]
     command += ["--dropout", str(arguments.dropout), "--began", str(time.time())]
     command += ["--peer", str(arguments.peer)] if arguments.peer else []

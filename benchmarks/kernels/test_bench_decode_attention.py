@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_bench import DEVICE, DTYPE, Bench, choose, phases
 
+from benchmarks.kernels.harness import DEVICE, DTYPE, Bench, choose, phases
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 

@@ -10,11 +10,11 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
-from kernel_bench import CUDA, DEVICE, DIRECTIONS, DTYPE, Bench, choose, compiled, phases
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from benchmarks.kernels.harness import CUDA, DEVICE, DIRECTIONS, DTYPE, Bench, choose, compiled, phases
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases
 

@@ -6,9 +6,9 @@ import importlib
 from importlib.util import find_spec
 
 import pytest
-from kernel_bench import CUDA, DIRECTIONS, DTYPE, Bench, choose, phases
 from torch import Tensor
 
+from benchmarks.kernels.harness import CUDA, DIRECTIONS, DTYPE, Bench, choose, phases
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 

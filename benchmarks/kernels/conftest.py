@@ -14,9 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, for the check
 
-import kernel_bench
-from ceilings import Ceilings, measure_ceilings
-from kernel_bench import DTYPE, Bench, Figures
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.kernels import harness
+from benchmarks.kernels.harness import DTYPE, Bench, Figures
 
 _RESULTS = pytest.StashKey[list[Figures]]()
 _CEILINGS = pytest.StashKey[Ceilings]()
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not results:
         return
     terminalreporter.section("kernel benchmarks")
-    for line in kernel_bench.table(results):
+    for line in harness.table(results):
         terminalreporter.write_line(line)
     for when, c in (("first", config.stash[_CEILINGS]), ("last", measure_ceilings(DTYPE))):
         terminalreporter.write_line(f"ceilings {when}: {c.tflops:.1f} TFLOP/s, {c.gbps:.0f} GB/s")

@@ -19,17 +19,17 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import record
 import torch
-from ceilings import DEVICE
-from contenders import peer_model
 from torch import Tensor
 
+from benchmarks.ceilings import DEVICE
+from benchmarks.report import record
+from benchmarks.workloads.contenders import peer_model
+from benchmarks.workloads.training_step import SHAPES
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import gpt2_tokenizer
-from train import SHAPES
 
 PROMPT = 4  # tokens
 Sampler = Callable[[Tensor, int], Tensor]  # (prompt (B, T), new tokens) -> (B, new tokens)

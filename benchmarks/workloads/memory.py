@@ -14,11 +14,11 @@ import gc
 import statistics
 from typing import Any
 
-import contenders
-import record
 import torch
 from torch import Tensor
 
+from benchmarks.report import record
+from benchmarks.workloads import contenders
 from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import PRESETS
 from fusedgpt.model.gpt import CHECKPOINTING, GPT

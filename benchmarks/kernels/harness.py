@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
-import record
 import torch
-from ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
 from torch import Tensor
 
+from benchmarks.ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
+from benchmarks.report import record
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases, check
 
