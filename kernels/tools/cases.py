@@ -1,4 +1,4 @@
-"""What the check, the tests and the benchmarks run of every op: its inputs, the op, its truth, its rival."""
+"""The cases on which the check, the tests and the benchmarks run every op."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ SEED, OFFSET = 7, 3 << 40  # of every dropout here
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One op at one shape: `ours`, `truth` (run in float64) and `torch` take the same inputs by name."""
+    """One op at one shape; `ours` and `reference` take the same inputs by name."""
 
     op: str
     shape: str
     inputs: Callable[[torch.Generator], Inputs]  # float64 on the CPU, or integers
     ours: Function
-    truth: Function
-    torch: Function
-    fp32_inputs: frozenset[str] = frozenset()  # these stay fp32 while the others take the dtype
+    reference: Function  # in float64 the truth, in the op's dtype PyTorch's own error
+    fp32_inputs: frozenset[str] = frozenset()  # these stay fp32 while the others take the op's dtype
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -71,24 +70,9 @@ def cases(device: torch.device) -> list[Case]:
     ]
 
 
-def _scalars(device: torch.device) -> dict[str, Tensor]:
-    return {"seed": torch.tensor(SEED, device=device), "offset": torch.tensor(OFFSET, device=device)}
-
-
 def dropout_case(N: int, C: int, p: float = 0.3) -> Case:
     """ops.dropout on (N, C)."""
-
-    def truth(x: Tensor) -> Tensor:
-        return reference.dropout(x, p, **_scalars(x.device))
-
-    return Case(
-        op="dropout",
-        shape=f"({N}, {C}), p {p}",
-        inputs=lambda generator: {"x": torch.randn(N, C, dtype=torch.float64, generator=generator)},
-        ours=lambda x: ops.dropout(x, p, **_scalars(x.device)),
-        truth=truth,
-        torch=truth,
-    )
+    return _case("dropout", f"({N}, {C}), p {p}", lambda g: _randn(g, x=(N, C)), _with_counters(p=p))
 
 
 def attention_case(
@@ -98,39 +82,25 @@ def attention_case(
     D: int,
     *,
     dropout_p: float = 0.0,
-    documents: bool
-    | Callable[[int], Tensor] = False,  # token positions -> ids; True: a new one every 50 tokens
+    documents: bool | Callable[[int], Tensor] = False,
     scale: float | None = None,
 ) -> Case:
-    """ops.attention on (B, T, H, D)."""
+    """ops.attention on (B, T, H, D).
+
+    documents: T -> the id of each token's document; True for a new document every 50 tokens.
+    """
 
     def inputs(generator: torch.Generator) -> Inputs:
         shape = (B, T, H, D)
-        made = {
-            name: torch.randn(shape, dtype=torch.float64, generator=generator) for name in ("q", "k", "v")
-        }
+        made = _randn(generator, q=shape, k=shape, v=shape)
         if documents:
             ids = documents(T) if callable(documents) else torch.arange(T) // 50
             made["documents"] = torch.stack([ids + b for b in range(B)])
         return made
 
-    def call(op: Function) -> Function:
-        def run(q: Tensor, **others: Tensor) -> Tensor | tuple[Tensor, ...]:
-            state = _scalars(q.device) if dropout_p else {}
-            return op(q, **others, dropout_p=dropout_p, scale=scale, **state)
-
-        return run
-
     extras = (f", p {dropout_p}" if dropout_p else "") + (", documents" if documents else "")
-    reference_ = call(reference.attention)
-    return Case(
-        op="attention",
-        shape=f"({B}, {T}, {H}, {D}){extras}",
-        inputs=inputs,
-        ours=call(ops.attention),
-        truth=reference_,
-        torch=reference_,
-    )
+    wrap = _with_counters if dropout_p else _with
+    return _case("attention", f"({B}, {T}, {H}, {D}){extras}", inputs, wrap(dropout_p=dropout_p, scale=scale))
 
 
 def decode_attention_case(B: int, T: int, H: int, D: int) -> Case:
@@ -138,24 +108,10 @@ def decode_attention_case(B: int, T: int, H: int, D: int) -> Case:
 
     def inputs(generator: torch.Generator) -> Inputs:
         cache = (B, T, H, D)
-        shapes = {"q": (B, H, D), "k_cache": cache, "v_cache": cache}
-        made = {name: torch.randn(s, dtype=torch.float64, generator=generator) for name, s in shapes.items()}
-        return {**made, "lengths": torch.linspace(1, T, B).round().long()}
+        lengths = torch.linspace(1, T, B).round().long()
+        return _randn(generator, q=(B, H, D), k_cache=cache, v_cache=cache) | {"lengths": lengths}
 
-    def ours(**tensors: Tensor) -> Tensor:
-        return ops.decode_attention(*(x.detach() for x in tensors.values()))
-
-    def truth(**tensors: Tensor) -> Tensor:
-        return reference.decode_attention(*(x.detach() for x in tensors.values()))
-
-    return Case(
-        op="decode_attention",
-        shape=f"({B}, {T}, {H}, {D})",
-        inputs=inputs,
-        ours=ours,
-        truth=truth,
-        torch=truth,
-    )
+    return _case("decode_attention", f"({B}, {T}, {H}, {D})", inputs, torch.no_grad())
 
 
 def linear_cross_entropy_case(
@@ -170,21 +126,17 @@ def linear_cross_entropy_case(
 ) -> Case:
     """ops.linear_cross_entropy on (N, C) with every seventh target ignored and V padded to a multiple of 128.
 
-    "mean" and "sum" are of 16 problems at once: how well a single number is met is chance.
+    "mean" and "sum" run 16 problems at once: the error of a single number is chance.
     """
     problems = 1 if reduction == "none" else 16
 
     def inputs(generator: torch.Generator) -> Inputs:
-        P = (V + 127) // 128 * 128
         targets = torch.randint(V, (problems, N), generator=generator)
         targets[:, 3::7] = -100
-        return {
-            "hidden": torch.randn(problems, N, C, dtype=torch.float64, generator=generator),
-            "weight": torch.randn(P, C, dtype=torch.float64, generator=generator) / math.sqrt(C),
-            "targets": targets,
-        }
+        made = _randn(generator, hidden=(problems, N, C), weight=((V + 127) // 128 * 128, C))
+        return made | {"weight": made["weight"] / math.sqrt(C), "targets": targets}
 
-    def call(op: Callable[..., Tensor]) -> Function:
+    def wrap(op: Callable[..., Tensor]) -> Function:
         def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
             pairs = zip(hidden, targets, strict=True)
@@ -193,97 +145,59 @@ def linear_cross_entropy_case(
         return run
 
     extras = "".join(f", {name} {x}" for name, x in (("smoothing", label_smoothing), ("z-loss", z_loss)) if x)
-    return Case(
-        op="linear_cross_entropy",
-        shape=f"({N}, {C}), V {V}, {reduction}{extras}",
-        inputs=inputs,
-        ours=call(ops.linear_cross_entropy),
-        truth=call(reference.linear_cross_entropy),
-        torch=call(reference.linear_cross_entropy),
-        fp32_inputs=frozenset({"weight"} if fp32_weight else ()),
-    )
+    shape = f"({N}, {C}), V {V}, {reduction}{extras}"
+    return _case("linear_cross_entropy", shape, inputs, wrap, ["weight"] if fp32_weight else [])
 
 
 def layer_norm_case(N: int, C: int, *, fp32_weights: bool = False) -> Case:
     """ops.layer_norm on (N, C)."""
-    return Case(
-        op="layer_norm",
-        shape=f"({N}, {C}){', fp32 weights' if fp32_weights else ''}",
-        inputs=lambda generator: _norm_inputs(N, C, generator),
-        ours=ops.layer_norm,
-        truth=reference.layer_norm,
-        torch=reference.layer_norm,
-        fp32_inputs=frozenset({"weight", "bias"} if fp32_weights else ()),
-    )
+    shape = f"({N}, {C}){', fp32 weights' if fp32_weights else ''}"
+    fp32 = ["weight", "bias"] if fp32_weights else []
+    return _case("layer_norm", shape, lambda g: _norm_inputs(N, C, g), fp32_inputs=fp32)
 
 
 def dropout_add_layer_norm_case(N: int, C: int, p: float = 0.3, *, fp32_inputs: Iterable[str] = ()) -> Case:
     """ops.dropout_add_layer_norm on (N, C)."""
-
-    def inputs(generator: torch.Generator) -> Inputs:
-        residual = torch.randn(N, C, dtype=torch.float64, generator=generator)
-        return {"residual": residual, **_norm_inputs(N, C, generator)}
-
-    def call(op: Function) -> Function:
-        return lambda x, **others: op(x, **others, dropout_p=p, **_scalars(x.device))
-
     fp32 = sorted(fp32_inputs)
-    return Case(
-        op="dropout_add_layer_norm",
-        shape=f"({N}, {C}), p {p}{', fp32 ' if fp32 else ''}{' '.join(fp32)}",
-        inputs=inputs,
-        ours=call(ops.dropout_add_layer_norm),
-        truth=call(reference.dropout_add_layer_norm),
-        torch=call(reference.dropout_add_layer_norm),
-        fp32_inputs=frozenset(fp32),
+    return _case(
+        "dropout_add_layer_norm",
+        f"({N}, {C}), p {p}{', fp32 ' if fp32 else ''}{' '.join(fp32)}",
+        lambda g: _randn(g, residual=(N, C)) | _norm_inputs(N, C, g),
+        _with_counters(dropout_p=p),
+        fp32,
     )
 
 
 def _norm_inputs(N: int, C: int, generator: torch.Generator) -> Inputs:
-    x, weight, bias = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((N, C), (C,), (C,)))
+    x, weight, bias = _randn(generator, x=(N, C), weight=(C,), bias=(C,)).values()
     return {"x": x + 0.5, "weight": 1.0 + 0.2 * weight, "bias": 0.2 * bias}
 
 
 def gelu_case(N: int, C: int) -> Case:
     """ops.gelu on (N, C), from where it is 0 to where it is x."""
-    return Case(
-        op="gelu",
-        shape=f"({N}, {C})",
-        inputs=lambda generator: {"x": 2.0 * torch.randn(N, C, dtype=torch.float64, generator=generator)},
-        ours=ops.gelu,
-        truth=reference.gelu,
-        torch=reference.gelu,
-    )
+    return _case("gelu", f"({N}, {C})", lambda g: {"x": 2.0 * _randn(g, x=(N, C))["x"]})
 
 
 def bias_gelu_case(N: int, C: int, *, fp32_bias: bool = False) -> Case:
     """ops.bias_gelu on (N, C)."""
 
     def inputs(generator: torch.Generator) -> Inputs:
-        x, bias = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((N, C), (C,)))
-        return {"x": 2.0 * x, "bias": bias}
+        made = _randn(generator, x=(N, C), bias=(C,))
+        return made | {"x": 2.0 * made["x"]}
 
-    return Case(
-        op="bias_gelu",
-        shape=f"({N}, {C}){', fp32 bias' if fp32_bias else ''}",
-        inputs=inputs,
-        ours=ops.bias_gelu,
-        truth=reference.bias_gelu,
-        torch=reference.bias_gelu,
-        fp32_inputs=frozenset({"bias"} if fp32_bias else ()),
-    )
+    shape = f"({N}, {C}){', fp32 bias' if fp32_bias else ''}"
+    return _case("bias_gelu", shape, inputs, fp32_inputs=["bias"] if fp32_bias else [])
 
 
 def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Case:
-    """The step after `steps` of kernels.adamw on a parameter (N, C), decaying; fp32 moments, no master.
+    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C) with weight decay and fp32 moments.
 
-    The learning rate is large, so that a step crosses many of bf16's numbers and rounding shows no bias.
+    The learning rate is large: a step crosses many bf16 values, so that rounding does not look like a bias.
     """
     options: dict[str, Any] = {"lr": 0.3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
     def inputs(generator: torch.Generator) -> Inputs:
-        names = ("param", "grad", "exp_avg", "exp_avg_sq")
-        x = {name: torch.randn(N, C, dtype=torch.float64, generator=generator) for name in names}
+        x = _randn(generator, param=(N, C), grad=(N, C), exp_avg=(N, C), exp_avg_sq=(N, C))
         return x | {"exp_avg": 0.01 * x["exp_avg"], "exp_avg_sq": 0.01 * x["exp_avg_sq"].square()}
 
     def ours(**inputs: Tensor) -> tuple[Tensor, ...]:
@@ -300,7 +214,7 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Cas
         adamw.adamw(batch, partials, norm, skipped, counter, max_norm=max_norm)
         return x["param"], x["exp_avg"], x["exp_avg_sq"]
 
-    def truth(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, ...]:
+    def expected(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, ...]:
         wide = grad.detach().to(exp_avg.dtype)
         clip = max(1.0, reference.grad_norm([wide]).item() / max_norm) if max_norm else 1.0
         state = (param.detach(), wide / clip, exp_avg.detach(), exp_avg_sq.detach())
@@ -311,7 +225,50 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Cas
         shape=f"({N}, {C}), max_norm {max_norm:g}",
         inputs=inputs,
         ours=ours,
-        truth=truth,
-        torch=truth,
+        reference=expected,
         fp32_inputs=frozenset({"exp_avg", "exp_avg_sq"}),
     )
+
+
+def _case(
+    op: str,
+    shape: str,
+    inputs: Callable[[torch.Generator], Inputs],
+    wrap: Callable[[Function], Function] = lambda function: function,
+    fp32_inputs: Iterable[str] = (),
+) -> Case:
+    """The case of an op and its reference, each called as `wrap` says."""
+    return Case(
+        op=op,
+        shape=shape,
+        inputs=inputs,
+        ours=wrap(getattr(ops, op)),
+        reference=wrap(getattr(reference, op)),
+        fp32_inputs=frozenset(fp32_inputs),
+    )
+
+
+def _with(**options: Any) -> Callable[[Function], Function]:
+    """Call a function with these options."""
+    return lambda function: lambda **inputs: function(**inputs, **options)
+
+
+def _with_counters(**options: Any) -> Callable[[Function], Function]:
+    """The same, and with the seed and offset of a dropout on the inputs' device."""
+
+    def wrap(function: Function) -> Function:
+        def run(**inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            device = next(iter(inputs.values())).device
+            seed, offset = (torch.tensor(counter, device=device) for counter in (SEED, OFFSET))
+            return function(**inputs, **options, seed=seed, offset=offset)
+
+        return run
+
+    return wrap
+
+
+def _randn(generator: torch.Generator, **shapes: tuple[int, ...]) -> Inputs:
+    """Normally distributed float64 tensors by name."""
+    return {
+        name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()
+    }
