@@ -1,7 +1,7 @@
-"""What the compiler makes of every kernel, without a GPU: `fusedgpt kernels report`.
+"""Registers, spills, shared memory, instructions of every kernel, without a GPU: `fusedgpt kernels report`.
 
-The launchers themselves are called, on meta tensors, under a driver that only compiles; so what is read is
-what runs: the same block sizes, flags and specialisation of the arguments (the address of a meta tensor is
+The launchers themselves are called on meta tensors, under a driver that only compiles. What is reported is
+therefore what runs: the same block sizes, flags and argument specialisation (the address of a meta tensor is
 its byte offset in its storage, so it is aligned where memory from torch is).
 """
 
@@ -31,7 +31,7 @@ from fusedgpt.kernels import tuning
 Launch = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB, one block
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MORE_DTYPES = {**_DTYPES, "fp16": torch.float16}
 
@@ -44,36 +44,36 @@ _TMA = re.compile(r"\bcp(?:\.reduce)?\.async\.bulk\.tensor\S*?\.(shared::\w+|glo
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One kernel compiled for one architecture; `problem` is empty where it may be shipped."""
+    """One kernel compiled for one architecture; `problem` is empty if it may ship."""
 
     kernel: str
-    arch: int
+    arch: int  # compute capability, e.g. 90
     dtype: str
     label: str  # what was launched
-    config: str  # constants, warps and stages
-    registers: int = 0  # a thread
-    stack: int = 0  # bytes a thread that did not fit the registers
-    shared: int = 0  # bytes a block
-    tensor_core: dict[str, int] = field(default_factory=dict)  # instruction and input type -> how many
-    loads: dict[str, int] = field(default_factory=dict)  # bytes an instruction, or "tma" -> how many
+    config: str = ""  # constexpr arguments, warps and stages
+    registers: int = 0  # per thread
+    stack: int = 0  # bytes per thread in local memory: spilled registers and arrays
+    shared: int = 0  # bytes per block
+    tensor_core: dict[str, int] = field(default_factory=dict)  # instruction and input type -> count
+    loads: dict[str, int] = field(default_factory=dict)  # bytes per instruction, or "tma" -> count
     stores: dict[str, int] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ()  # pointers not known to be multiples of 16 bytes
+    unaligned: tuple[str, ...] = ()  # pointer arguments not known to be divisible by 16
     problem: str = ""
 
     def cells(self) -> dict[str, str]:
         """Column -> text, for a table."""
         return {
             "kernel": self.kernel,
-            "sm": str(self.arch),
+            "arch": f"sm_{self.arch}",
             "dtype": self.dtype,
-            "launched": self.label,
+            "launch": self.label,
             "config": self.config,
             "registers": str(self.registers),
-            "stack": str(self.stack),
-            "shared": str(self.shared),
-            "tensor cores": _counts(self.tensor_core),
-            "load bytes": _counts(self.loads),
-            "store bytes": _counts(self.stores),
+            "spilled bytes": str(self.stack),
+            "shared bytes": str(self.shared),
+            "tensor core instructions": _counts(self.tensor_core),
+            "load widths": _counts(self.loads),
+            "store widths": _counts(self.stores),
             "problem": self.problem,
         }
 
@@ -87,7 +87,7 @@ def report(
 ) -> list[Row]:
     """Compile the kernels of the files `stems` (all if empty) for each architecture, e.g. 90.
 
-    full adds fp16 and the less usual shapes. progress is called with what is done and the total.
+    full adds fp16 and less common shapes. progress(done, total) counts files per architecture and dtype.
     Raises ValueError for an unknown stem or architecture, and under TRITON_INTERPRET=1.
     """
     stems, architectures = tuple(stems) or tuple(LAUNCHES), tuple(architectures)
@@ -101,22 +101,22 @@ def report(
         raise ValueError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
     dtypes = _MORE_DTYPES if full else _DTYPES
     tasks = [(stem, arch, dtype, full) for stem in stems for arch in architectures for dtype in dtypes]
-    # Forked before this process has threads: a fresh interpreter would first import torch for seconds.
+    # fork: a spawned worker would spend seconds importing torch.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(tasks)), get_context("fork")) as pool:
-        futures = [pool.submit(compile_file, *task) for task in tasks]
+        futures = [pool.submit(_compile_file, *task) for task in tasks]
         for done, _ in enumerate(as_completed(futures)):
             progress(done + 1, len(tasks))
         return [row for future in futures for row in future.result()]
 
 
-def compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
+def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
     """One row for each distinct kernel that the launches of one file start."""
     found: list[tuple[str, str, Any]] = []  # label, kernel, CompiledKernel or Exception
-    with only_compile(arch) as compiled:
+    with _only_compile(arch) as compiled:
         for label, launch in LAUNCHES[stem](_MORE_DTYPES[dtype], full):
             try:
                 launch()
-            except Exception as error:  # a finding, as what the compiler raises is
+            except Exception as error:  # a launcher that raises is reported like a compiler error
                 compiled.append((stem, error))
             found += [(label, *each) for each in compiled]
             compiled.clear()
@@ -125,15 +125,18 @@ def compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
         common: dict[str, Any] = {"kernel": kernel, "arch": arch, "dtype": dtype, "label": label}
         if isinstance(result, Exception):
             problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
-            rows.setdefault(f"{kernel} {problem}", Row(**common, config="", problem=problem))
+            rows.setdefault(f"{kernel} {problem}", Row(**common, problem=problem))
         elif result.hash not in rows:
             rows[result.hash] = _examine(result, **common)
     return list(rows.values())
 
 
 @contextmanager
-def only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
-    """Launches within the block only compile for `arch`: (kernel, CompiledKernel or Exception) each."""
+def _only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Within the block launches only compile, for `arch`; yields a growing list of (kernel, result).
+
+    A result is a CompiledKernel or the exception that compiling raised.
+    """
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -151,7 +154,7 @@ def only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
             yield compiled
     finally:
         JITFunction.run = run
-        driver.set_active(None)  # the machine's own, found again at its next use
+        driver.set_active(None)  # Triton looks for the real one at the next launch
 
 
 class _CompileOnlyDriver:
@@ -161,7 +164,7 @@ class _CompileOnlyDriver:
         self.arch = arch
 
     def get_current_device(self) -> str:
-        return f"sm_{self.arch}"  # Triton's key for its compiled kernels: shared with no real device
+        return f"sm_{self.arch}"  # the key of Triton's kernel cache; no real device shares it
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -179,11 +182,11 @@ def _examine(compiled: Any, **common: Any) -> Row:
     limit = SHARED_LIMIT[common["arch"]]
     problems = []
     if stack:
-        problems.append(f"spills {stack} bytes a thread")
+        problems.append(f"spills {stack} bytes per thread")
     if metadata.shared > limit * 1024:
-        problems.append(f"needs {metadata.shared / 1024:.0f} KiB of shared memory, a block has {limit}")
+        problems.append(f"needs {metadata.shared / 1024:.0f} KiB of shared memory, the limit is {limit}")
     if (getattr(metadata, "tmem_size", None) or 0) > 512:
-        problems.append(f"needs {metadata.tmem_size} columns of tensor memory, a block has 512")
+        problems.append(f"needs {metadata.tmem_size} columns of tensor memory, the limit is 512")
     return Row(
         **common,
         config=" ".join([*constants, f"warps={metadata.num_warps}", f"stages={metadata.num_stages}"]),
@@ -199,7 +202,7 @@ def _examine(compiled: Any, **common: Any) -> Row:
 
 
 def _resources(compiled: Any) -> tuple[int, int]:
-    """(registers, stack bytes) a thread."""
+    """(registers, bytes of local memory) per thread."""
     cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -208,7 +211,7 @@ def _resources(compiled: Any) -> tuple[int, int]:
 
 
 def _tensor_core(ptx: str) -> dict[str, int]:
-    """ "wgmma.mma_async bf16" -> how many, and so on."""
+    """Instruction and input type, e.g. "wgmma.mma_async bf16" -> count."""
     found: Counter[str] = Counter()
     for instruction, rest in _TENSOR_CORE.findall(ptx):
         kind = _MMA_TYPE.search(f".{rest}")
@@ -217,7 +220,7 @@ def _tensor_core(ptx: str) -> dict[str, int]:
 
 
 def _widths(ptx: str) -> tuple[dict[str, int], dict[str, int]]:
-    """How many loads from and stores to global memory there are of each width in bytes, widest first."""
+    """Counts of global loads and stores by width in bytes, widest first."""
     counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
     for kind, vector, bits in _ACCESS.findall(ptx):
         counts[kind][int(vector or 1) * int(bits) // 8] += 1
@@ -232,7 +235,7 @@ def _widths(ptx: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _unaligned(source: Any) -> tuple[str, ...]:
-    """The pointer arguments that the compiler may not take for multiples of 16."""
+    """The pointer arguments that the compiler cannot assume to be divisible by 16."""
     aligned = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
     return tuple(
         name
@@ -246,7 +249,7 @@ def _counts(found: dict[str, int]) -> str:
 
 
 def _innermost(error: BaseException) -> str:
-    """The last line of the error's first cause, and the line of the kernel where Triton points at one."""
+    """The last line of the root cause, and the kernel's line that Triton points at, if any."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -262,7 +265,7 @@ def _counters() -> tuple[Tensor, Tensor]:
     return _meta(dtype=torch.int64), _meta(dtype=torch.int64)
 
 
-# One function a file of kernels. Each imports it where it is needed: one that fails hides no other.
+# The launches of each kernel file. Imported inside the function: a file that fails to import hides no other.
 
 
 def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:

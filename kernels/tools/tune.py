@@ -1,10 +1,10 @@
-"""The search behind `fusedgpt kernels tune`: which tile of each attention kernel is fastest on this GPU."""
+"""Search for the fastest tile of each attention kernel on this GPU: `fusedgpt kernels tune`."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from fusedgpt.kernels.tuning import Tile
 Timer = Callable[[Callable[[], object]], float]
 
 KERNELS = ("fwd", "dkdv", "dq")
-_TOKENS = 16384  # of the problem that is timed: enough to fill any card
-_WIDTH = 768
+_TOKENS, _WIDTH = 16384, 768  # of the problem that is timed: enough to fill any GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +29,10 @@ class Choice:
     """What the search found for one kernel."""
 
     key: str  # tuning.attention_key
-    default_ms: float  # of the whole forward or backward with the tile of the tables
+    default_ms: float  # the whole forward or backward pass with the default tile
     ms: float  # the same with `tile`
     tile: Tile
-    tried: int
+    tried: int  # tiles timed
 
     def cells(self) -> dict[str, str]:
         """Column -> text, for a table."""
@@ -49,7 +48,7 @@ class Choice:
 
 
 def candidates(device: torch.device) -> list[Tile]:
-    """Every tile worth a try on this device."""
+    """Every tile worth timing on this device."""
     described = (True, False) if tuning.capability(device)[0] in (9, 10) else (False,)
     return [
         Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
@@ -67,20 +66,20 @@ def tune(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Choice], Path]:
-    """`search` on this machine's GPU for each head size; what it found and the file that now holds it.
+    """Run `search` on this GPU for each head size; the choices, and the tuning file that now holds them.
 
-    Raises ValueError where there is no GPU, and for a dtype, feature or head size that is none.
+    Raises ValueError without a GPU and for an unknown dtype, feature or head size.
     """
     if not torch.cuda.is_available():
-        raise ValueError("kernels tune measures on a CUDA GPU, and this machine has none that torch can use")
+        raise ValueError("kernels tune measures on a CUDA GPU, and torch finds none on this machine")
     head_sizes = tuple(head_sizes)
-    for name, value, known in (
-        ("dtype", dtype, tuple(DTYPES)),
-        ("feature", feature, tuning.FEATURES),
-        *(("head size", size, range(1, 129)) for size in head_sizes),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r}: expected {_listed(known)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    if feature not in tuning.FEATURES:
+        raise ValueError(f"feature {feature!r}: expected {', '.join(tuning.FEATURES)}")
+    for size in head_sizes:
+        if size not in range(1, 129):
+            raise ValueError(f"head size {size}: expected 1 to 128")
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
     total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), 0
@@ -100,10 +99,6 @@ def tune(
     return found, path
 
 
-def _listed(known: Collection[object]) -> str:
-    return "1 to 128" if isinstance(known, range) else ", ".join(map(str, known))
-
-
 def search(
     device: torch.device,
     *,
@@ -116,10 +111,10 @@ def search(
     deadline: float = float("inf"),
     step: Callable[[], None] = lambda: None,
 ) -> list[Choice]:
-    """The fastest tile of each kernel at (B, T, H, head_size), chosen one after the other.
+    """The fastest tile of each kernel at (B, T, H, head_size), one kernel after the other.
 
-    A tile counts only if its result agrees with that of the default tile. deadline: of time.monotonic(), in
-    seconds; kernels not begun by then are left out. step is called after each tile. timer: milliseconds.
+    A tile must reproduce the default tile's result. deadline: on time.monotonic(), in seconds; kernels not
+    begun by then are left out. step is called after each tile. timer returns milliseconds.
     """
     forward, backward, q = _problem(device, head_size, dtype, feature, T)
     found: list[Choice] = []
@@ -147,7 +142,7 @@ def search(
 def _problem(
     device: torch.device, head_size: int, dtype: torch.dtype, feature: str, T: int
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor]:
-    """(forward, backward, q) at about GPT-2's width."""
+    """(forward pass, backward pass, q) at about GPT-2's width."""
     B, H = max(1, _TOKENS // T), max(1, _WIDTH // head_size)
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(B, T, 3, H, head_size, device=device, generator=generator).to(dtype)
@@ -170,10 +165,10 @@ def _problem(
 
 
 def _time(run: Callable[[], Tensor], expected: Tensor, timer: Timer) -> float:
-    """Milliseconds; infinite where the tile does not compile, does not fit or computes something else."""
+    """Milliseconds; infinite if the tile does not compile, does not fit or gives another result."""
     try:
         error = (run().float() - expected.float()).norm() / expected.float().norm()
-        # Two orders of adding differ by rounding; a wrong tile is off by its share of the matrix.
+        # Another summation order differs by rounding, a wrong tile by its share of the matrix.
         return timer(run) if error < 4 * torch.finfo(expected.dtype).eps else float("inf")
     except (OutOfResources, CompilationError, PTXASError):
         return float("inf")

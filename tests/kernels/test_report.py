@@ -193,7 +193,7 @@ def test_a_spill_fails_the_check(tmp_path: Path) -> None:
 def test_too_much_shared_memory_fails_the_check_where_it_is_too_much(tmp_path: Path) -> None:
     done = report_planted(tmp_path, "big", "--check", "--arch", "80", "--arch", "90")
     assert done.returncode == 1
-    assert "sm_80) needs 192 KiB of shared memory, a block has 163" in done.stderr
+    assert "sm_80) needs 192 KiB of shared memory, the limit is 163" in done.stderr
     assert "sm_90" not in done.stderr
 
 
