@@ -1,14 +1,13 @@
-"""The clock of the benchmarks, and the most this machine does: a big matmul and a big copy.
+"""The clock of the benchmarks, and the ceilings of this machine: a large matmul and a large copy.
 
-    python benchmarks/ceilings.py [--precisions fp32 bf16]
+    python -m benchmarks.ceilings [--precisions fp32 bf16]
 
-A JSON line for each precision. On a GPU device time, with L2 flushed before each call. On a CPU the matmul is
-the better of torch's and oneDNN's, for which ours goes in fp32 (kernels/cpu/linear.py).
+On a GPU device time, with L2 flushed before each call. On a CPU the matmul is the faster of torch's and
+oneDNN's, which ours uses in fp32 (kernels/cpu/linear.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,14 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.arguments import make_parser
 from benchmarks.report import record
 from fusedgpt.kernels.cpu.linear import matmul_nt
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FLUSH_BYTES = 1 << 30  # beyond any L2, and long enough to write for Python to launch what is timed meanwhile
-_SECONDS, _ROUNDS = 0.5, (10, 200)  # a measurement's length, and how many calls at least and at most
+_FLUSH_BYTES = 1 << 30  # exceeds any L2, and takes long enough to write for Python to launch what is timed
+_SECONDS, _ROUNDS = 0.5, (10, 200)  # of a measurement, and its least and most calls
 T = TypeVar("T")
 Call = Callable[[Any], object]
 
@@ -43,7 +43,7 @@ class Ceilings:
 
 
 def samples(prepare: Callable[[], Any], call: Call, pedantic: Any = None) -> list[float]:
-    """Milliseconds of call(prepare()) without prepare, repeated by pytest-benchmark's `pedantic` if given."""
+    """Milliseconds of call(prepare()) without prepare; repeated by pytest-benchmark's `pedantic` if given."""
     flush = torch.empty(_FLUSH_BYTES if CUDA else 0, dtype=torch.uint8, device=DEVICE)
     spans: list[tuple[Any, Any]] = []
 
@@ -85,7 +85,7 @@ def _moment() -> Any:
 
 
 def _rounds(prepare: Callable[[], Any], call: Call) -> int:
-    """Warm up (compiling, allocating, clocks), and how often to measure."""
+    """Warm up (compiling, allocating, clocks); how often to measure."""
     if not CUDA:
         call(prepare())
         return 3
@@ -100,7 +100,7 @@ def _rounds(prepare: Callable[[], Any], call: Call) -> int:
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
-    """Of a matmul of 8192^3 and a copy of 1 GiB, medians; on a CPU of 1024^3 and 64 MiB, the best."""
+    """Medians of a matmul of 8192^3 and a copy of 1 GiB; on a CPU the best of 1024^3 and 64 MiB."""
     n, size = choose((8192, 1 << 30), (1024, 1 << 26))
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
     source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
@@ -113,7 +113,7 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES)
     for name in parser.parse_args().precisions:
         record.emit({"suite": "ceilings", "dtype": name, **asdict(measure_ceilings(DTYPES[name]))})

@@ -1,19 +1,18 @@
-"""What the kernel benchmarks share: the gate, what is noted of a measurement, and the table.
+"""Times one contender of one op at one shape, after the op has passed its check.
 
     python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE] [--interpreted]
 
-On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a big bf16 matmul and a
-big copy of the same run (measured again at its end: drift shows). On a CPU: toy sizes in fp32 that exercise
-every line and say nothing about speed; `ours` is what the model uses there, with --interpreted the kernel.
-Nothing is timed unless the op's check against float64 passes. Figures are pytest-benchmark's extra_info: its
-own statistics are of the host's clock, which on a GPU sees launches only.
+On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a large bf16 matmul and
+a large copy of the same run, measured again at its end. On a CPU: toy sizes in fp32 that exercise every line
+and say nothing about speed; `ours` is what the model uses there, with --interpreted the Triton kernel.
+Nothing is timed unless the op's check against float64 passes. The figures are in pytest-benchmark's
+extra_info: its own statistics are of the host's clock, which on a GPU sees launches only.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,35 +20,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
-from benchmarks.report import record
+from benchmarks.report.record import Row, summary
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases, check
 
 PRECISION = choose("bf16", "fp32")
 DTYPE = DTYPES[PRECISION]
 DIRECTIONS = ("forward", "backward", "both")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """One contender at one point, in the fields of record.py."""
-
-    name: str  # op and direction
-    shape: str
-    contender: str
-    ms: float
-    p20: float
-    p80: float
-    spread: float
-    flops: float | None
-    bytes: float | None
-    floor_ms: float
-    gap: float
-    rate: float  # of what bounds the op
-    unit: str
-    peak_mb: float | None  # allocated during the call beyond what was before; None on a CPU
-    suite: str = "kernels"
-    dtype: str = PRECISION
 
 
 @functools.cache
@@ -85,29 +62,53 @@ def phases(
     return (outputs, backward) if direction == "backward" else ((lambda: None), lambda _: backward(outputs()))
 
 
+def randn(*shape: int) -> Tensor:
+    """Activations that require gradients."""
+    return torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_()
+
+
+def weight(*shape: int) -> Tensor:
+    """A parameter, fp32 as the trainer keeps it."""
+    return torch.randn(shape, device=DEVICE).mul_(0.02).requires_grad_()
+
+
+def counters() -> dict[str, Tensor]:
+    """seed and offset of a dropout."""
+    return {
+        "seed": torch.tensor(cases.SEED, device=DEVICE),
+        "offset": torch.tensor(cases.OFFSET, device=DEVICE),
+    }
+
+
 class Bench:
     """The fixture `bench`: one test measures one contender at one point."""
 
-    def __init__(self, benchmark: Any, ceilings: Ceilings, results: list[Figures]) -> None:
-        self.benchmark, self.ceilings, self.results = benchmark, ceilings, results
+    def __init__(self, benchmark: Any, ceilings: Ceilings) -> None:
+        self.benchmark, self.ceilings = benchmark, ceilings
 
-    def randn(self, *shape: int) -> Tensor:
-        """Activations, with gradient."""
-        return torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_()
+    def contend(
+        self,
+        case: cases.Case,
+        contender: str,
+        inputs: dict[str, Tensor],
+        direction: str = "forward",
+        *,
+        shape: Sequence[int],
+        flops: float,
+        bytes_: float,
+        **functions: Callable[..., Any],
+    ) -> None:
+        """Time functions[contender] on `inputs`; "compiled" is functions["eager"] under torch.compile."""
+        self.need_kernel(case.op, contender)
+        function = compiled(functions["eager"]) if contender == "compiled" else functions[contender]
+        prepare, call = phases(function, inputs, direction)
+        label = f"({', '.join(map(str, shape))})"
+        self.run(case, contender, direction, label, prepare, call, flops=flops, bytes_=bytes_)
 
-    def weight(self, *shape: int) -> Tensor:
-        """A parameter, fp32 as the trainer keeps it."""
-        return torch.randn(shape, device=DEVICE).mul_(0.02).requires_grad_()
-
-    def counters(self) -> tuple[Tensor, Tensor]:
-        """seed and offset of a dropout."""
-        return torch.tensor(cases.SEED, device=DEVICE), torch.tensor(cases.OFFSET, device=DEVICE)
-
-    def contender(self, name: str, op: str, **functions: Callable[..., Any]) -> Callable[..., Any]:
-        """functions[name]; for "compiled" functions["eager"] compiled. "ours" must be a kernel on a GPU."""
-        if name == "ours" and CUDA and ops.backend(op, DEVICE, DTYPE) != "triton":
+    def need_kernel(self, op: str, contender: str) -> None:
+        """Skip ours on a GPU where the op would run its reference."""
+        if contender.startswith("ours") and CUDA and ops.backend(op, DEVICE, DTYPE) != "triton":
             pytest.skip(f"{op} has no Triton kernel here")
-        return compiled(functions["eager"]) if name == "compiled" else functions[name]
 
     def run(
         self,
@@ -118,39 +119,41 @@ class Bench:
         prepare: Callable[[], Any],
         call: Call,
         *,
-        flops: float = 0.0,
-        bytes_: float = 0.0,
+        flops: float,
+        bytes_: float,
     ) -> None:
         """Check the op, then time call(prepare()), which costs `flops` and `bytes_` of memory traffic.
 
-        case: made once a file, for it is checked once.
+        case: one object per file, for it is checked once.
         """
-        wrong = faults(case)
-        if wrong:
+        if wrong := faults(case):
             pytest.fail(f"no speed for a wrong kernel: {wrong[0]}", pytrace=False)
         self.benchmark.group = f"{case.op} {shape} {direction}"
-        peak = _peak_mb(prepare, call)
-        p20, ms, p80 = record.percentiles(samples(prepare, call, self.benchmark.pedantic))
-        ceilings = asdict(self.ceilings)
-        computes = flops / ceilings["tflops"] * 1e-9 > bytes_ / ceilings["gbps"] * 1e-6
-        figures = Figures(
+        peak_mb = _peak_mb(prepare, call)
+        row = summary([samples(prepare, call, self.benchmark.pedantic)])
+        compute_ms, memory_ms = flops / self.ceilings.tflops * 1e-9, bytes_ / self.ceilings.gbps * 1e-6
+        floor_ms = max(compute_ms, memory_ms)  # the two may overlap
+        bound = {"rate": bytes_ / row["ms"] * 1e-6, "unit": "GB/s"}
+        if compute_ms > memory_ms:
+            bound = {"rate": flops / row["ms"] * 1e-9, "unit": "TFLOP/s"}
+        self.benchmark.extra_info.update(
+            suite="kernels",
             name=f"{case.op} {direction}",
             shape=shape,
+            dtype=PRECISION,
             contender=contender,
-            ms=ms,
-            p20=p20,
-            p80=p80,
-            spread=round((p80 - p20) / ms, 4),
-            rate=flops / ms * 1e-9 if computes else bytes_ / ms * 1e-6,
-            unit="TFLOP/s" if computes else "GB/s",
-            peak_mb=peak,
-            **record.floor(ms, flops=flops, bytes_=bytes_, **ceilings),
+            **row,
+            **bound,
+            flops=flops,
+            bytes=bytes_,
+            floor_ms=floor_ms,
+            gap=row["ms"] / floor_ms,
+            peak_mb=peak_mb,
         )
-        self.benchmark.extra_info.update(asdict(figures))
-        self.results.append(figures)
 
 
 def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
+    """Memory that the call allocates beyond what was there before; None on a CPU."""
     if not CUDA:
         return None
     prepared = prepare()
@@ -162,17 +165,16 @@ def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def table(results: list[Figures]) -> list[str]:
-    """Lines; the last column is how many times faster ours is than the contender."""
-    lines = [
-        f"{'op, direction, shape':<58}{'contender':<14}{'ms (p20, p80)':<32}{'rate':<15}ceiling     MB  ours"
-    ]
-    ours = {(f.name, f.shape): f.ms for f in results if f.contender == "ours"}
-    for f in results:
-        mine = ours.get((f.name, f.shape))
+def table(results: Sequence[Row]) -> list[str]:
+    """Lines of text; the last column is how many times faster ours is than the contender."""
+    lines = [f"{'op, direction, shape':<58}{'contender':<14}{'ms':<20}{'rate':<15}ceiling     MB  ours"]
+    ours = {(row["name"], row["shape"]): row["ms"] for row in results if row["contender"] == "ours"}
+    for row in results:
+        mine = ours.get((row["name"], row["shape"]))
+        op, spread = f"{row['name']} {row['shape']}", f"{row['ms']:.4f} ± {row['spread'] / 2:.1%}"
+        rate, peak = f"{row['rate']:.1f} {row['unit']}", row["peak_mb"]
         lines.append(
-            f"{f'{f.name} {f.shape}':<58}{f.contender:<14}"
-            f"{f'{f.ms:.4f} ({f.p20:.4f}, {f.p80:.4f})':<32}{f'{f.rate:.1f} {f.unit}':<15}{1 / f.gap:>6.1%}"
-            f"{'' if f.peak_mb is None else f'{f.peak_mb:.0f}':>7}  {f'{f.ms / mine:.2f}x' if mine else ''}"
+            f"{op:<58}{row['contender']:<14}{spread:<20}{rate:<15}{1 / row['gap']:>6.1%}"
+            f"{'' if peak is None else f'{peak:.0f}':>7}  " + (f"{row['ms'] / mine:.2f}x" if mine else "")
         )
     return lines

@@ -1,7 +1,7 @@
-"""Causal attention against PyTorch's three, at the points of flash-attention's published charts.
+"""Causal attention against SDPA and FlexAttention, at the points of flash-attention's published charts.
 
-16k tokens of width 2048 at every length. FLOPs: 4 B H T^2 D, half of it for the mask, 2.5 times as many
-backward.
+16k tokens of width 2048 at every length. FLOPs: 4 B H T^2 D, half of them because of the mask; 2.5 times as
+many backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.kernels.harness import CUDA, DEVICE, DIRECTIONS, DTYPE, Bench, choose, compiled, phases
+from benchmarks.kernels.harness import CUDA, DEVICE, DIRECTIONS, DTYPE, Bench, choose, compiled, randn
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases
 
@@ -54,18 +54,19 @@ def test_attention(contender: str, D: int, T: int, direction: str, bench: Bench)
         pytest.skip("cuDNN needs a GPU")
     if not CUDA and contender == "flex" and direction != "forward":
         pytest.skip("FlexAttention has no backward on a CPU")
+    functions = {name: partial(sdpa, backend) for name, backend in BACKENDS.items()}
     if contender == "flex":
         mask = create_block_mask(causal, None, None, T, T, device=DEVICE.type)
-        function = compiled(partial(flex, mask))
-    elif contender == "ours":
-        function = bench.contender("ours", "attention", ours=ops.attention)
-    else:
-        function = partial(sdpa, BACKENDS[contender])
+        functions["flex"] = compiled(partial(flex, mask))
     B, H = TOKENS // T, WIDTH // D
-    inputs = {name: bench.randn(B, T, H, D) for name in ("q", "k", "v")}
-    prepare, call = phases(lambda q, k, v: function(q, k, v), inputs, direction)
-    flops = FACTOR[direction] * 0.5 * 4 * B * H * T * T * D
-    size = TENSORS[direction] * B * H * T * D * DTYPE.itemsize
-    bench.run(
-        CASES[D], contender, direction, f"({B}, {T}, {H}, {D})", prepare, call, flops=flops, bytes_=size
+    bench.contend(
+        CASES[D],
+        contender,
+        {name: randn(B, T, H, D) for name in ("q", "k", "v")},
+        direction,
+        shape=(B, T, H, D),
+        flops=FACTOR[direction] * 0.5 * 4 * B * H * T * T * D,
+        bytes_=TENSORS[direction] * B * H * T * D * DTYPE.itemsize,
+        ours=ops.attention,
+        **functions,
     )

@@ -1,11 +1,11 @@
-"""One token a sequence against its cache: every key and value is read once."""
+"""One token per sequence against its cache: every key and value is read once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.kernels.harness import DEVICE, DTYPE, Bench, choose, phases
+from benchmarks.kernels.harness import DEVICE, DTYPE, Bench, choose, randn
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 
@@ -18,24 +18,15 @@ SHAPES = choose(
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled"])
 @pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)
 def test_decode_attention(contender: str, B: int, T: int, H: int, D: int, bench: Bench) -> None:
-    function = bench.contender(
-        contender, "decode_attention", ours=ops.decode_attention, eager=reference.decode_attention
-    )
-    inputs = {
-        "q": bench.randn(B, H, D),
-        "k_cache": bench.randn(B, T, H, D),
-        "v_cache": bench.randn(B, T, H, D),
-    }
-    inputs["lengths"] = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
-    prepare, call = phases(function, inputs, "forward")
-    size = 2 * B * T * H * D * DTYPE.itemsize
-    bench.run(
+    cache = {"k_cache": randn(B, T, H, D), "v_cache": randn(B, T, H, D)}
+    lengths = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
+    bench.contend(
         CASE,
         contender,
-        "forward",
-        f"({B}, {T}, {H}, {D})",
-        prepare,
-        call,
+        {"q": randn(B, H, D), **cache, "lengths": lengths},
+        shape=(B, T, H, D),
         flops=4 * B * T * H * D,
-        bytes_=size,
+        bytes_=2 * B * T * H * D * DTYPE.itemsize,
+        ours=ops.decode_attention,
+        eager=reference.decode_attention,
     )

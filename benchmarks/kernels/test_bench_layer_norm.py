@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 from torch import Tensor
 
-from benchmarks.kernels.harness import CUDA, DIRECTIONS, DTYPE, Bench, choose, phases
+from benchmarks.kernels.harness import CUDA, DIRECTIONS, DTYPE, Bench, choose, counters, randn, weight
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 
@@ -18,7 +19,7 @@ CASE, FUSED_CASE = cases.layer_norm_case(*CHECKED), cases.dropout_add_layer_norm
 # Tensors (N, C) read and written: x, y; dy, x, dx. Then x, residual, y, sum; dy, dsum, sum, dx, dresidual.
 PASSES = {"forward": 2, "backward": 3, "both": 5}
 FUSED_PASSES = {"forward": 4, "backward": 5, "both": 9}
-# An element, about.
+# Per element, roughly.
 FLOPS = {"forward": 8, "backward": 11, "both": 19}
 FUSED_FLOPS = {"forward": 11, "backward": 13, "both": 24}
 CONTENDERS = ["ours", "eager", "compiled"]
@@ -37,30 +38,33 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def test_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
     if contender == "liger" and not (CUDA and find_spec("liger_kernel")):
         pytest.skip("Liger needs a GPU and its package")
-    function = bench.contender(
-        contender, "layer_norm", ours=ops.layer_norm, eager=reference.layer_norm, liger=liger
+    bench.contend(
+        CASE,
+        contender,
+        {"x": randn(N, C), "weight": weight(C), "bias": weight(C)},
+        direction,
+        shape=(N, C),
+        flops=FLOPS[direction] * N * C,
+        bytes_=PASSES[direction] * N * C * DTYPE.itemsize,
+        ours=ops.layer_norm,
+        eager=reference.layer_norm,
+        liger=liger,
     )
-    inputs = {"x": bench.randn(N, C), "weight": bench.weight(C), "bias": bench.weight(C)}
-    prepare, call = phases(function, inputs, direction)
-    size, flops = PASSES[direction] * N * C * DTYPE.itemsize, FLOPS[direction] * N * C
-    bench.run(CASE, contender, direction, f"({N}, {C})", prepare, call, flops=flops, bytes_=size)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("N", "C"), SHAPES)
 def test_dropout_add_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
-    function = bench.contender(
+    options = {"dropout_p": 0.1, **counters()}
+    bench.contend(
+        FUSED_CASE,
         contender,
-        "dropout_add_layer_norm",
-        ours=ops.dropout_add_layer_norm,
-        eager=reference.dropout_add_layer_norm,
+        {"x": randn(N, C), "residual": randn(N, C), "weight": weight(C), "bias": weight(C)},
+        direction,
+        shape=(N, C),
+        flops=FUSED_FLOPS[direction] * N * C,
+        bytes_=FUSED_PASSES[direction] * N * C * DTYPE.itemsize,
+        ours=partial(ops.dropout_add_layer_norm, **options),
+        eager=partial(reference.dropout_add_layer_norm, **options),
     )
-    inputs = {"x": bench.randn(N, C), "residual": bench.randn(N, C)}
-    inputs |= {"weight": bench.weight(C), "bias": bench.weight(C)}
-    seed, offset = bench.counters()
-    prepare, call = phases(
-        lambda **tensors: function(**tensors, dropout_p=0.1, seed=seed, offset=offset), inputs, direction
-    )
-    size, flops = FUSED_PASSES[direction] * N * C * DTYPE.itemsize, FUSED_FLOPS[direction] * N * C
-    bench.run(FUSED_CASE, contender, direction, f"({N}, {C})", prepare, call, flops=flops, bytes_=size)

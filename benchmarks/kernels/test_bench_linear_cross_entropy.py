@@ -1,4 +1,4 @@
-"""The language model's head and loss: 64k tokens against GPT-2's vocabulary, and what it holds in memory."""
+"""The output projection and the loss: 64k tokens and GPT-2's vocabulary; time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.harness import CUDA, DEVICE, DTYPE, Bench, choose, phases
+from benchmarks.kernels.harness import CUDA, DEVICE, DTYPE, Bench, choose, randn, weight
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases
 
@@ -30,31 +30,31 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger-Kernel's, in chunks, with its gradients made in the forward pass."""
+    """Liger-Kernel's, in chunks, with its gradients computed in the forward pass."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     loss: Tensor = functional.liger_fused_linear_cross_entropy(hidden, weight.to(hidden.dtype), targets)
     return loss
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "compiled", "torch_chunked", "liger"])
-@pytest.mark.parametrize("direction", ["forward", "both"])  # ours makes its gradients along with the loss
+@pytest.mark.parametrize("direction", ["forward", "both"])  # ours computes gradients along with the loss
 @pytest.mark.parametrize(("N", "C", "V"), SHAPES)
 def test_linear_cross_entropy(contender: str, N: int, C: int, V: int, direction: str, bench: Bench) -> None:
     if contender == "torch_chunked" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy needs torch 2.13")
     if contender == "liger" and not (CUDA and find_spec("liger_kernel")):
         pytest.skip("Liger needs a GPU and its package")
-    function = bench.contender(
+    targets = torch.randint(V, (N,), device=DEVICE)
+    bench.contend(
+        CASE,
         contender,
-        "linear_cross_entropy",
+        {"hidden": randn(N, C), "weight": weight(V, C), "targets": targets},
+        direction,
+        shape=(N, C, V),
+        flops=(2 if direction == "forward" else 6) * N * C * V,
+        bytes_=(1 if direction == "forward" else 2) * (N * C * DTYPE.itemsize + 4 * V * C),  # and gradients
         ours=ops.linear_cross_entropy,
         eager=materialised,
         torch_chunked=chunked,
         liger=liger,
     )
-    inputs = {"hidden": bench.randn(N, C), "weight": bench.weight(V, C)}
-    inputs["targets"] = torch.randint(V, (N,), device=DEVICE)
-    prepare, call = phases(function, inputs, direction)
-    flops = (2 if direction == "forward" else 6) * N * C * V
-    size = (1 if direction == "forward" else 2) * (N * C * DTYPE.itemsize + 4 * V * C)  # and the gradients
-    bench.run(CASE, contender, direction, f"({N}, {C}, {V})", prepare, call, flops=flops, bytes_=size)

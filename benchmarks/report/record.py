@@ -1,20 +1,18 @@
-"""A result as one JSON object that is complete in itself: writing, reading and comparing such rows.
+"""A result is one row, a JSON object that is complete in itself: measuring, writing, reading, comparing rows.
 
     suite, name, shape, dtype, contender   what was measured; together the key by which runs are compared
-    ms          the median time of one call, step or job; less is better
-    spread      the noise the row states of itself: p80 - p20 of what it is the median of, as a share of ms;
-                null where nothing was repeated within a run
-    runs_ms     the medians of its separate runs, two where the order was A B B A
-    fault       instead of ms, why there is no speed; `skipped`, where that is nobody's fault
+    ms          median time of one call, step or job
+    spread      p80 - p20 within a run as a fraction of ms: the noise; null if nothing was repeated in a run
+    runs_ms     medians of the separate runs, two for each contender of a `contest`
+    fault       why there is no ms; `skipped` if that is no failure, e.g. out of memory
 and where they apply
-    rate, unit               work a second
-    flops, bytes             counted, of one call
-    floor_ms, gap            the time they take at the ceilings of the run, and ms / floor_ms
-    peak_mb                  memory
-    predicted_mb, predicted_ms               what --estimate says of a step
-    train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see jobs.py
-`stamp` adds the machine, its state, the versions and the commit.
-Suites: ceilings, kernels, train, everyday, jobs, memory.
+    rate, unit               work per second
+    flops, bytes             of one call, counted by hand
+    floor_ms, gap            their time at the ceilings of the run, and ms / floor_ms
+    peak_mb, predicted_mb    memory, and what `fusedgpt train --estimate` predicts
+    train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see workloads/jobs.py
+`stamp` adds the machine, its clocks, the versions and the commit.
+Suites: ceilings, kernels, train, everyday, jobs.
 """
 
 from __future__ import annotations
@@ -26,60 +24,79 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.runner import gpu_state
+import numpy as np
 
 ROOT = Path(__file__).parents[2]
 KEY = ("suite", "name", "shape", "dtype", "contender")
-NOISE = 0.03  # no two runs are taken to agree better than this
+NOISE = 0.03  # two runs are never assumed to agree better than this
 UNKNOWN_NOISE = 0.2  # of what was measured once
-_STATE_SECONDS = 10.0  # how old clocks and temperature may be
+_STATE_SECONDS = 10  # how old clocks and temperature may be
+_GPU_FIELDS = {"clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem", "temperature_c": "temperature.gpu"}
 Row = dict[str, Any]
 Key = tuple[str, ...]
 
 
 def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     """(p20, median, p80)."""
-    ordered = sorted(times)
-    last = len(ordered) - 1
-    p20, median, p80 = (ordered[round(share * last)] for share in (0.2, 0.5, 0.8))
-    return p20, median if len(ordered) % 2 else (ordered[last // 2] + ordered[last // 2 + 1]) / 2, p80
+    p20, median, p80 = np.percentile(times, [20, 50, 80]).tolist()
+    return p20, median, p80
 
 
 def summary(runs: Sequence[Sequence[float]]) -> Row:
-    """ms, spread and runs_ms of the milliseconds of one or more runs."""
+    """ms, spread and runs_ms from the milliseconds of one or more runs."""
     parts = [percentiles(run) for run in runs]
-    _, ms, _ = percentiles([x for run in runs for x in run])
     spread = max((p80 - p20) / median for p20, median, p80 in parts)
-    alone = all(len(run) == 1 for run in runs)
-    found = {"ms": ms, "spread": None if alone else round(spread, 4)}
-    return found | ({"runs_ms": [median for _, median, _ in parts]} if len(parts) > 1 else {})
+    repeated = any(len(run) > 1 for run in runs)
+    found: Row = {"ms": percentiles([x for run in runs for x in run])[1]}
+    found["spread"] = round(spread, 4) if repeated else None
+    return found | ({"runs_ms": [median for _, median, _ in parts]} if len(runs) > 1 else {})
 
 
-def floor(ms: float, *, flops: float = 0.0, bytes_: float = 0.0, tflops: float, gbps: float) -> Row:
-    """floor_ms and gap of a call whose arithmetic and memory traffic may overlap."""
-    least = max(flops / tflops * 1e-9, bytes_ / gbps * 1e-6)
-    counted = {"flops": flops or None, "bytes": bytes_ or None}
-    return counted | ({"floor_ms": least, "gap": ms / least} if least else {})
+def contest(
+    base: Row,
+    contenders: Iterable[str],
+    run: Callable[[str], Row],
+    figures: Callable[[Row, list[Row]], Row] = lambda row, runs: {},
+) -> list[Row]:
+    """Run every contender twice, in the order A B C C B A, and emit one row each as soon as it is known.
+
+    base: what the rows have in common. run(contender): {"times": [milliseconds, ...], ...}, or {"fault": why}
+    or {"skipped": why}, after which that contender is not run again. figures(row, runs): what to add to a row
+    that has a time.
+    """
+    contenders = list(contenders)
+    runs: dict[str, list[Row]] = {}
+    rows = []
+    for name in (*contenders, *reversed(contenders)):
+        mine = runs.setdefault(name, [])
+        if mine and "times" not in mine[-1]:
+            continue
+        mine.append(run(name))
+        row = {**base, "contender": name}
+        if "times" not in mine[-1]:
+            rows.append(row | mine[-1])
+        elif len(mine) == 2:
+            row |= summary([found["times"] for found in mine])
+            rows.append(row | figures(row, mine))
+        else:
+            continue
+        emit(rows[-1])
+    return rows
 
 
 def commit() -> str:
-    """HEAD's hash, with a + if tracked files differ from it; $COMMIT where there is no repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        changed = "+" if head and git("status", "--porcelain", "--untracked-files=no") else ""
-    except OSError:
-        head = changed = ""
-    return os.environ.get("COMMIT") or head + changed or "unknown"
+    """HEAD's hash, with a + if tracked files differ from it; $COMMIT goes before it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    found = ""
+    with suppress(OSError):
+        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return os.environ.get("COMMIT") or found or "unknown"
 
 
 @functools.cache
@@ -87,11 +104,11 @@ def machine() -> Row:
     """What does not change during a run."""
     import torch
 
-    state, cores = gpu_state(), len(os.sched_getaffinity(0))
-    on_gpu = torch.cuda.is_available()
+    cpu = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {cores} cores",
-        "driver": state.get("driver_version"),
+        "device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores",
+        "driver": gpu_state().get("driver_version"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -107,30 +124,31 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_lines(field: str) -> list[str]:
-    """The values of `field` in /proc/cpuinfo, one a core."""
-    try:
+    """The values of `field` in /proc/cpuinfo, one for each core."""
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+        return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+    return []
 
 
-def _cpu_name() -> str:
-    return next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and so on from nvidia-smi; {} without it."""
+    names = "name,driver_version,pstate,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(names.split(","), text.splitlines()[0].split(", "), strict=False))
+    return {}
 
 
 @functools.lru_cache(maxsize=1)
 def _state(moment: int) -> Row:
-    """Clock in MHz, temperature in Celsius (GPUs only), load (CPU only); cached by `moment`."""
-    gpu = gpu_state()
-    if gpu:
+    """Clock in MHz, temperature in Celsius (GPU only), load (CPU only); cached by `moment`."""
+    if gpu := gpu_state():
         numbers = {name: gpu[field].split()[0] for name, field in _GPU_FIELDS.items() if field in gpu}
         return {name: float(x) for name, x in numbers.items() if x.replace(".", "").isdigit()}
     clocks = [float(x) for x in _cpu_lines("cpu MHz")]
     return {"clock_mhz": round(max(clocks, default=0.0)) or None, "load": round(os.getloadavg()[0], 2)}
-
-
-_GPU_FIELDS = {"clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem", "temperature_c": "temperature.gpu"}
 
 
 def stamp(row: Row) -> Row:
@@ -145,7 +163,7 @@ def emit(row: Row) -> None:
 
 
 def emit_each(suite: str, works: Mapping[str, Callable[[], Iterable[Row]]]) -> int:
-    """Print the rows of each work, a fault for one that raises; the exit code, 1 if there is a fault."""
+    """Print the rows of each work, or a fault if it raises; the exit code, 1 if there is a fault."""
     code = 0
     for name, work in works.items():
         try:
@@ -159,26 +177,24 @@ def emit_each(suite: str, works: Mapping[str, Callable[[], Iterable[Row]]]) -> i
     return code
 
 
-def read(path: Path) -> list[Row]:
-    """The results in a file of JSON lines; other lines, such as one cut short, are left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "suite" in row:
-            rows.append(row)
+def json_rows(text: str) -> list[Row]:
+    """The JSON objects among the lines of `text`, also those in lists; other lines are left out."""
+    rows: list[Row] = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found = json.loads(line) if line.startswith(("{", "[")) else []
+            rows += [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]
     return rows
 
 
-def key(row: Row) -> Key:
-    return tuple(str(row.get(name, "")) for name in KEY)
+def read(path: Path) -> list[Row]:
+    """The results in a file of JSON lines; a line that was cut short is left out."""
+    return [row for row in json_rows(path.read_text()) if "suite" in row]
 
 
 def timed(rows: Iterable[Row]) -> dict[Key, Row]:
     """The rows with a time, the last of each key."""
-    return {key(row): row for row in rows if row.get("ms")}
+    return {tuple(str(row.get(name, "")) for name in KEY): row for row in rows if row.get("ms")}
 
 
 def faults(rows: Iterable[Row]) -> list[Row]:
@@ -186,14 +202,15 @@ def faults(rows: Iterable[Row]) -> list[Row]:
 
 
 def drift(row: Row) -> float:
-    """How far apart the row's own runs are, as a share of ms."""
+    """How far apart the row's own runs are, as a fraction of ms."""
     runs = row.get("runs_ms", [row["ms"]])
     return (max(runs) - min(runs)) / float(row["ms"])
 
 
-def noise(row: Row) -> float:
-    """The share of ms within which another run of the same should lie."""
-    return max(stated(row), drift(row))
+def stated(row: Row) -> float:
+    """The spread that the row states, never less than NOISE."""
+    spread = row.get("spread")
+    return UNKNOWN_NOISE if spread is None else max(NOISE, float(spread))
 
 
 def agrees(row: Row) -> bool:
@@ -201,10 +218,9 @@ def agrees(row: Row) -> bool:
     return drift(row) <= stated(row)
 
 
-def stated(row: Row) -> float:
-    """The spread that the row states, never less than NOISE."""
-    spread = row.get("spread")
-    return UNKNOWN_NOISE if spread is None else max(NOISE, float(spread))
+def noise(row: Row) -> float:
+    """The fraction of ms within which another run of the same should lie."""
+    return max(stated(row), drift(row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,28 +238,23 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "slower" or "faster" beyond the noise of both, else "same"."""
+        """ "slower" or "faster" beyond the noise of both runs, else "same"."""
         if abs(self.ratio - 1.0) <= self.noise:
             return "same"
         return "slower" if self.ratio > 1.0 else "faster"
 
     @property
     def is_regression(self) -> bool:
-        """Whether it is ours that is slower; a rival's pace is the machine's, or its own."""
+        """Whether ours became slower; a rival that did says something about the machine, or the rival."""
         return self.verdict == "slower" and self.key[-1].startswith("ours")
 
 
 def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Change]:
     """What both runs measured, slowest change first; the noise is the greater of the two."""
     before, after = timed(old), timed(new)
+    pairs = {key: (before[key], after[key]) for key in after if key in before}
     changes = [
-        Change(
-            key=k,
-            old_ms=before[k]["ms"],
-            new_ms=after[k]["ms"],
-            noise=max(noise(before[k]), noise(after[k])),
-        )
-        for k in after
-        if k in before
+        Change(key=key, old_ms=a["ms"], new_ms=b["ms"], noise=max(noise(a), noise(b)))
+        for key, (a, b) in pairs.items()
     ]
     return sorted(changes, key=lambda change: -change.ratio)

@@ -1,4 +1,4 @@
-"""Runs the parts of gpu_check.py and report.py: processes with time limits, their rows and verdicts."""
+"""Runs the parts of bench.py and gpu_check.py: processes with time limits, their rows and verdicts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.report.record import ROOT, Row, gpu_state, json_rows
+
 GRACE, RESERVE = 10.0, 3.0  # seconds from SIGINT to SIGKILL, and for the summary
+_WRITTEN = ("results.jsonl", "log.txt", "report.html", "report.md", "summary.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,10 @@ class Part:
     """Commands that pass if all of them exit with 0; skipped if there are none."""
 
     name: str
-    share: float  # of the time left, against the shares of the parts to come
+    share: float  # of the time left, relative to the shares of the parts to come
     commands: list[list[str]]
-    jobs: int = 1  # how many run at once
-    needs_gpu: bool = True
-    keeps_rows: bool = False  # its JSON lines in DIR/<name>.json as well
-    may_be_cut: bool = False  # running out of time is no failure, if it has results by then
+    jobs: int = 1  # how many run in parallel
+    may_be_cut: bool = False  # running out of time is no failure if there are results by then
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -37,7 +37,7 @@ class Command:
 
     def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
         self.part, self.out, self.stopped, self.finished = part, out, False, False
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.read = 0  # bytes of the output that were harvested
         self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
         self.output = out / f"{part.name}-{index}.out"
@@ -52,7 +52,7 @@ class Command:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # Started in the background of a shell we ignore SIGINT, and children would inherit that.
+                # A shell's background job ignores SIGINT, and its children would inherit that.
                 preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
 
@@ -69,13 +69,13 @@ class Command:
         self.stopped = self.stopped or now > interrupt
 
     def harvest(self, *, ended: bool = False) -> None:
-        """Keep what the command has printed since as rows: its whole lines of JSON."""
+        """Keep as rows the whole lines of JSON that the command has printed since."""
         with self.output.open("rb") as file:
             file.seek(self.read)
             new = file.read()
         new = new if ended else new[: new.rfind(b"\n") + 1]
         self.read += len(new)
-        rows = [row for line in new.decode(errors="replace").splitlines() for row in json_rows(line)]
+        rows = json_rows(new.decode(errors="replace"))
         append(self.out / "results.jsonl", ({"part": self.part.name, **row} for row in rows))
         self.rows += rows
 
@@ -94,72 +94,59 @@ class Command:
         self.finished = True
 
 
-def json_rows(line: str) -> list[dict[str, Any]]:
-    """The objects on a line of JSON; [] for any other line."""
-    with suppress(ValueError):
-        found = json.loads(line) if line.startswith(("{", "[")) else []
-        return [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]
-    return []
-
-
-def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append(path: Path, rows: Iterable[Row]) -> None:
     """Add JSON lines to a file that other processes add to as well."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("a") as file:
         file.write(text)
 
 
-def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run the part's commands, `jobs` at once, and stop all of them after `seconds`: a row of the summary."""
+def run_part(part: Part, out: Path, seconds: float) -> Row:
+    """Run the part's commands, `jobs` in parallel, and stop them after `seconds`; its row of the summary."""
     start = now = time.monotonic()
     end, interrupt = start + seconds, start + seconds - min(GRACE, seconds / 4)
-    waiting = list(range(len(part.commands)))
+    results = out / "results.jsonl"
+    results.touch()
+    before = results.stat().st_size
     begun: list[Command] = []
     running: list[Command] = []
-    results = out / "results.jsonl"
-    before = results.stat().st_size if results.exists() else 0
     try:
-        while (running or (waiting and now < interrupt)) and now < end + 1.0:  # some hangs outlive SIGKILL
-            while waiting and len(running) < part.jobs and now < interrupt:
-                begun.append(Command(part, waiting.pop(0), out, seconds))
+        while now < end + 1.0:  # a process that waits for a hung GPU outlives SIGKILL
+            while now < interrupt and len(running) < part.jobs and len(begun) < len(part.commands):
+                begun.append(Command(part, len(begun), out, seconds))
                 running.append(begun[-1])
+            if not running:
+                break
             time.sleep(0.05)
             now = time.monotonic()
             for command in running:
                 command.harvest()
                 command.enforce(now, interrupt, end)
-            running = settle(part, out, begun)
+                if command.process.poll() is not None:
+                    command.finish()
+            running = [command for command in running if not command.finished]
     finally:
-        settle(part, out, begun, abandon=True)
-    grew = results.exists() and results.stat().st_size > before
-    return judge(part, begun, now - start, may_be_cut=part.may_be_cut and grew)
+        for command in running:
+            command.finish()
+    return judge(part, begun, now - start, has_results=results.stat().st_size > before)
 
 
-def settle(part: Part, out: Path, begun: Sequence[Command], *, abandon: bool = False) -> list[Command]:
-    """Finish what has ended, and with `abandon` all the rest; what is still running."""
-    open_ = [command for command in begun if not command.finished]
-    ended = [command for command in open_ if abandon or command.process.poll() is not None]
-    for command in ended:
-        command.finish()
-    if ended and part.keeps_rows:
-        rows = [row for command in begun if command.finished for row in command.rows]
-        (out / f"{part.name}.json").write_text(json.dumps(rows, indent=1))
-    return [command for command in open_ if not command.finished]
-
-
-def judge(
-    part: Part, commands: Sequence[Command], seconds: float, *, may_be_cut: bool = False
-) -> dict[str, Any]:
+def judge(part: Part, commands: Sequence[Command], seconds: float, *, has_results: bool) -> Row:
     """The row of the summary: verdict, counts, and the last line of the first command that failed."""
+    rows = [row for command in commands for row in command.rows]
     failed = [command for command in commands if command.code or command.stopped]
     late = len(commands) < len(part.commands) or any(command.stopped for command in commands)
     wrong = any(command.code and not command.stopped for command in commands)
-    wrong = wrong or any("fault" in row for command in commands for row in command.rows)
-    verdict = "cut" if may_be_cut and not wrong else "TIMEOUT"
-    verdict = "skip" if not part.commands else verdict if late else "FAIL" if failed else "pass"
-    findings = [row["ok"] for command in commands for row in command.rows if "ok" in row]
+    wrong = wrong or any("fault" in row for row in rows)
+    if not part.commands:
+        verdict = "skip"
+    elif late:
+        verdict = "cut" if part.may_be_cut and has_results and not wrong else "TIMEOUT"
+    else:
+        verdict = "FAIL" if failed else "pass"
+    findings = [row["ok"] for row in rows if "ok" in row]
     words = [f"{sum(findings)} of {len(findings)} findings ok"] if findings else []
-    measured = [row for command in commands for row in command.rows if "suite" in row]
+    measured = [row for row in rows if "suite" in row]
     if measured:
         faults = [f"{row.get('contender', '')}: {row['fault']}" for row in measured if "fault" in row]
         words.append(f"{len(measured) - len(faults)} figures{''.join(f'; {fault[:90]}' for fault in faults)}")
@@ -170,28 +157,20 @@ def judge(
     return {"part": part.name, "verdict": verdict, "seconds": round(seconds), "line": line}
 
 
-def finding_lines(path: Path) -> Iterator[str]:
-    """The table of the findings that check.json holds."""
-    for row in json.loads(path.read_text()) if path.exists() else []:
-        error, limit = (row[name] or float("nan") for name in ("error", "limit"))
-        what = f"{row['op']:<23}{row['dtype']:<6}{row['shape']:<52}{row['direction']:<9}{row['output']:<8}"
-        verdict = "ok" if row["ok"] else f"FAIL {row['exception'][:150]}"
-        yield f"{what}{error:9.2e} of {limit:.2e}  {verdict}\n"
+def choose_parts(program: str, parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
+    """The parts of these names in this order, all without any; exits with 2 for an unknown one."""
+    known = {part.name: part for part in parts}
+    if set(names or ()) - set(known):
+        print(f"{program}: --parts here: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+    return [known[name] for name in names or known]
 
 
 def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
     """Run all within `seconds`; the exit code."""
     end = time.monotonic() + seconds - min(RESERVE, seconds / 10)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "results.jsonl",
-        "log.txt",
-        "check.json",
-        "environment.json",
-        "report.html",
-        "report.md",
-        "summary.txt",
-    ):
+    for name in _WRITTEN:
         (out / name).unlink(missing_ok=True)
     verdicts, lines = set(), []
     for i, part in enumerate(parts):
@@ -202,17 +181,5 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
         print(f"{row['part']}: {row['verdict']}", flush=True)
         verdicts.add(row["verdict"])
-    with (out / "log.txt").open("a") as log:
-        log.writelines(["\n=== findings\n", *finding_lines(out / "check.json")])
     print("", *lines, sep="\n", flush=True)
     return 0 if verdicts <= {"pass", "skip", "cut"} else 1
-
-
-def gpu_state() -> dict[str, str]:
-    """Clocks, temperature, power and so on, as nvidia-smi has them; {} without it."""
-    names = "name,driver_version,pstate,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        return dict(zip(names.split(","), text.splitlines()[0].split(", "), strict=False))
-    return {}

@@ -1,14 +1,15 @@
-"""Who takes part in the training benchmark: each builds its model and returns its loss and its step.
+"""The contenders of the training benchmark: each builds its model and returns its loss and its step.
 
     ours                what `fusedgpt train` does in a long run: its compile and CUDA graph defaults
     ours-eager          neither compiled nor captured
     ours-without-OP     one of ABLATIONS undone: the op's reference in its place
+    ours-checkpointing-MODE    with gradient checkpointing
     plain               plain_gpt.py under autocast, torch's fused AdamW, clip_grad_norm_
     plain-compiled      the same under torch.compile; plain-fa2, plain-cudnn: with that attention, on a GPU
     peer                nanoGPT's model and loop, unmodified; peer-cudnn: with cuDNN's attention, on a GPU
 
-All start from the same weights and see the same tokens. On a GPU nanoGPT runs as its train.py runs it: TF32
-allowed, compiled, bf16 autocast, fused AdamW. Its own loop knows bf16 on CUDA only; its bf16 on a CPU is the
+All start from the same weights and see the same tokens. On a GPU nanoGPT runs as its train.py does: TF32
+allowed, compiled, bf16 autocast, fused AdamW. Its own loop uses bf16 on CUDA only; its bf16 on a CPU is the
 same loop under torch.autocast.
 """
 
@@ -34,7 +35,7 @@ from fusedgpt.kernels.cpu import linear
 from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
 from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.gpt import GPT
+from fusedgpt.model.gpt import CHECKPOINTING, GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import Cursor, StepBatch
 from fusedgpt.train.loop.compilation import choose_compile, choose_cuda_graphs
@@ -46,24 +47,16 @@ LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps
 GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
 WARM_UPS = 3
 LONG_RUN = 100_000  # steps, by which ours decides whether to compile
-ABLATIONS = {
-    "cuda": [
-        "attention",
-        "linear_cross_entropy",
-        "dropout_add_layer_norm",
-        "layer_norm",
-        "bias_gelu",
-        "adamw",
-    ],
-    "cpu": ["linear_cross_entropy", "linear", "kept_memory"],
-}
+_FUSED = ["attention", "linear_cross_entropy", "dropout_add_layer_norm", "layer_norm", "bias_gelu", "adamw"]
+ABLATIONS = {"cuda": _FUSED, "cpu": ["linear_cross_entropy", "linear", "kept_memory"]}
 Side = tuple[Callable[[], Tensor], Callable[[], object], Any]  # (the loss, one training step, the model)
 
 
 def names(device: str, *, peer: bool) -> list[str]:
-    """All contenders there are."""
+    """Every contender on that device."""
     gpu = device == "cuda"
     found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS[device])]
+    found += [f"ours-checkpointing-{mode}" for mode in CHECKPOINTING if mode != "none"]
     found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else [])]
     return found + (["peer", *(["peer-cudnn"] if gpu else [])] if peer else [])
 
@@ -83,21 +76,24 @@ def tokens(
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def ours(
-    config: GPTConfig,
-    batch: tuple[Tensor, Tensor],
-    precision: str,
-    *,
-    eager: bool = True,
-    keep_memory: bool = True,
-) -> Side:
-    """fusedgpt's step; unless `eager`, compiled and captured as its trainer would in a long run."""
+def checkpointing(contender: str) -> str:
+    """The gradient checkpointing of one of ours."""
+    mode = contender.removeprefix("ours-checkpointing-")
+    return mode if mode in CHECKPOINTING else "none"
+
+
+def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
+    """fusedgpt's step as its trainer would build it for a long run, except for what `name` undoes."""
+    undone = name.removeprefix("ours-without-")
+    undo(undone)
     device, length = batch[0].device, batch[0].shape[1]
-    if device.type == "cpu" and keep_memory:
+    if device.type == "cpu" and undone != "kept_memory":
         keep_freed_memory()
     model = GPT(config, seed=0).to(device)
     set_precision(model, DTYPES[precision])
     train_config = TrainConfig(batch_size=len(batch[0]), learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
+    model.checkpointing = checkpointing(name)
+    eager = name == "ours-eager"
     if not eager and choose_compile(train_config, model, LONG_RUN, length) == "block":
         model.compile_blocks()
     train_step: Step | GraphedStep = Step(model, build_optimizer(model, train_config), train_config)
@@ -108,7 +104,7 @@ def ours(
 
 
 def undo(op: str) -> None:
-    """Put the reference in the place of one fused op, in this process."""
+    """Replace one fused op by its reference, in this process."""
     backend = ops.backend
 
     def without(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -152,7 +148,7 @@ def peer_model(path: Path, config: GPTConfig, weights: dict[str, Tensor]) -> Any
 
 
 def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
-    """nanoGPT's model, its optimizer and what its loop does in a step, from the weights ours starts with."""
+    """nanoGPT's model, optimizer and step, from the weights that ours starts with."""
     model = peer_model(path, config, GPT(config, seed=0).state_dict())
     device = batch[0].device.type
     model.to(device)
@@ -161,7 +157,7 @@ def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision:
     forward = torch.compile(model) if device == "cuda" else model
     context = autocast(batch, precision)
 
-    def loss() -> Tensor:  # ours leaves the padding out of the softmax, nanoGPT lets it lose
+    def loss() -> Tensor:  # as ours: without the padded vocabulary
         with context:
             logits = model(*batch)[0][..., : config.vocab_size].float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
@@ -170,13 +166,13 @@ def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision:
 
 
 def autocast(batch: tuple[Tensor, Tensor], precision: str) -> Any:
-    """The context in which a rival's forward pass runs."""
+    """The context of a rival's forward pass."""
     bf16 = precision == "bf16"
     return torch.autocast(batch[0].device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def usual_step(forward: Callable[[], Tensor], model: Any, optimizer: Any, context: Any) -> Callable[[], None]:
-    """What everyone's loop does with the loss that `forward` returns."""
+    """The usual loop: backward, clip, step, zero the gradients of the loss that `forward` returns."""
 
     def step() -> None:
         with context:
@@ -194,9 +190,7 @@ def build(
 ) -> Side:
     """The contender of that name."""
     if name.startswith("ours"):
-        op = name.removeprefix("ours-").removeprefix("without-")
-        undo(op)
-        return ours(config, batch, precision, eager=op == "eager", keep_memory=op != "kept_memory")
+        return ours(name, config, batch, precision)
     if name.startswith("peer"):
         assert nanogpt is not None
         return peer(nanogpt, config, batch, precision)

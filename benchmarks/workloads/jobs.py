@@ -1,17 +1,18 @@
-"""Whole jobs, from launch to exit: their time and validation loss, nanoGPT's beside ours.
+"""Whole jobs, from launch to exit: their time and validation loss, and nanoGPT's.
 
-    python benchmarks/jobs.py [NAME ...] [--text FILE] [--peer NANOGPT] [--presets 12M 33M 117M] [--steps N]
+    python -m benchmarks.workloads.jobs [NAME ...] [--text FILE] [--peer NANOGPT] [--presets 12M 33M 117M]
+        [--steps N]
 
-A JSON line for each job and contender. NAME is of these, default those that FILE and the machine allow:
-    pipeline       `fusedgpt create` as in the pipeline that this project began as: 15,000 / 25,000 / 50,000
-                   tokens for 12M / 33M / 117M, 20 epochs, 2 x 128 a step
-    shakespeare    FILE, tiny Shakespeare, by characters in nanoGPT's setting (without a GPU in its setting
-                   for a CPU): ours, and NANOGPT's train.py, on the same split, validating as often
-    parity         gpt2 in bf16, 16 x 1024, on FILE: the kernels' losses against the reference's; on a GPU.
-                   No speed where they differ by more than 0.02 on average over the last fifth of the steps
+NAME is of these, default those that FILE and the machine allow:
+    pipeline       `fusedgpt create` with 15,000 / 25,000 / 50,000 tokens for 12M / 33M / 117M, 20 epochs,
+                   batches of 2 x 128
+    shakespeare    FILE, tiny Shakespeare, by characters with nanoGPT's settings for a GPU or a CPU: ours, and
+                   NANOGPT's train.py on the same split, validating as often
+    parity         gpt2 in bf16, 16 x 1024, on FILE: the losses with our kernels and with the reference; on a
+                   GPU. No speed if they differ by more than 0.02 on average over the last fifth of the steps
 
 ms is from launch to exit, train_ms the training alone, goal_ms from launch to a validation loss <= goal.
-nanoGPT validates on random windows of both splits, ours on the whole of the validation split.
+nanoGPT validates on random windows of both splits, ours on the whole validation split.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import make_parser
 from benchmarks.ceilings import DEVICE
 from benchmarks.report import record
 from benchmarks.report.record import Row
@@ -51,7 +53,7 @@ VALIDATION = re.compile(r"step \d+: .*val(?:idation)? loss ([\d.]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a command did."""
+    """How a command ran."""
 
     ms: float  # from launch to exit
     validations: list[tuple[float, float]]  # (milliseconds since its launch, loss)
@@ -65,7 +67,7 @@ class Run:
 
 
 def run(command: list[str], folder: Path, **environment: str) -> Run:
-    """Raises RuntimeError with the end of what the command said if it fails."""
+    """Run the command in `folder`; raises RuntimeError with the end of its output if it fails."""
     start, validations, output = time.perf_counter(), [], []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=folder, env=os.environ | environment, **pipes) as process:
@@ -79,7 +81,7 @@ def run(command: list[str], folder: Path, **environment: str) -> Run:
 
 
 def row(name: str, shape: str, contender: str, done: Run, dtype: str = "auto") -> Row:
-    """One result; ours tells how long it trained."""
+    """One result; the JSON of ours says how long it trained."""
     found = {"suite": "jobs", "name": name, "shape": shape, "dtype": dtype, "contender": contender}
     found |= {"ms": done.ms, "spread": None}
     if contender.startswith("ours"):
@@ -124,7 +126,7 @@ def shakespeare(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 
 def install(peer: Path, text: Path, folder: Path) -> None:
-    """nanoGPT's loop in `folder`, with the characters of `text` as its data/shakespeare_char makes them."""
+    """Put nanoGPT's loop into `folder`, with `text` encoded as its data/shakespeare_char does."""
     for name in ("train.py", "model.py", "configurator.py"):
         shutil.copy(peer / name, folder)
     characters = text.read_text(encoding="utf-8")
@@ -156,7 +158,7 @@ def parity(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 
 def judged(rows: list[Row], losses: list[list[float]]) -> list[Row]:
-    """The rows, ours first, with its losses' distance from the reference's; a fault where it is too large."""
+    """The rows, ours first, with the difference of its losses from the reference's; a fault if too large."""
     ours, reference = (curve[-max(1, len(curve) // 5) :] for curve in losses)
     apart = abs(fmean(ours) - fmean(reference))
     rows[0] |= {"loss_gap": apart}
@@ -167,27 +169,17 @@ def judged(rows: list[Row], losses: list[list[float]]) -> list[Row]:
 
 
 Job = Callable[[argparse.Namespace, Path], Iterator[Row]]
-JOBS: dict[str, Job] = {
-    "pipeline": pipeline,
-    "shakespeare": shakespeare,
-    "parity": parity,
-}
+JOBS: dict[str, Job] = {"pipeline": pipeline, "shakespeare": shakespeare, "parity": parity}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "--text", "--peer")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(JOBS))
-    parser.add_argument("--text", type=lambda path: Path(path).absolute(), metavar="FILE")
-    parser.add_argument("--peer", type=lambda path: Path(path).absolute(), metavar="NANOGPT")
     parser.add_argument("--presets", nargs="+", default=["12M", "33M", "117M"])
     parser.add_argument("--steps", type=int, help="instead of a job's own number")
     found = parser.parse_args()
-    possible = (
-        ["pipeline"] + ["shakespeare"] * bool(found.text) + ["parity"] * bool(found.text and KIND != "cpu")
-    )
-    found.names = found.names or possible
+    needed = {"pipeline": True, "shakespeare": found.text, "parity": found.text and KIND != "cpu"}
+    found.names = found.names or [name for name, there in needed.items() if there]
     if wrong := [name for name in found.names if name not in JOBS or (name != "pipeline" and not found.text)]:
         parser.error(f"{wrong[0]}: needs --text" if wrong[0] in JOBS else f"no job {wrong[0]}")
     return found
@@ -200,9 +192,8 @@ def in_scratch(job: Job, arguments: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> int:
     arguments = parse()
-    return record.emit_each(
-        "jobs", {name: partial(in_scratch, JOBS[name], arguments) for name in arguments.names}
-    )
+    works = {name: partial(in_scratch, JOBS[name], arguments) for name in arguments.names}
+    return record.emit_each("jobs", works)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Tokens a second of our sampling, transformers' generate and nanoGPT's: greedy, in the order A B C C B A.
+"""Tokens per second of our sampling, transformers' generate and nanoGPT's: greedy, in the order A B C C B A.
 
-    python benchmarks/sampling.py [PRESET ...] [--batch-sizes 1 32] [--tokens 200] [--peer NANOGPT]
+    python -m benchmarks.workloads.sampling [PRESET ...] [--batch-sizes 1 32] [--tokens 200] [--peer NANOGPT]
 
-The same weights in all, fp32, laid out as each wants them before the clock starts. A rival whose tokens are
-not ours, or that is not installed, has no figure.
-nanoGPT has no greedy mode: it takes the likeliest of 1 (top_k=1).
+All have the same fp32 weights, in the layout that each wants, before the clock starts. A rival whose tokens
+differ from ours gets no speed; one that is not installed is left out. nanoGPT has no greedy mode: it samples
+with top_k 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import make_parser
 from benchmarks.ceilings import DEVICE
 from benchmarks.report import record
 from benchmarks.workloads.contenders import peer_model
@@ -65,43 +65,32 @@ def peer(path: Path, gpt: GPT) -> Sampler:
     return lambda prompt, n: theirs.generate(prompt, n, top_k=1)[:, prompt.shape[1] :]
 
 
-def seconds(sampler: Sampler, prompt: Tensor, n: int) -> tuple[float, Tensor]:
-    start = time.perf_counter()
-    out = sampler(prompt, n).cpu()  # waits for a GPU
-    return time.perf_counter() - start, out
-
-
 def compare(preset: str, samplers: dict[str, Sampler], prompt: Tensor, n: int) -> list[record.Row]:
     """Every sampler twice, after a short run that is not counted."""
-    runs: dict[str, list[float]] = {name: [] for name in samplers}
-    said: dict[str, Tensor] = {}
     for sampler in samplers.values():
-        seconds(sampler, prompt, 2)
-    for name in (*samplers, *reversed(samplers)):
-        time_, said[name] = seconds(samplers[name], prompt, n)
-        runs[name].append(time_)
-    rows = []
-    for name, times in runs.items():
-        row = {"suite": "everyday", "name": "sampling", "shape": f"{preset}, batch {len(prompt)}, {n} tokens"}
-        row |= {"dtype": "fp32", "contender": name}
-        if torch.equal(said[name], said["ours"]):
-            row |= record.summary([[1e3 * t] for t in times])
-            row |= {"rate": prompt.shape[0] * n / (1e-3 * row["ms"]), "unit": "tok/s"}
-        else:
-            row["fault"] = "no speed: its tokens are not ours"
-        record.emit(row)
-        rows.append(row)
-    return rows
+        sampler(prompt, 2)
+    outputs: list[Tensor] = []  # ours comes first
+
+    def run(name: str) -> record.Row:
+        start = time.perf_counter()
+        outputs.append(samplers[name](prompt, n).cpu())  # waits for a GPU
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        same = torch.equal(outputs[-1], outputs[0])
+        return {"times": [milliseconds]} if same else {"fault": "no speed: its tokens are not ours"}
+
+    shape = f"{preset}, batch {len(prompt)}, {n} tokens"
+    base = {"suite": "everyday", "name": "sampling", "shape": shape, "dtype": "fp32"}
+    tokens = len(prompt) * n
+    return record.contest(
+        base, samplers, run, lambda row, _: {"rate": tokens / (1e-3 * row["ms"]), "unit": "tok/s"}
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "--peer")
     parser.add_argument("presets", nargs="*", default=["12M", "117M"], help="of " + ", ".join(SHAPES))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanoGPT")
     arguments = parser.parse_args()
     rows = []
     for preset in arguments.presets:

@@ -1,15 +1,15 @@
-"""What surrounds the training step: starting, making data, tokenising, saving and loading.
+"""What surrounds the training step: start-up, generating data, tokenising, saving and loading.
 
-    python benchmarks/everyday.py [NAME ...] [--preset 12M] [--tokens 100000] [--rounds 3]
+    python -m benchmarks.workloads.startup_and_data [NAME ...] [--preset 12M] [--tokens 100000] [--rounds 3]
 
-A JSON line for each NAME, default all:
+NAME is of these, default all:
     help             `fusedgpt --help`, from launch to exit
-    first_step       `fusedgpt train` on a small text, from launch to its first step: with empty caches of
-                     compiled kernels (cold), then with full ones (warm)
-    templates        text of the templates until it has as many tokens
-    tokenise         the same text to GPT-2 tokens on disk, beside tiktoken on one thread in memory
-    folder           saving a model folder, and loading it
-    checkpoint       saving a resumable checkpoint with AdamW's moments, and loading it
+    first_step       `fusedgpt train` on a small text, from launch to the end of its first step: with an empty
+                     cache of compiled kernels (cold), then with a full one (warm)
+    templates        text from the templates
+    tokenise         the same text to GPT-2 tokens on disk, and tiktoken on one thread in memory
+    folder           saving and loading a model folder
+    checkpoint       saving and loading a resumable checkpoint with AdamW's moments
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import make_parser
 from benchmarks.report import record
 from benchmarks.workloads.tokenising import stock_tiktoken
 from benchmarks.workloads.training_step import SHAPES
@@ -43,7 +44,7 @@ PROMPT = "A fun GPT that writes cooking recipes"
 
 
 def timed(work: Callable[[], object], rounds: int) -> list[float]:
-    """Milliseconds of each of `rounds` calls, after one that pays for imports and caches."""
+    """Milliseconds of each of `rounds` calls, after a first one that fills imports and caches."""
     work()
     times = []
     for _ in range(rounds):
@@ -54,7 +55,7 @@ def timed(work: Callable[[], object], rounds: int) -> list[float]:
 
 
 def row(name: str, shape: str, times: list[float], work: float = 0.0, unit: str = "") -> record.Row:
-    """One result; `work` is what is done in the time, for a rate of `unit`."""
+    """One result; `work` is the amount done in the time, for a rate in `unit`."""
     found = {"suite": "everyday", "name": name, "shape": shape, "dtype": "fp32", "contender": "ours"}
     found |= record.summary([times])
     return found | ({"rate": work / (1e-3 * found["ms"]), "unit": unit} if work else {})
@@ -68,7 +69,6 @@ def measure_help(arguments: argparse.Namespace) -> Iterator[record.Row]:
 
 
 def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    """The progress line tells of the first step when its loss is on the host."""
     toy = arguments.preset == "toy"
     small = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32"] if toy else ["--preset", arguments.preset]
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,7 +83,7 @@ def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
 
 
 def until(sign: str, command: list[str], environment: dict[str, str]) -> float:
-    """Milliseconds from the command's launch to `sign` in what it says; raises if it fails."""
+    """Milliseconds from launching the command to `sign` in its stderr; raises RuntimeError if it fails."""
     start, ms = time.perf_counter(), 0.0
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
@@ -97,7 +97,7 @@ def until(sign: str, command: list[str], environment: dict[str, str]) -> float:
 
 
 def texts(n_tokens: int) -> tuple[list[str], int]:
-    """Texts of the templates with at least that many tokens together, and how many they have."""
+    """Texts from the templates with at least that many tokens in all, and their number of tokens."""
     tokenizer, found, count = gpt2_tokenizer(), [], 0
     for text in generate_samples(PROMPT):
         found.append(text)
@@ -108,7 +108,6 @@ def texts(n_tokens: int) -> tuple[list[str], int]:
 
 
 def measure_templates(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    """Without the tokenizer, which counts only."""
     made, count = texts(arguments.tokens)
 
     def work() -> None:
@@ -119,7 +118,6 @@ def measure_templates(arguments: argparse.Namespace) -> Iterator[record.Row]:
 
 
 def measure_tokenise(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    """`fusedgpt prepare` on a file, to a synced token set; tiktoken on one thread beside it, in memory."""
     made, count = texts(arguments.tokens)
     shape = f"{arguments.tokens:,} tokens"
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +148,6 @@ def measure_folder(arguments: argparse.Namespace) -> Iterator[record.Row]:
 
 
 def measure_checkpoint(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    """Parameters and both moments, written, hashed and synced."""
     model = {name: p.detach() for name, p in GPT(SHAPES[arguments.preset]).named_parameters()}
     moments = {f"{name}.{kind}": p.clone() for name, p in model.items() for kind in ("exp_avg", "exp_avg_sq")}
     megabytes = 1e-6 * sum(p.nbytes for p in (*model.values(), *moments.values()))
@@ -178,9 +175,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Iterator[record.Row]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("names", nargs="*", default=list(MEASURES), metavar="NAME")
     parser.add_argument("--preset", default="12M", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=100_000)
@@ -188,9 +183,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MEASURES):
         parser.error(f"no measurement {min(unknown)}; there are {', '.join(MEASURES)}")
-    return record.emit_each(
-        "everyday", {name: partial(MEASURES[name], arguments) for name in arguments.names}
-    )
+    works = {name: partial(MEASURES[name], arguments) for name in arguments.names}
+    return record.emit_each("everyday", works)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.report import record
+from benchmarks.workloads import jobs
 
 ROOT = Path(__file__).parents[2]
 WRONG_LOSS = """
@@ -112,8 +114,6 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
         "-m",
         "pytest",
         "-p",
-        "benchmarks.kernels.collect",
-        "-p",
         "planted",
         "-p",
         "no:cacheprovider",
@@ -141,7 +141,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
 def test_wrong_usage_is_told_in_one_line(tmp_path: Path) -> None:
     done = bench(tmp_path / "out", "--parts", "train,trains")
     assert done.returncode == 2
-    assert done.stderr.startswith("report: --parts here: ceilings, train, kernels")
+    assert done.stderr.startswith("bench: --parts here: ceilings, train, kernels")
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +167,10 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
     (peer / "train.py").write_text(NANOGPTS_LOOP.replace("TEXT", repr(str(text))))
     options = ["--peer", peer, "--text", text, "--presets", "toy", "--steps", "10"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.workloads.jobs", *options], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.workloads.jobs", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     pipeline, ours, theirs = map(json.loads, done.stdout.splitlines())
@@ -183,18 +186,17 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
 def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.workloads.jobs"]
     (tmp_path / "empty").touch()
-    done = subprocess.run([*command, "shakespeare", "--text", tmp_path / "empty"], capture_output=True)
+    done = subprocess.run(
+        [*command, "shakespeare", "--text", tmp_path / "empty"], capture_output=True, cwd=ROOT
+    )
     assert done.returncode == 1
     assert "empty" in json.loads(done.stdout)["fault"]
-    done = subprocess.run([*command, "shakespeare"], capture_output=True)
+    done = subprocess.run([*command, "shakespeare"], capture_output=True, cwd=ROOT)
     assert done.returncode == 2
     assert b"needs --text" in done.stderr
 
 
-def test_what_raises_is_a_fault_and_the_rest_is_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = importlib.import_module("benchmarks.report.record")
+def test_what_raises_is_a_fault_and_the_rest_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
 
     def broken() -> Iterator[dict[str, object]]:
         yield {"name": "first half", "ms": 1.0}
@@ -209,8 +211,7 @@ def test_what_raises_is_a_fault_and_the_rest_is_measured(
     assert record.emit_each("everyday", {"bad": lambda: [{"name": "bad", "fault": "wrong"}]}) == 1
 
 
-def test_losses_that_part_from_the_references_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = importlib.import_module("benchmarks.workloads.jobs")
+def test_losses_that_part_from_the_references_get_no_speed() -> None:
     falling = [10.0 - 0.1 * i for i in range(50)]
     for late, fault in ((0.01, False), (0.05, True), (float("nan"), True)):
         ours = [*falling[:40], *(x + late for x in falling[40:])]
