@@ -133,7 +133,7 @@ def render(out: Path, old: Path | None = None) -> int:
     if before is not None and (not before or before[0].get("device") != rows[0].get("device")):
         print(f"bench: {old} holds no results of {rows[0].get('device')}", file=sys.stderr)
         return 2
-    found = sections.sections(rows, old=before, history=history(rows))
+    found = sections.sections(rows, old=before)
     title = f"fusedgpt on {rows[0].get('device')}"
     (out / "report.html").write_text(page.html(title, found))
     (out / "report.md").write_text(f"# {title}\n\n{page.markdown(found)}")
@@ -149,13 +149,6 @@ def render(out: Path, old: Path | None = None) -> int:
 def slug(device: str) -> str:
     """The name of a device's folder."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def history(rows: list[Row]) -> list[list[Row]]:
-    """The committed runs of this device that began before this one, oldest first."""
-    folder = RESULTS / slug(str(rows[0].get("device")))
-    runs = [record.read(path) for path in sorted(folder.glob("*.jsonl"))]
-    return [run for run in runs if run and run[0]["time"] < rows[0]["time"]]
 
 
 def newest() -> list[list[Row]]:

@@ -72,27 +72,19 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Series over x."""
+    """Series over x, both axes logarithmic."""
 
     title: str
     x_label: str
     y_label: str
     series: Sequence[Series]
-    x_scale: str = "log"
-    y_scale: str = "linear"
-    x_ticks: Sequence[tuple[float, str]] = ()
     height: float = 4.0
 
     def draw(self, axes: Any) -> None:
-        axes.set(xlabel=self.x_label, ylabel=self.y_label, xscale=self.x_scale, yscale=self.y_scale)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, xscale="log", yscale="log")
         for series in self.series:
             x, y, _ = zip(*series.points, strict=True)
             axes.plot(x, y, series.style, label=series.name)
-        if self.y_scale == "linear":
-            axes.set_ylim(bottom=0.0)
-        if self.x_ticks:
-            axes.set_xticks(*zip(*self.x_ticks, strict=True))
-            axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
 

@@ -25,10 +25,8 @@ class Section:
     table: Sequence[Cells] = ()
 
 
-def sections(
-    rows: Sequence[Row], *, old: Sequence[Row] | None = None, history: Sequence[Sequence[Row]] = ()
-) -> list[Section]:
-    """The whole report. old: a run to compare with; history: earlier runs of this device, oldest first."""
+def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[Section]:
+    """The whole report; `old` is a run to compare with."""
     rows = named(rows)
     every = [
         failures(rows),
@@ -41,7 +39,6 @@ def sections(
         kernels(rows),
         everyday(rows),
         jobs(rows),
-        past([*history, rows]),
     ]
     return [section for section in every if section.words or section.table or section.charts]
 
@@ -344,7 +341,6 @@ def roofline(rows: Sequence[Row], found: Sequence[Row]) -> list[Plot]:
             x_label="FLOPs per byte of memory traffic",
             y_label="TFLOP/s",
             series=series,
-            y_scale="log",
         )
     ]
 
@@ -377,26 +373,3 @@ def everyday(rows: Sequence[Row]) -> Section:
 def jobs(rows: Sequence[Row]) -> Section:
     """Whole trainings from launch to exit."""
     return Section(title="Whole jobs", table=tabulate(of_suite(rows, "jobs"), JOBS))
-
-
-def past(runs: Sequence[Sequence[Row]]) -> Section:
-    """Tokens per second of our training over the runs of this device."""
-    ticks = [(float(i), f"{run[0].get('time', '')[:10]} {_commit(run)[:7]}") for i, run in enumerate(runs)]
-    lines: dict[str, list[tuple[float, float, str]]] = {}
-    for (x, label), run in zip(ticks, runs, strict=True):
-        for point, by_name in training_points(run, "step").items():
-            if OURS in by_name:
-                lines.setdefault(point, []).append((x, by_name[OURS]["rate"], label))
-    series = [Series(name=name, points=points) for name, points in lines.items() if len(points) > 1]
-    charts = []
-    if series:
-        plot = Plot(
-            title="Ours, run by run",
-            x_label="run",
-            y_label="tok/s",
-            series=series,
-            x_scale="linear",
-            x_ticks=ticks,
-        )
-        charts.append(plot)
-    return Section(title="History", charts=charts)

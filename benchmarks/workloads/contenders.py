@@ -24,11 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import DTYPES
+from benchmarks.ceilings import CUDA, DEVICE, DTYPES
 from benchmarks.workloads.plain_gpt import PlainGPT
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
@@ -52,27 +51,19 @@ ABLATIONS = {"cuda": _FUSED, "cpu": ["linear_cross_entropy", "linear", "kept_mem
 Side = tuple[Callable[[], Tensor], Callable[[], object], Any]  # (the loss, one training step, the model)
 
 
-def names(device: str, *, peer: bool) -> list[str]:
-    """Every contender on that device."""
-    gpu = device == "cuda"
-    found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS[device])]
+def names(*, gpu: bool, peer: bool) -> list[str]:
+    """Every contender on a GPU or a CPU."""
+    found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS["cuda" if gpu else "cpu"])]
     found += [f"ours-checkpointing-{mode}" for mode in CHECKPOINTING if mode != "none"]
     found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else [])]
     return found + (["peer", *(["peer-cudnn"] if gpu else [])] if peer else [])
 
 
-def tokens(
-    batch_size: int, length: int, vocab_size: int = 50257, data: Path | None = None
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T): Zipf-distributed ids below vocab_size, or the first of the file `data`."""
-    n = batch_size * (length + 1)
-    if data is None:
-        generator = torch.Generator().manual_seed(1)
-        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
-        ids = (vocab_size**uniform).long().clamp(max=vocab_size - 1)
-    else:
-        ids = torch.from_numpy(np.fromfile(data, dtype="<u2", count=n).astype(np.int64))
-    ids = ids.view(batch_size, length + 1)
+def tokens(batch_size: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T): Zipf-distributed ids below vocab_size."""
+    generator = torch.Generator().manual_seed(1)
+    uniform = torch.rand(batch_size, length + 1, generator=generator, dtype=torch.float64)
+    ids = (vocab_size**uniform).long().clamp(max=vocab_size - 1).to(DEVICE)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -197,9 +188,9 @@ def build(
     return plain(config, batch, precision, compiled=name != "plain")
 
 
-def step_seconds(step: Callable[[], object], steps: int, device: str) -> list[float]:
+def step_seconds(step: Callable[[], object], steps: int) -> list[float]:
     """Of each step after the warm-ups, on the device's own clock."""
-    if device == "cpu":
+    if not CUDA:
         moments = [time.perf_counter()]
         for _ in range(WARM_UPS + steps):
             step()

@@ -1,10 +1,10 @@
 """Training steps of ours and its rivals, and what each fused op and checkpointing change.
 
     python -m benchmarks.workloads.training_step [--peer NANOGPT] [--presets 12M] [--batch-sizes 2 16]
-        [--lengths 128] [--contenders ours plain-compiled ours-without-linear ...] [--data FILE.bin]
+        [--lengths 128] [--contenders ours plain-compiled ours-without-linear ...]
 
 contenders.py says who they are. Each measurement is a process of its own, in the order A B C C B A. Tokens
-are Zipf-distributed, or the first of a .bin of uint16. A contender gets no speed unless its losses without
+are Zipf-distributed. A contender gets no speed unless its losses without
 dropout, before and after GATE_STEPS steps, are those of eager plain PyTorch; else the exit code is 1.
 
 MFU is given for two counts of FLOPs per token, 6 N + 12 L C T (PaLM's and nanoGPT's) and 6 M + 6 L C T (what
@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.arguments import absolute, make_parser
-from benchmarks.ceilings import DEVICE, DTYPES, Ceilings, measure_ceilings
+from benchmarks.arguments import make_parser
+from benchmarks.ceilings import CUDA, DTYPES, Ceilings, measure_ceilings
 from benchmarks.report import record
 from benchmarks.report.record import Row
 from benchmarks.workloads import contenders
@@ -58,10 +58,7 @@ class Point:
     batch_size: int
     length: int
     dropout: float
-    device: str
-    threads: int
     peer: Path | None
-    data: Path | None
 
     @property
     def config(self) -> GPTConfig:
@@ -72,29 +69,23 @@ class Point:
 
 def measure(contender: str, point: Point, steps: int, began: float) -> Row:
     """Losses, times of each step and of the first since `began`, peak memory; in this process."""
-    torch.set_num_threads(point.threads)
-    ids = contenders.tokens(point.batch_size, point.length, point.config.vocab_size, point.data)
-    inputs, targets = (x.to(point.device) for x in ids)
+    batch = contenders.tokens(point.batch_size, point.length, point.config.vocab_size)
     backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     backend = backends.get(contender.rpartition("-")[2])
     with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-        loss, step, model = contenders.build(
-            contender, point.config, (inputs, targets), point.precision, point.peer
-        )
+        loss, step, model = contenders.build(contender, point.config, batch, point.precision, point.peer)
         model.train(point.dropout == 0.0)  # the losses of the gate are without dropout
-        losses, first_step_s = gate(loss, step, point.device, began)
+        losses, first_step_s = gate(loss, step, began)
         model.train()
-        seconds = contenders.step_seconds(step, steps, point.device) if steps else []
+        seconds = contenders.step_seconds(step, steps) if steps else []
     peak = 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if point.device == "cuda":
+    if CUDA:
         peak = torch.cuda.max_memory_allocated()
     times = [1e3 * s for s in seconds]
     return {"times": times, "losses": losses, "first_step_s": first_step_s, "peak_mb": peak / 1e6}
 
 
-def gate(
-    loss: Callable[[], Tensor], step: Callable[[], object], device: str, began: float
-) -> tuple[list[float], float]:
+def gate(loss: Callable[[], Tensor], step: Callable[[], object], began: float) -> tuple[list[float], float]:
     """The losses before and after GATE_STEPS steps, and the seconds from `began` to the end of the first."""
 
     def current() -> float:
@@ -104,7 +95,7 @@ def gate(
     start = time.time()
     losses, lost = [current()], time.time() - start
     step()
-    if device == "cuda":
+    if CUDA:
         torch.cuda.synchronize()
     first_step_s = time.time() - began - lost
     for _ in range(GATE_STEPS - 1):
@@ -170,7 +161,7 @@ def figures(row: Row, runs: list[Row], point: Point, ceilings: Ceilings) -> Row:
         "palm": flops_per_token(config, length),
         "causal": 6.0 * weights + 6.0 * config.n_layer * config.n_embd * length,
     }
-    name = torch.cuda.get_device_name() if point.device == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if CUDA else "cpu"
     peak = peak_flops(name) if point.precision == "bf16" else 0.0
     flops, bytes_ = counts["causal"] * tokens, ADAMW_BYTES * config.parameter_counts()[0]
     floor_ms = flops / ceilings.tflops * 1e-9 + bytes_ / ceilings.gbps * 1e-6
@@ -189,7 +180,7 @@ def figures(row: Row, runs: list[Row], point: Point, ceilings: Ceilings) -> Row:
         rate = per_token * tokens / seconds
         found[f"mfu_{count}_measured"] = rate / (1e12 * ceilings.tflops)
         found[f"mfu_{count}_datasheet"] = rate / peak if peak else None
-    if row["name"] == "checkpointing" and point.device == "cuda":
+    if row["name"] == "checkpointing" and CUDA:
         mode = contenders.checkpointing(row["contender"])
         train_config = TrainConfig(batch_size=point.batch_size, precision=point.precision)
         (wanted,) = (r for r in estimate(config, train_config, length, name) if r.checkpointing == mode)
@@ -198,7 +189,7 @@ def figures(row: Row, runs: list[Row], point: Point, ceilings: Ceilings) -> Row:
     return found
 
 
-def parse() -> argparse.Namespace:
+def parse(*, gpu: bool = CUDA) -> argparse.Namespace:
     parser = make_parser(__doc__, "--peer")
     parser.add_argument("--presets", default=["12M"], nargs="+", choices=SHAPES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
@@ -206,13 +197,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128])
     parser.add_argument("--contenders", nargs="+", help="default: ours and the peer, or plain-compiled")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--data", type=absolute, help="uint16 token ids; default: Zipf-distributed")
-    parser.add_argument("--device", default=DEVICE.type, choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     found = parser.parse_args()
     found.contenders = found.contenders or ["ours", "peer" if found.peer else "plain-compiled"]
-    known = contenders.names(found.device, peer=bool(found.peer))
+    known = contenders.names(gpu=gpu, peer=bool(found.peer))
     unknown = set(found.contenders) - set(known)
     if unknown:
         parser.error(f"no contender {', '.join(sorted(unknown))} here; there are {', '.join(known)}")
@@ -221,7 +209,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    same = {name: getattr(arguments, name) for name in ("dropout", "device", "threads", "peer", "data")}
+    same = {"dropout": arguments.dropout, "peer": arguments.peer}
     rows: list[Row] = []
     axes = (arguments.presets, arguments.precisions, arguments.batch_sizes, arguments.lengths)
     for preset, precision, batch_size, length in itertools.product(*axes):

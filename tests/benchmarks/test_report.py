@@ -186,17 +186,6 @@ def test_compare_marks_regressions_and_fails(tmp_path: Path, capsys: pytest.Capt
     assert bench.render(tmp_path, other) == 2
 
 
-def test_history_grows_with_the_committed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    (tmp_path / "nvidia-h200").mkdir()
-    older = [{**row, "time": "2026-10-01T10:00:00Z", "commit": "fedcba9876"} for row in made_up()]
-    write(tmp_path / "nvidia-h200" / "2026-10-01.jsonl", older)
-    assert len(bench.history(made_up())) == 1
-    assert bench.history(older) == []
-    text = page.markdown(sections.sections(made_up(), history=bench.history(made_up())))
-    assert "2026-10-01 fedcba9" in text
-
-
 def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     for part in bench.all_parts(gpu=True, peer=ROOT, text=ROOT / "README.md"):
@@ -206,8 +195,8 @@ def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(monkeypatch:
             assert jobs.parse().peer == ROOT
     assert len(lines) == 9
     for line in lines:
-        monkeypatch.setattr("sys.argv", [*line[2:], "--device", "cuda"])
-        assert training_step.parse().contenders[0] == "ours"
+        monkeypatch.setattr("sys.argv", line[2:])
+        assert training_step.parse(gpu=True).contenders[0] == "ours"
 
 
 def test_one_fused_op_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
