@@ -56,7 +56,7 @@ class Run:
     """How a command ran."""
 
     ms: float  # from launch to exit
-    validations: list[tuple[float, float]]  # (milliseconds since its launch, loss)
+    matches: list[tuple[float, str]]  # (milliseconds since its launch, what the pattern matched)
     output: list[str]
 
     @property
@@ -65,19 +65,24 @@ class Run:
         found: dict[str, Any] = json.loads(next(line for line in self.output if line.startswith("{")))
         return found
 
+    @property
+    def validations(self) -> list[tuple[float, float]]:
+        """(Milliseconds since its launch, loss)."""
+        return [(ms, float(loss)) for ms, loss in self.matches]
 
-def run(command: list[str], folder: Path, **environment: str) -> Run:
+
+def run(command: list[str], folder: Path, pattern: re.Pattern[str] = VALIDATION, **environment: str) -> Run:
     """Run the command in `folder`; raises RuntimeError with the end of its output if it fails."""
-    start, validations, output = time.perf_counter(), [], []
+    start, matches, output = time.perf_counter(), [], []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=folder, env=os.environ | environment, **pipes) as process:
         for line in process.stdout or ():
             output.append(line)
-            if found := VALIDATION.search(line):
-                validations.append((1e3 * (time.perf_counter() - start), float(found[1])))
+            if found := pattern.search(line):
+                matches.append((1e3 * (time.perf_counter() - start), found[1]))
     if process.returncode:
         raise RuntimeError(" ".join(output[-5:]).strip())
-    return Run(ms=1e3 * (time.perf_counter() - start), validations=validations, output=output)
+    return Run(ms=1e3 * (time.perf_counter() - start), matches=matches, output=output)
 
 
 def row(name: str, shape: str, contender: str, done: Run, dtype: str = "auto") -> Row:

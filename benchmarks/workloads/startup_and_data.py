@@ -15,7 +15,7 @@ NAME is of these, default all:
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import record
+from benchmarks.workloads.jobs import CLI, PROMPT, run
 from benchmarks.workloads.tokenising import stock_tiktoken
 from benchmarks.workloads.training_step import SHAPES
 from fusedgpt.model.config import GPTConfig
@@ -38,9 +38,7 @@ from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 
-CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-PROMPT = "A fun GPT that writes cooking recipes"
 
 
 def timed(work: Callable[[], object], rounds: int) -> list[float]:
@@ -78,22 +76,8 @@ def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
         for cache in ("cold", "warm"):
             command = [*CLI, "train", "--data", str(text), "--steps", "1", *small]
             command += ["--run-dir", f"{scratch}/{cache}", "--output-dir", f"{scratch}/models"]
-            ms = until("1/1 steps", command, {**os.environ, **caches})
-            yield row("first_step", f"{arguments.preset}, {cache} cache", [ms])
-
-
-def until(sign: str, command: list[str], environment: dict[str, str]) -> float:
-    """Milliseconds from launching the command to `sign` in its stderr; raises RuntimeError if it fails."""
-    start, ms = time.perf_counter(), 0.0
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        said = []
-        for line in process.stderr or ():
-            said.append(line)
-            ms = ms or (1e3 * (time.perf_counter() - start) if sign in line else 0.0)
-    if process.returncode or not ms:
-        raise RuntimeError("".join(said[-5:]).strip())
-    return ms
+            done = run(command, Path(scratch), re.compile("(1/1 steps)"), **caches)
+            yield row("first_step", f"{arguments.preset}, {cache} cache", [done.matches[0][0]])
 
 
 def texts(n_tokens: int) -> tuple[list[str], int]:
