@@ -86,7 +86,6 @@ _TOY = {
     "sampling": ["toy --batch-sizes 1 --tokens 8"],
     "everyday": ["--preset toy --tokens 5000 --rounds 1"],
     "ablation": [f"{_TOY_STEP} --precisions bf16 --contenders ours ours-without-linear"],
-    "memory": [f"{_TOY_STEP} --precisions fp32 --contenders ours ours-checkpointing-full"],
     "jobs": ["--presets toy --steps 10"],
     "ceilings_end": ["--precisions fp32"],
 }

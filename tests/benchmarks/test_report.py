@@ -206,6 +206,19 @@ def test_one_fused_op_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"gelu": "reference", "bias_gelu": "triton bias_gelu"}
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_is_a_contender_with_the_same_step(mode: str) -> None:
+    batch = contenders.tokens(2, 32, training_step.TOY.vocab_size)
+    losses = []
+    for name in ("ours", f"ours-checkpointing-{mode}"):
+        assert name in contenders.names(gpu=False, peer=False)
+        loss, step, model = contenders.build(name, training_step.TOY, batch, "fp32", None)
+        step()
+        losses.append(loss().item())
+        assert (model.checkpointing == mode) is (name != "ours")
+    assert losses[0] == losses[1]
+
+
 def test_results_are_kept_as_they_come_and_a_cut_is_no_failure(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     slow = f"""
