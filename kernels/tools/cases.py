@@ -136,7 +136,7 @@ def linear_cross_entropy_case(
         made = _randn(generator, hidden=(problems, N, C), weight=((V + 127) // 128 * 128, C))
         return made | {"weight": made["weight"] / math.sqrt(C), "targets": targets}
 
-    def wrap(op: Callable[..., Tensor]) -> Function:
+    def wrap(op: Callable[..., Any]) -> Function:
         def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
             pairs = zip(hidden, targets, strict=True)
