@@ -97,12 +97,8 @@ class DataConfig(_Frozen):
     )
     document_masks: bool = _data(False, "Let tokens attend only within their own document.")
     val_fraction: float = _data(0.1, "Fraction of the documents held out for validation.", ge=0.0, lt=1.0)
-    raw_tokens: int | None = _texts(
-        None, "GPT-2 tokens of text to generate.", unset="by preset, 30000 for 12M", ge=1
-    )
-    refined_tokens: int | None = _texts(
-        None, "GPT-2 tokens of text to keep.", unset="by preset, 15000 for 12M", ge=1
-    )
+    raw_tokens: int | None = _texts(None, "GPT-2 tokens of text to generate.", unset="by preset", ge=1)
+    refined_tokens: int | None = _texts(None, "GPT-2 tokens of text to keep.", unset="by preset", ge=1)
 
 
 class TrainConfig(_Frozen):
@@ -123,32 +119,24 @@ class TrainConfig(_Frozen):
     min_learning_rate: float | None = _optim(
         None, "Learning rate at the end of the schedule.", unset="a tenth of the peak", ge=0.0
     )
-    warmup: float = _optim(
-        0.05, "Length of the warmup: a fraction of the run if below 1, else steps.", ge=0.0
-    )
+    warmup: float = _optim(0.05, "Warmup length: a fraction of the run if below 1, else steps.", ge=0.0)
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = _optim(
         "cosine", "Learning rate schedule after the warmup; wsd: constant, then a decay."
     )
-    decay: float = _optim(
-        0.2, "Length of the decay of the wsd schedule: a fraction of the run if below 1, else steps.", ge=0.0
-    )
+    decay: float = _optim(0.2, "Decay length of wsd: a fraction of the run if below 1, else steps.", ge=0.0)
     weight_decay: float = _optim(0.01, "AdamW weight decay, applied to matrices only.", ge=0.0)
     beta1: float = _optim(0.9, "AdamW decay rate of the first moment.", ge=0.0, lt=1.0)
     beta2: float = _optim(0.999, "AdamW decay rate of the second moment.", ge=0.0, lt=1.0)
     eps: float = _optim(1e-8, "AdamW epsilon.", gt=0.0)
     grad_clip: float = _optim(1.0, "Maximum gradient norm; 0 disables clipping.", ge=0.0)
     label_smoothing: float = _optim(0.0, "Label smoothing of the training loss.", ge=0.0, lt=1.0)
-    z_loss: float = _optim(
-        0.0, "Weight of logsumexp(logits)^2 in the training loss; keeps logits small.", ge=0.0
-    )
+    z_loss: float = _optim(0.0, "Weight of logsumexp(logits)^2 in the training loss.", ge=0.0)
     eval_every: int | None = _val(None, "Steps between validations.", unset="a tenth of the run", ge=1)
-    eval_tokens: int | None = _val(
-        None, "Tokens per validation, from the start of the held-out text.", unset="all", ge=1
-    )
+    eval_tokens: int | None = _val(None, "Held-out tokens per validation, the first ones.", unset="all", ge=1)
     patience: int | None = _val(
-        None, "Stop after this many validations without improvement.", unset="never", ge=1
+        None, "Stop after so many validations without improvement.", unset="never", ge=1
     )
-    min_improvement: float = _val(0.0, "Decrease of the validation loss that counts as improvement.", ge=0.0)
+    min_improvement: float = _val(0.0, "Decrease in validation loss that counts as improvement.", ge=0.0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _speed(
         "auto", "Compute precision; fp16 with dynamic loss scaling."
     )
@@ -163,7 +151,7 @@ class TrainConfig(_Frozen):
         None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )
     max_skipped_steps: int = _optim(
-        10, "Stop after this many steps in a row with a non-finite loss or gradient.", ge=1
+        10, "Stop after so many steps in a row with a non-finite loss or gradient.", ge=1
     )
     deterministic: bool = _speed(
         False, "Make PyTorch's CUDA ops deterministic too; the kernels of fusedgpt always are."
