@@ -21,6 +21,8 @@ from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 class ConfigError(ValueError):
     """A setting that is unknown, out of range or in conflict with another."""
 
+    exit_code = 2  # of the command line
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

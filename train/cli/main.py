@@ -89,18 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """(what to say, exit code)."""
+    code = getattr(error, "exit_code", 1)  # 2 for wrong usage, ConfigError included; a signal's for Stopped
     if isinstance(error, typer.TyperException):  # wrong usage; without a message typer has printed the help
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return message and f"{message}; --help says more", error.exit_code
-    from fusedgpt.train.config import ConfigError
-
+        return message and f"{message}; --help says more", code
     if isinstance(error, (ValueError, OSError)):
-        return str(error), 2 if isinstance(error, ConfigError) else 1
+        return str(error), code
     from fusedgpt.train.report.step_log import TrainingDiverged
     from fusedgpt.train.run.signals import Stopped
 
     if isinstance(error, (TrainingDiverged, Stopped)):
-        return str(error), getattr(error, "exit_code", 1)
+        return str(error), code
     return f"internal error, {type(error).__name__}: {error} (--debug shows where; please report it)", 1
 
 

@@ -23,7 +23,7 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_folder, save_folder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
-from fusedgpt.train.cli.main import main as cli
+from fusedgpt.train.cli import main as cli
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.data.tokens.shards import read_index
 
