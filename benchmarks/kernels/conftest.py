@@ -25,12 +25,6 @@ _RESULTS = pytest.StashKey[list[record.Row]]()
 _CEILINGS = pytest.StashKey[Ceilings]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--interpreted", action="store_true", help="on a CPU, time the Triton kernels in the interpreter"
-    )
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = []
@@ -59,12 +53,8 @@ def ceilings(request: pytest.FixtureRequest) -> Ceilings:
 
 
 @pytest.fixture
-def bench(
-    request: pytest.FixtureRequest, benchmark: Any, ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, benchmark: Any, ceilings: Ceilings) -> Iterator[Bench]:
     """Measures one contender at one point."""
-    if request.config.getoption("--interpreted"):
-        monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
     torch.manual_seed(0)
     yield Bench(benchmark, ceilings)
     if benchmark.extra_info:

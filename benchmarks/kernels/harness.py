@@ -1,10 +1,10 @@
 """Times one contender of one op at one shape, after the op has passed its check.
 
-    python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE] [--interpreted]
+    python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE]
 
 On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a large bf16 matmul and
 a large copy of the same run, measured again at its end. On a CPU: toy sizes in fp32 that exercise every line
-and say nothing about speed; `ours` is what the model uses there, with --interpreted the Triton kernel.
+and say nothing about speed; `ours` is what the model uses there, with FUSEDGPT_KERNELS=triton the kernel.
 Nothing is timed unless the op's check against float64 passes. The figures are in pytest-benchmark's
 extra_info: its own statistics are of the host's clock, which on a GPU sees launches only.
 """
