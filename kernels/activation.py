@@ -1,4 +1,4 @@
-"""GELU in its tanh form, alone and with the bias before it; the backward computes it again from its input.
+"""GELU in its tanh form, alone and with a bias added first; the backward recomputes it from its input.
 
 Shape letters: N rows, C channels, P programs of the backward that share a column.
 
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgpt.kernels import tuning
+from fusedgpt.kernels.common import contiguous_like, exp, load_columns, row_blocks, row_tile
 
 _SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LARGEST_SQUARE = tl.constexpr(1e12)  # gelu is x or 0 long before: keeps x^2 finite, and so the slope
 _BLOCK = 2048  # elements of a program
-_BLOCK_C = 1024  # columns of it at most
+_MAX_BLOCK_C = 1024  # columns of a program at most
 _PROGRAMS_PER_SM = 4  # of the backward that sums the bias gradient
 
 
@@ -34,7 +34,7 @@ def _sigmoids(x):
     """sigmoid(s), sigmoid(-s) and ds/dx of fp32 x."""
     square = tl.minimum(x * x, _LARGEST_SQUARE)
     s = x * (square * _CUBIC + 1.0) * _SLOPE
-    small = tl.exp2(tl.abs(s) * -_LOG2_E)  # in [0, 1]
+    small = exp(-tl.abs(s))  # in [0, 1]
     of_abs = 1.0 / (1.0 + small)
     of_minus_abs = small * of_abs
     above = s >= 0.0
@@ -84,14 +84,6 @@ def _gelu_bwd_kernel(
     tl.store(dx_ptr + offs, dout * gelu_slope(x), mask=mask)
 
 
-@triton.jit
-def _bias_tile(bias_ptr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's columns, which of them exist, and the bias: (ROWS, BLOCK_C) each, in the layout of x."""
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    offs_c = tl.broadcast_to(offs_c, (ROWS, BLOCK_C))
-    return offs_c, offs_c < C, tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["N"])
 def _bias_gelu_fwd_kernel(
     x_ptr,  # (N, C)
@@ -102,9 +94,9 @@ def _bias_gelu_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_c, mask_c, bias = _bias_tile(bias_ptr, C, ROWS, BLOCK_C)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    mask, offs = mask_c & (rows < N), rows * C + offs_c
+    first_col = tl.program_id(1) * BLOCK_C
+    bias = load_columns(bias_ptr, first_col, C, ROWS, BLOCK_C)
+    _, offs, mask = row_tile(tl.program_id(0).to(tl.int64) * ROWS, first_col, N, C, ROWS, BLOCK_C)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
     tl.store(out_ptr + offs, gelu_value(x), mask=mask)
 
@@ -115,7 +107,7 @@ def _bias_gelu_bwd_kernel(
     x_ptr,  # (N, C)
     bias_ptr,  # (C,)
     dx_ptr,  # (N, C)
-    partial_ptr,  # (P, C) fp32, parts of the bias gradient
+    partial_ptr,  # (P, C) fp32, partial sums of the bias gradient
     N,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -123,17 +115,17 @@ def _bias_gelu_bwd_kernel(
     STAGES: tl.constexpr,
 ):
     program, P = tl.program_id(0), tl.num_programs(0)
-    offs_c, mask_c, bias = _bias_tile(bias_ptr, C, ROWS, BLOCK_C)
+    first_col = tl.program_id(1) * BLOCK_C
+    bias = load_columns(bias_ptr, first_col, C, ROWS, BLOCK_C)
     dbias = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
     for first_row in tl.range(program * ROWS, N, P * ROWS, num_stages=STAGES):
-        rows = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        mask, offs = mask_c & (rows < N), rows * C + offs_c
+        _, offs, mask = row_tile(first_row, first_col, N, C, ROWS, BLOCK_C)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
         dx = dout * gelu_slope(x)
-        dbias += dx  # 0 where there is no row: dout is
+        dbias += dx  # 0 where there is no row, because dout is
         tl.store(dx_ptr + offs, dx, mask=mask)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = first_col + tl.arange(0, BLOCK_C)
     tl.store(partial_ptr + program * C + offs_c, tl.sum(dbias, axis=0), mask=offs_c < C)
 
 
@@ -159,18 +151,12 @@ def gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def _blocks(C: int) -> dict[str, int]:
-    """The constants of a launch over rows of C: chosen by the width alone, whatever the number of rows."""
-    BLOCK_C = min(_BLOCK_C, max(16, triton.next_power_of_2(C)))
-    return {"C": C, "ROWS": _BLOCK // BLOCK_C, "BLOCK_C": BLOCK_C, "num_warps": 4}
-
-
 def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     """Launch; x (..., C), bias (C,)."""
     x, bias = x.contiguous(), bias.contiguous()
     out = torch.empty_like(x)
     if x.numel() > 0:
-        C, blocks = len(bias), _blocks(len(bias))
+        C, blocks = len(bias), row_blocks(len(bias), _MAX_BLOCK_C)
         grid = (triton.cdiv(x.numel() // C, blocks["ROWS"]), triton.cdiv(C, blocks["BLOCK_C"]))
         with torch.cuda.device_of(x):
             _bias_gelu_fwd_kernel[grid](x, bias, out, x.numel() // C, **blocks)
@@ -183,7 +169,7 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(bias)
-    N, C, blocks = x.numel() // len(bias), len(bias), _blocks(len(bias))
+    N, C, blocks = x.numel() // len(bias), len(bias), row_blocks(len(bias), _MAX_BLOCK_C)
     columns = triton.cdiv(C, blocks["BLOCK_C"])
     programs = triton.cdiv(_PROGRAMS_PER_SM * tuning.multiprocessor_count(x.device), columns)
     P = min(triton.cdiv(N, blocks["ROWS"]), programs)
@@ -201,7 +187,7 @@ def gelu(x: Tensor) -> Tensor:
 
 @gelu.register_fake
 def _(x: Tensor) -> Tensor:
-    return _like(x)
+    return contiguous_like(x)
 
 
 @torch.library.custom_op("fusedgpt::gelu_bwd", mutates_args=())
@@ -211,7 +197,7 @@ def _gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
 
 @_gelu_bwd.register_fake
 def _(dout: Tensor, x: Tensor) -> Tensor:
-    return _like(x)
+    return contiguous_like(x)
 
 
 @torch.library.custom_op("fusedgpt::bias_gelu", mutates_args=())
@@ -222,7 +208,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 @bias_gelu.register_fake
 def _(x: Tensor, bias: Tensor) -> Tensor:
-    return _like(x)
+    return contiguous_like(x)
 
 
 @torch.library.custom_op("fusedgpt::bias_gelu_bwd", mutates_args=())
@@ -232,11 +218,7 @@ def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 @_bias_gelu_bwd.register_fake
 def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(bias)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x), contiguous_like(bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

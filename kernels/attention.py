@@ -1,25 +1,27 @@
 """Causal self-attention in tiles: the weights (T, T) never exist in memory.
 
-Shape letters: B batch, T tokens, H heads, D head size (BLOCK_D: the next power of two); m rows are queries,
-n columns are keys.
+Shape letters: B batch, T tokens, H heads, D head size (BLOCK_D: the next power of two); m queries, n keys.
 
-Forward (FlashAttention-2's order of work): one program owns BLOCK_M queries of one head and walks the keys,
-first the tiles left of the diagonal, which need no mask, then those on it. Row maximum m, sum l and the
-output stay in fp32; scale * log2(e) is applied after the dot product, and one division ends it all. What is
-kept for the backward is lse = m + log2(l), one fp32 a row, in log2 units: the weights are exp2(s - lse).
+Forward (FlashAttention-2's order of work): one program owns BLOCK_M queries of one head and walks over the
+keys, first the tiles left of the diagonal, which need no mask, then those on it. The row maximum m, the row
+sum l and the output stay in fp32; scale * log2(e) is applied after the dot product, and the output is divided
+by l once, at the end. The backward needs lse = m + log2(l), one fp32 per row, in log2 units: the weights are
+exp2(s - lse).
 
 Backward, with dO given, keep the dropout mask / (1 - p) and s the scaled scores:
     delta = rowsum(dO * O)     P = exp2(s - lse)      dP = keep * (dO V^T)     dS = P * (dP - delta)
     dV = (keep * P)^T dO       dK = scale * dS^T Q    dQ = scale * dS K
-One kernel owns a tile of keys and sums dK, dV over the queries below it, another owns a tile of queries and
-sums dQ: 7 matrix products where atomics would need 5, but the same bits every time.
+One kernel owns a tile of keys and sums dK and dV over the queries below it, another owns a tile of queries
+and sums dQ: 7 matrix products where atomics would need 5, but the same bits every time.
+
+tl.static_range unrolls the loop over tiles into two: full tiles, which need no mask, and those on the
+diagonal. With documents every tile takes the mask.
 
 Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691); Milakov and Gimelshein 2018 for the running softmax.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +32,29 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedgpt.kernels import tuning
-from fusedgpt.kernels.dropout import keep_threshold, philox_lanes
+from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
+from fusedgpt.kernels.dropout import dropout_arguments, philox_lanes
 from fusedgpt.kernels.tuning import Tile
 
-_DELTA = Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1)  # bytes decide there
-_LOG2_E = tl.constexpr(math.log2(math.e))
-_MASKED = tl.constexpr(-1.0e30)  # finite: what a row sums up before its first visible key is then scaled to 0
+_DELTA = Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1)  # limited by memory bandwidth
 
 
 @triton.jit
-def _tile_ptrs(x_ptr, strides, at, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (BLOCK, BLOCK_D) to rows start .. of one head, at = (b, start, h), and which of them exist."""
-    b, start, h = at
+def _program_tile(H, T, BLOCK: tl.constexpr, REVERSED: tl.constexpr):
+    """(b, h, index of the head in (B, H), first row) of this program's tile of BLOCK rows.
+
+    REVERSED: the last rows of a head first, where they have the most keys.
+    """
+    n_tiles = tl.cdiv(T, BLOCK)
+    bh, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    if REVERSED:
+        tile = n_tiles - 1 - tile
+    return bh // H, bh % H, bh, tile * BLOCK
+
+
+@triton.jit
+def _tile_ptrs(x_ptr, strides, b, h, start, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows start .. of one head and which of them exist: (BLOCK, BLOCK_D) each."""
     offs_t, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     x_ptr += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
     x_ptr += tl.cast(start, tl.int64) * strides[1]
@@ -52,45 +65,43 @@ def _tile_ptrs(x_ptr, strides, at, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
-def _load_tile(
-    x,  # (B, T, H, D), a pointer with strides, or a descriptor with strides None
-    strides,
-    at,
-    T,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(BLOCK, BLOCK_D), zeros beyond T and D."""
+def _load_tile(x, strides, b, h, start, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start .. of one head of x (B, T, H, D): (BLOCK, BLOCK_D), zeros beyond T and D.
+
+    x: a pointer with its strides, or a descriptor with strides None.
+    """
     if strides is None:
-        tile = x.load([at[0], at[2], at[1], 0]).reshape(BLOCK, BLOCK_D)
+        tile = x.load([b, h, start, 0]).reshape(BLOCK, BLOCK_D)
     else:
-        ptrs, mask = _tile_ptrs(x, strides, at, T, D, BLOCK, BLOCK_D)
+        ptrs, mask = _tile_ptrs(x, strides, b, h, start, T, D, BLOCK, BLOCK_D)
         tile = tl.load(ptrs, mask=mask, other=0.0)
     return tile
 
 
 @triton.jit
-def _store_tile(x_ptr, strides, at, tile, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    ptrs, mask = _tile_ptrs(x_ptr, strides, at, T, D, BLOCK, BLOCK_D)
+def _store_tile(
+    x_ptr, strides, b, h, start, tile, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    ptrs, mask = _tile_ptrs(x_ptr, strides, b, h, start, T, D, BLOCK, BLOCK_D)
     tl.store(ptrs, tile.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _keep_tile(
+    seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """The dropout mask (BLOCK_M, BLOCK_N) of one tile of weights: reference.attention_dropout_mask.
 
     A Philox block serves keys 8 apart: those are what one thread holds of a tensor-core accumulator, so that
     the mask can be made in the registers where it is used.
     """
-    seed, offset, threshold, _ = dropout
     rows = tl.cast(bh, tl.int64) * T + start_m + tl.arange(0, BLOCK_M)
     row_blocks = offset + rows * (tl.cdiv(T, 64) * 8)
     if BLOCK_N % 64 == 0:
         blocks = row_blocks[:, None] + start_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
         lanes = tl.reshape(philox_lanes(seed, blocks), (BLOCK_M, BLOCK_N // 64, 8, 8)).permute(0, 1, 3, 2)
         lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N))
-    else:  # the small tiles of fp32: each key draws its block for itself
+    else:  # the small tiles of fp32: the block of each key is drawn separately
         offs_n = (start_n + tl.arange(0, BLOCK_N))[None, :]
         r0, r1, r2, r3 = tl.randint4x(seed, row_blocks[:, None] + offs_n // 64 * 8 + offs_n % 8, n_rounds=7)
         lane = offs_n // 8 % 8
@@ -101,13 +112,6 @@ def _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 @triton.jit  # noqa: RET503  # Triton 3.6 does not compile a `return None`
-def _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale):
-    """(seed, offset, threshold, 1 / (1 - p)), or None where there is no dropout."""
-    if seed_ptr is not None:
-        return tl.load(seed_ptr), tl.load(offset_ptr), threshold, keep_scale
-
-
-@triton.jit  # noqa: RET503
 def _load_ids(ids_ptr, b, offs, T):
     """The document ids of tokens `offs`; None without documents."""
     if ids_ptr is not None:
@@ -124,72 +128,25 @@ def _visible(offs_m, offs_n, ids_m, ids_n):
 
 
 @triton.jit
-def _overlap(ranges_ptr, ids, b, T, LAST: tl.constexpr):
-    """The first (or last) token of all 64-token blocks whose range of ids meets that of `ids`.
-
-    ranges_ptr: (2, B, ceil(T / 64)), smallest and largest id; B is the grid's.
-    """
+def _overlap(
+    ranges_ptr,  # (B, ceil(T / 64), 2) smallest and largest id
+    ids,
+    b,
+    T,
+):
+    """The first and last token of all 64-token blocks whose range of ids meets that of `ids`."""
     n_blocks = tl.cdiv(T, 64)
     low, high = tl.min(ids, 0), tl.max(ids, 0)
-    found = 0 if LAST else n_blocks
+    first, last = n_blocks, 0
     for start in range(0, n_blocks, 128):
         offs = start + tl.arange(0, 128)
-        exists = offs < n_blocks
-        lo = tl.load(ranges_ptr + 2 * (b * n_blocks + offs), mask=exists)
-        hi = tl.load(ranges_ptr + 2 * (b * n_blocks + offs) + 1, mask=exists)
-        meets = exists & (lo <= high) & (hi >= low)
-        if LAST:
-            found = tl.maximum(found, tl.max(tl.where(meets, offs, 0), 0))
-        else:
-            found = tl.minimum(found, tl.min(tl.where(meets, offs, n_blocks), 0))
-    return found * 64 + 63 if LAST else found * 64
-
-
-@triton.jit
-def _attend(
-    state,  # acc (BLOCK_M, BLOCK_D), row maximum (BLOCK_M,) in log2 units, row sum (BLOCK_M,), all fp32
-    begin,
-    end,
-    q_tile,  # (BLOCK_M, BLOCK_D)
-    kv,  # k, k_strides, v, v_strides
-    at,  # b, h, start_m, index of the head in (B, H)
-    T,
-    qk_scale,
-    ids_ptr,
-    dropout,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """The keys begin .. end added to the running softmax of one tile of queries."""
-    BLOCK_M: tl.constexpr = q_tile.shape[0]
-    BLOCK_D: tl.constexpr = q_tile.shape[1]
-    k, k_strides, v, v_strides = kv
-    b, h, start_m, bh = at
-    acc, row_max, row_sum = state
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    ids_m = _load_ids(ids_ptr, b, offs_m, T)
-    for start_n in range(begin, end, BLOCK_N):
-        k_tile = _load_tile(k, k_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if MASK:
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
-            s = tl.where(visible, s * qk_scale, _MASKED)
-            new_max = tl.maximum(row_max, tl.max(s, 1))
-            p = tl.exp2(s - new_max[:, None])
-        else:  # scale and subtract in one instruction
-            new_max = tl.maximum(row_max, tl.max(s, 1) * qk_scale)
-            p = tl.exp2(s * qk_scale - new_max[:, None])
-        alpha = tl.exp2(row_max - new_max)
-        row_sum = row_sum * alpha + tl.sum(p, 1)
-        if dropout is not None:
-            keep = _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)  # the scale waits for the end
-        v_tile = _load_tile(v, v_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
-        row_max = new_max
-    return acc, row_max, row_sum
+        mask = offs < n_blocks
+        lo = tl.load(ranges_ptr + 2 * (b * n_blocks + offs), mask=mask)
+        hi = tl.load(ranges_ptr + 2 * (b * n_blocks + offs) + 1, mask=mask)
+        meets = mask & (lo <= high) & (hi >= low)
+        first = tl.minimum(first, tl.min(tl.where(meets, offs, n_blocks), 0))
+        last = tl.maximum(last, tl.max(tl.where(meets, offs, 0), 0))
+    return first * 64, last * 64 + 63
 
 
 @triton.jit
@@ -217,30 +174,47 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    qk_scale = scale * _LOG2_E
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # the longest rows first
+    qk_scale = scale * LOG2_E
+    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    end = tl.minimum(start_m + BLOCK_M, T)
-    dropout = _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale)
-    q_tile = _load_tile(q, q_strides, (b, start_m, h), T, D, BLOCK_M, BLOCK_D)
-    kv, at = (k, k_strides, v, v_strides), (b, h, start_m, bh)
+    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    ids_m = _load_ids(ids_ptr, b, offs_m, T)
+    if seed_ptr is not None:
+        seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    state = (acc, tl.full((BLOCK_M,), _MASKED, tl.float32), tl.zeros((BLOCK_M,), tl.float32))
-    if ids_ptr is None:
-        diagonal = start_m // BLOCK_N * BLOCK_N
-        state = _attend(state, 0, diagonal, q_tile, kv, at, T, qk_scale, None, dropout, D, BLOCK_N, False)
-        state = _attend(state, diagonal, end, q_tile, kv, at, T, qk_scale, None, dropout, D, BLOCK_N, True)
-    else:
-        begin = _overlap(ranges_ptr, _load_ids(ids_ptr, b, offs_m, T), b, T, False) // BLOCK_N * BLOCK_N
-        state = _attend(state, begin, end, q_tile, kv, at, T, qk_scale, ids_ptr, dropout, D, BLOCK_N, True)
-    acc, row_max, row_sum = state
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)  # in log2 units
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    diagonal = start_m // BLOCK_N * BLOCK_N
+    if ids_ptr is not None:
+        first, _ = _overlap(ranges_ptr, ids_m, b, T)
+        diagonal = first // BLOCK_N * BLOCK_N
+    for MASK in tl.static_range(0 if ids_ptr is None else 1, 2):
+        begin = diagonal if MASK else 0
+        end = tl.minimum(start_m + BLOCK_M, T) if MASK else diagonal
+        for start_n in range(begin, end, BLOCK_N):
+            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            if MASK:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
+                s = tl.where(visible, s * qk_scale, LOWEST)
+                new_max = tl.maximum(row_max, tl.max(s, 1))
+                p = tl.exp2(s - new_max[:, None])
+            else:  # scale and subtract in one instruction
+                new_max = tl.maximum(row_max, tl.max(s, 1) * qk_scale)
+                p = tl.exp2(s * qk_scale - new_max[:, None])
+            alpha = tl.exp2(row_max - new_max)  # 0 at the first visible key: what masked keys summed up goes
+            row_sum = row_sum * alpha + tl.sum(p, 1)
+            if seed_ptr is not None:
+                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)  # keep_scale is applied once, at the end
+            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+            row_max = new_max
     out = acc / row_sum[:, None]
-    if dropout is not None:
+    if seed_ptr is not None:
         out = out * keep_scale
-    _store_tile(out_ptr, out_strides, (b, start_m, h), out, T, D, BLOCK_M, BLOCK_D)
+    _store_tile(out_ptr, out_strides, b, h, start_m, out, T, D, BLOCK_M, BLOCK_D)
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * T + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
 
 
@@ -257,61 +231,11 @@ def _attention_delta_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // n_tiles
-    at = (bh // H, tl.program_id(0) % n_tiles * BLOCK_M, bh % H)
-    offs_m = at[1] + tl.arange(0, BLOCK_M)
-    out = _load_tile(out_ptr, out_strides, at, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
-    dout = _load_tile(dout_ptr, dout_strides, at, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
+    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=False)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    out = _load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
+    dout = _load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
     tl.store(delta_ptr + tl.cast(bh, tl.int64) * T + offs_m, tl.sum(out * dout, 1), mask=offs_m < T)
-
-
-@triton.jit
-def _sum_dkdv(
-    sums,  # dk, dv (BLOCK_N, BLOCK_D) fp32
-    begin,
-    end,
-    k_tile,  # (BLOCK_N, BLOCK_D)
-    v_tile,  # (BLOCK_N, BLOCK_D)
-    rows,  # q, q_strides, dout, dout_strides, lse_ptr, delta_ptr, the last two of this head
-    at,  # b, h, start_n, index of the head in (B, H)
-    T,
-    qk_scale,
-    ids_ptr,
-    dropout,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """The queries begin .. end added to dK and dV of one tile of keys; tiles are (BLOCK_N, BLOCK_M)."""
-    BLOCK_N: tl.constexpr = k_tile.shape[0]
-    BLOCK_D: tl.constexpr = k_tile.shape[1]
-    q, q_strides, dout, dout_strides, lse_ptr, delta_ptr = rows
-    b, h, start_n, bh = at
-    dk, dv = sums
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    ids_n = _load_ids(ids_ptr, b, offs_n, T)
-    for start_m in range(begin, end, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q_tile = _load_tile(q, q_strides, (b, start_m, h), T, D, BLOCK_M, BLOCK_D)
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))  # rows beyond T weigh 0
-        p = tl.exp2(tl.dot(k_tile, q_tile.T, input_precision="ieee") * qk_scale - lse[None, :])
-        if MASK:
-            ids_m = _load_ids(ids_ptr, b, offs_m, T)
-            p = tl.where(tl.trans(_visible(offs_m, offs_n, ids_m, ids_n)), p, 0.0)
-        dout_tile = _load_tile(dout, dout_strides, (b, start_m, h), T, D, BLOCK_M, BLOCK_D)
-        kept = p
-        if dropout is not None:
-            keep = tl.trans(_keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M, BLOCK_N))
-            kept = tl.where(keep, p, 0.0)
-        dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-        dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
-        if dropout is not None:
-            dp = tl.where(keep, dp * dropout[3], 0.0)
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-    return dk, dv
 
 
 @triton.jit
@@ -344,80 +268,51 @@ def _attention_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    qk_scale = scale * _LOG2_E
-    n_tiles = tl.cdiv(T, BLOCK_N)
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    start_n = tl.program_id(0) % n_tiles * BLOCK_N  # the most queries first
-    dropout = _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale)
-    k_tile = _load_tile(k, k_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-    v_tile = _load_tile(v, v_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-    row = tl.cast(bh, tl.int64) * T
-    rows, at = (q, q_strides, dout, dout_strides, lse_ptr + row, delta_ptr + row), (b, h, start_n, bh)
-    sums = (tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32))
-    begin = start_n // BLOCK_M * BLOCK_M
+    qk_scale = scale * LOG2_E
+    b, h, bh, start_n = _program_tile(H, T, BLOCK_N, REVERSED=False)  # the keys with the most queries first
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+    v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+    ids_n = _load_ids(ids_ptr, b, offs_n, T)
+    if seed_ptr is not None:
+        seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
+    lse_ptr += tl.cast(bh, tl.int64) * T
+    delta_ptr += tl.cast(bh, tl.int64) * T
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if ids_ptr is None:
-        below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)
-        sums = _sum_dkdv(
-            sums, begin, below, k_tile, v_tile, rows, at, T, qk_scale, None, dropout, D, BLOCK_M, True
-        )
-        sums = _sum_dkdv(
-            sums, below, T, k_tile, v_tile, rows, at, T, qk_scale, None, dropout, D, BLOCK_M, False
-        )
+        below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)  # the diagonal
     else:
-        ids_n = _load_ids(ids_ptr, b, start_n + tl.arange(0, BLOCK_N), T)
-        end = tl.minimum(_overlap(ranges_ptr, ids_n, b, T, True) + 1, T)
-        sums = _sum_dkdv(
-            sums, begin, end, k_tile, v_tile, rows, at, T, qk_scale, ids_ptr, dropout, D, BLOCK_M, True
-        )
-    dk, dv = sums
-    if dropout is not None:
+        _, last = _overlap(ranges_ptr, ids_n, b, T)
+        below = tl.minimum(last + 1, T)
+    for FULL in tl.static_range(2 if ids_ptr is None else 1):
+        begin = below if FULL else start_n // BLOCK_M * BLOCK_M
+        end = T if FULL else below
+        for start_m in range(begin, end, BLOCK_M):  # tiles are (BLOCK_N, BLOCK_M)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+            lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))  # rows beyond T weigh 0
+            p = tl.exp2(tl.dot(k_tile, q_tile.T, input_precision="ieee") * qk_scale - lse[None, :])
+            if not FULL:
+                ids_m = _load_ids(ids_ptr, b, offs_m, T)
+                p = tl.where(tl.trans(_visible(offs_m, offs_n, ids_m, ids_n)), p, 0.0)
+            dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+            kept = p
+            if seed_ptr is not None:
+                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                keep = tl.trans(keep)
+                kept = tl.where(keep, p, 0.0)
+            dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+            if seed_ptr is not None:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    if seed_ptr is not None:
         dv = dv * keep_scale
-    _store_tile(dk_ptr, dk_strides, (b, start_n, h), dk * scale, T, D, BLOCK_N, BLOCK_D)
-    _store_tile(dv_ptr, dv_strides, (b, start_n, h), dv, T, D, BLOCK_N, BLOCK_D)
-
-
-@triton.jit
-def _sum_dq(
-    dq,  # (BLOCK_M, BLOCK_D) fp32
-    begin,
-    end,
-    q_tile,  # (BLOCK_M, BLOCK_D)
-    dout_tile,  # (BLOCK_M, BLOCK_D)
-    rows,  # lse, delta (BLOCK_M,)
-    kv,  # k, k_strides, v, v_strides
-    at,  # b, h, start_m, index of the head in (B, H)
-    T,
-    qk_scale,
-    ids_ptr,
-    dropout,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """The keys begin .. end added to dQ of one tile of queries; tiles are (BLOCK_M, BLOCK_N)."""
-    BLOCK_M: tl.constexpr = q_tile.shape[0]
-    BLOCK_D: tl.constexpr = q_tile.shape[1]
-    lse, delta = rows
-    k, k_strides, v, v_strides = kv
-    b, h, start_m, bh = at
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    ids_m = _load_ids(ids_ptr, b, offs_m, T)
-    for start_n in range(begin, end, BLOCK_N):
-        k_tile = _load_tile(k, k_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-        p = tl.exp2(tl.dot(q_tile, k_tile.T, input_precision="ieee") * qk_scale - lse[:, None])
-        if MASK:
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
-            p = tl.where(visible, p, 0.0)
-        v_tile = _load_tile(v, v_strides, (b, start_n, h), T, D, BLOCK_N, BLOCK_D)
-        dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
-        if dropout is not None:
-            keep = _keep_tile(dropout, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * dropout[3], 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
-    return dq
+    _store_tile(dk_ptr, dk_strides, b, h, start_n, dk * scale, T, D, BLOCK_N, BLOCK_D)
+    _store_tile(dv_ptr, dv_strides, b, h, start_n, dv, T, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -448,38 +343,43 @@ def _attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    qk_scale = scale * _LOG2_E
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # the longest rows first
+    qk_scale = scale * LOG2_E
+    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    end = tl.minimum(start_m + BLOCK_M, T)
-    dropout = _load_dropout(seed_ptr, offset_ptr, threshold, keep_scale)
-    q_tile = _load_tile(q, q_strides, (b, start_m, h), T, D, BLOCK_M, BLOCK_D)
-    dout_tile = _load_tile(dout, dout_strides, (b, start_m, h), T, D, BLOCK_M, BLOCK_D)
-    row_ptrs = tl.cast(bh, tl.int64) * T + offs_m
-    lse = tl.load(lse_ptr + row_ptrs, mask=offs_m < T, other=float("inf"))
-    rows = (lse, tl.load(delta_ptr + row_ptrs, mask=offs_m < T, other=0.0))
-    kv, at = (k, k_strides, v, v_strides), (b, h, start_m, bh)
+    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    ids_m = _load_ids(ids_ptr, b, offs_m, T)
+    offs_row = tl.cast(bh, tl.int64) * T + offs_m
+    lse = tl.load(lse_ptr + offs_row, mask=offs_m < T, other=float("inf"))
+    delta = tl.load(delta_ptr + offs_row, mask=offs_m < T, other=0.0)
+    if seed_ptr is not None:
+        seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if ids_ptr is None:
-        diagonal = start_m // BLOCK_N * BLOCK_N
-        dq = _sum_dq(
-            dq, 0, diagonal, q_tile, dout_tile, rows, kv, at, T, qk_scale, None, dropout, D, BLOCK_N, False
-        )
-        dq = _sum_dq(
-            dq, diagonal, end, q_tile, dout_tile, rows, kv, at, T, qk_scale, None, dropout, D, BLOCK_N, True
-        )
-    else:
-        begin = _overlap(ranges_ptr, _load_ids(ids_ptr, b, offs_m, T), b, T, False) // BLOCK_N * BLOCK_N
-        dq = _sum_dq(
-            dq, begin, end, q_tile, dout_tile, rows, kv, at, T, qk_scale, ids_ptr, dropout, D, BLOCK_N, True
-        )
-    _store_tile(dq_ptr, dq_strides, (b, start_m, h), dq * scale, T, D, BLOCK_M, BLOCK_D)
+    diagonal = start_m // BLOCK_N * BLOCK_N
+    if ids_ptr is not None:
+        first, _ = _overlap(ranges_ptr, ids_m, b, T)
+        diagonal = first // BLOCK_N * BLOCK_N
+    for MASK in tl.static_range(0 if ids_ptr is None else 1, 2):
+        begin = diagonal if MASK else 0
+        end = tl.minimum(start_m + BLOCK_M, T) if MASK else diagonal
+        for start_n in range(begin, end, BLOCK_N):
+            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            p = tl.exp2(tl.dot(q_tile, k_tile.T, input_precision="ieee") * qk_scale - lse[:, None])
+            if MASK:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
+                p = tl.where(visible, p, 0.0)
+            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+            if seed_ptr is not None:
+                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    _store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Options:
     """What an attention is asked for besides its tensors."""
 
@@ -496,14 +396,10 @@ class Options:
 
     def arguments(self) -> dict[str, Any]:
         """The kernels' arguments for documents and dropout."""
-        dropping = self.dropout_p > 0.0
         return {
             "ids_ptr": None if self.documents is None else self.documents.contiguous(),
             "ranges_ptr": None if self.documents is None else document_ranges(self.documents),
-            "seed_ptr": self.seed if dropping else None,
-            "offset_ptr": self.offset if dropping else None,
-            "threshold": keep_threshold(self.dropout_p),
-            "keep_scale": 1.0 / (1.0 - self.dropout_p),
+            **dropout_arguments(self.dropout_p, self.seed, self.offset),
             "scale": self.scale,
         }
 
@@ -511,20 +407,27 @@ class Options:
 def document_ranges(documents: Tensor) -> Tensor:
     """(B, ceil(T / 64), 2): the smallest and the largest id of every 64 tokens."""
     T = documents.shape[1]
-    at = torch.arange((T + 63) // 64 * 64, device=documents.device).clamp(max=T - 1)
-    return torch.stack(documents[:, at].view(len(documents), -1, 64).aminmax(dim=2), dim=-1)
+    positions = torch.arange((T + 63) // 64 * 64, device=documents.device).clamp(max=T - 1)
+    return torch.stack(documents[:, positions].view(len(documents), -1, 64).aminmax(dim=2), dim=-1)
 
 
-def _sources(tile: Tile, *tensors: tuple[Tensor, int]) -> tuple[list[Any], list[Any]]:
-    """(what to read from, strides) for each (tensor, rows of its tiles)."""
-    if not tile.descriptors:
-        return [x for x, _ in tensors], [x.stride() for x, _ in tensors]
-    BLOCK_D = _padded(tensors[0][0].shape[3])
-    described = []
-    for x, rows in tensors:
-        x = x.transpose(1, 2)  # (B, H, T, D): only then do tiles stay in shared memory as operands
-        described.append(TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, BLOCK_D]))
-    return described, [None] * len(tensors)
+def _pointers(**tensors: Tensor) -> dict[str, Any]:
+    """The kernel arguments NAME_ptr and NAME_strides."""
+    strides = {f"{name}_strides": x.stride() for name, x in tensors.items()}
+    return {f"{name}_ptr": x for name, x in tensors.items()} | strides
+
+
+def _sources(tile: Tile, **tensors: tuple[Tensor, int]) -> dict[str, Any]:
+    """The kernel arguments NAME and NAME_strides for each (tensor, rows of its tiles)."""
+    arguments: dict[str, Any] = {}
+    for name, (x, rows) in tensors.items():
+        if tile.descriptors:
+            x = x.transpose(1, 2)  # (B, H, T, D): only then do tiles stay in shared memory as operands
+            block = [1, 1, rows, block_size(x.shape[3])]
+            arguments |= {name: TensorDescriptor(x, x.shape, x.stride(), block), f"{name}_strides": None}
+        else:
+            arguments |= {name: x, f"{name}_strides": x.stride()}
+    return arguments
 
 
 def _describable(*tensors: Tensor) -> bool:
@@ -537,24 +440,12 @@ def _describable(*tensors: Tensor) -> bool:
     return all(fits(x) for x in tensors)
 
 
-def _padded(D: int) -> int:
-    return max(16, int(triton.next_power_of_2(D)))  # 16: the least a tensor core takes
-
-
-def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, *args: Any, **kwargs: Any) -> None:
+def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, **arguments: Any) -> None:
     """One program for each tile of rows of each head of x (B, T, H, D)."""
     B, T, H, D = x.shape
+    constants = {"D": D, "BLOCK_D": block_size(D), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(T, rows_per_program) * B * H,)](
-            *args,
-            **kwargs,
-            H=H,
-            T=T,
-            D=D,
-            BLOCK_D=_padded(D),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        kernel[(triton.cdiv(T, rows_per_program) * B * H,)](**arguments, H=H, T=T, **constants)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -564,20 +455,18 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if out.numel():
         tile = tuning.attention("fwd", q, feature=options.feature, describable=_describable(q, k, v))
-        sources, strides = _sources(tile, (q, tile.BLOCK_M), (k, tile.BLOCK_N), (v, tile.BLOCK_N))
+        M, N = tile.BLOCK_M, tile.BLOCK_N
         _launch(
             _attention_fwd_kernel,
             tile,
-            tile.BLOCK_M,
+            M,
             q,
-            *sources,
-            *strides,
-            out,
-            out.stride(),
-            lse,
+            **_sources(tile, q=(q, M), k=(k, N), v=(v, N)),
+            **_pointers(out=out),
+            lse_ptr=lse,
             **options.arguments(),
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
+            BLOCK_M=M,
+            BLOCK_N=N,
         )
     return out, lse
 
@@ -585,48 +474,33 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
 ) -> Tensor:
-    """dq, dk, dv as one tensor (B, T, 3, H, D): the gradient of a fused qkv projection as it stands."""
+    """dq, dk, dv as one tensor (B, T, 3, H, D): the gradient of a fused qkv projection."""
     B, T, H, D = q.shape
     dqkv = torch.empty(B, T, 3, H, D, dtype=q.dtype, device=q.device)
     if dqkv.numel() == 0:
         return dqkv
     dq, dk, dv = dqkv.unbind(2)
     delta = torch.empty_like(lse)
-    BLOCK_M = _DELTA.BLOCK_M
-    _launch(
-        _attention_delta_kernel,
-        _DELTA,
-        BLOCK_M,
-        q,
-        out,
-        dout,
-        out.stride(),
-        dout.stride(),
-        delta,
-        BLOCK_M=BLOCK_M,
-    )
+    M = _DELTA.BLOCK_M
+    pointers = _pointers(out=out, dout=dout)
+    _launch(_attention_delta_kernel, _DELTA, M, q, **pointers, delta_ptr=delta, BLOCK_M=M)
     describable = _describable(q, k, v, dout)
     arguments = options.arguments()
-    for name, kernel, outputs in (
-        ("dkdv", _attention_dkdv_kernel, (dk, dv)),
-        ("dq", _attention_dq_kernel, (dq,)),
+    for name, kernel, gradients in (
+        ("dkdv", _attention_dkdv_kernel, _pointers(dk=dk, dv=dv)),
+        ("dq", _attention_dq_kernel, _pointers(dq=dq)),
     ):
         tile = tuning.attention(name, q, feature=options.feature, describable=describable)
         M, N = tile.BLOCK_M, tile.BLOCK_N
-        sources, strides = _sources(tile, (q, M), (k, N), (v, N), (dout, M))
         _launch(
             kernel,
             tile,
             N if name == "dkdv" else M,
             q,
-            *sources[:3],
-            *strides[:3],
-            sources[3],
-            strides[3],
-            lse,
-            delta,
-            *outputs,
-            *(x.stride() for x in outputs),
+            **_sources(tile, q=(q, M), k=(k, N), v=(v, N), dout=(dout, M)),
+            lse_ptr=lse,
+            delta_ptr=delta,
+            **gradients,
             **arguments,
             BLOCK_M=M,
             BLOCK_N=N,
@@ -646,7 +520,7 @@ def attention(
     documents: Tensor | None,  # (B, T) int
 ) -> tuple[Tensor, Tensor]:
     """The Triton path of ops.attention: (out (B, T, H, D), lse (B, H, T))."""
-    return attention_fwd(q, k, v, _options(scale, dropout_p, seed, offset, documents))
+    return attention_fwd(q, k, v, Options(scale, dropout_p, seed, offset, documents))
 
 
 @torch.library.custom_op("fusedgpt::qkv_attention", mutates_args=())
@@ -660,7 +534,7 @@ def qkv_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same on the fused projection, whose gradient is then one tensor."""
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, _options(scale, dropout_p, seed, offset, documents))
+    return attention_fwd(q, k, v, Options(scale, dropout_p, seed, offset, documents))
 
 
 @torch.library.custom_op("fusedgpt::attention_bwd", mutates_args=())
@@ -678,13 +552,7 @@ def attention_backward(
     documents: Tensor | None,
 ) -> Tensor:
     """The gradients of q, k, v side by side: (B, T, 3, H, D)."""
-    return attention_bwd(dout, q, k, v, out, lse, _options(scale, dropout_p, seed, offset, documents))
-
-
-def _options(
-    scale: float, dropout_p: float, seed: Tensor | None, offset: Tensor | None, documents: Tensor | None
-) -> Options:
-    return Options(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, documents=documents)
+    return attention_bwd(dout, q, k, v, out, lse, Options(scale, dropout_p, seed, offset, documents))
 
 
 @attention.register_fake

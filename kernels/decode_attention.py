@@ -4,12 +4,12 @@ Shape letters: B batch, T rows the cache can hold, H heads, D head size (BLOCK_D
 S splits.
 
 Cache layout: keys and values (B, T, H, D) each, row t holding token t; a new token appends one contiguous row
-of H * D numbers. Row t of sequence b counts if t < lengths[b]; what stands beyond is never read.
+of H * D numbers. Row t of sequence b is used if t < lengths[b]; the rows beyond are never read.
 
-Each query is a few kilobytes of work: with few sequences and heads the card would stand idle. So the rows
-of one head are split among S programs, each of which keeps its own softmax; a second, tiny kernel joins them:
+A query is only a few kilobytes of work: few sequences and heads would leave most of the GPU idle. So the rows
+of one head are split among S programs, each with its own softmax, and a second, tiny kernel combines them:
 out = sum_s w_s out_s / sum_s w_s with w_s = exp2(lse_s - max lse). S depends on shapes alone, never on
-lengths: nothing waits for the device, and a CUDA graph stays valid as the cache fills.
+lengths: the host never waits for the device, and a CUDA graph stays valid as the cache fills.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgpt.kernels import tuning
+from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
 
-_LOG2_E = math.log2(math.e)
-_BLOCK_N = 64  # cache rows a program reads at once
+_BLOCK_N = 64  # cache rows that a program reads at once
 _PROGRAMS_PER_SM = 2
 
 
@@ -52,24 +52,25 @@ def _decode_attention_kernel(
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
     length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), T)
-    rows = tl.cdiv(tl.cdiv(length, BLOCK_N), S) * BLOCK_N  # per split
-    begin = split * rows
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    rows_per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), S) * BLOCK_N
+    begin = split * rows_per_split
+    offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     q = tl.load(q_ptr + b * q_strides[0] + h * q_strides[1] + offs_d * q_strides[2], mask=mask_d, other=0.0)
     q = q.to(tl.float32) * qk_scale
     k_ptr += b * k_strides[0] + h * k_strides[2] + offs_d[None, :] * k_strides[3]
     v_ptr += b * v_strides[0] + h * v_strides[2] + offs_d[None, :] * v_strides[3]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    row_max = tl.full((BLOCK_N,), -1.0e30, tl.float32)  # each of the BLOCK_N lanes has its own softmax
+    row_max = tl.full((BLOCK_N,), LOWEST, tl.float32)  # each of the BLOCK_N lanes has its own softmax
     row_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(begin, tl.minimum(begin + rows, length), BLOCK_N):
-        rows_n = start + offs_n
-        mask = (rows_n < length)[:, None] & mask_d[None, :]
-        row = rows_n.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + row * k_strides[1], mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + row * v_strides[1], mask=mask, other=0.0).to(tl.float32)
-        s = tl.where(rows_n < length, tl.sum(k * q[None, :], 1), float("-inf"))
+    for start in range(begin, tl.minimum(begin + rows_per_split, length), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        mask = mask_n[:, None] & mask_d[None, :]
+        offs_row = offs_n.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + offs_row * k_strides[1], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offs_row * v_strides[1], mask=mask, other=0.0).to(tl.float32)
+        s = tl.where(mask_n, tl.sum(k * q[None, :], 1), float("-inf"))
         new_max = tl.maximum(row_max, s)
         alpha, p = tl.exp2(row_max - new_max), tl.exp2(s - new_max)
         acc = acc * alpha[:, None] + p[:, None] * v
@@ -80,9 +81,9 @@ def _decode_attention_kernel(
     total = tl.sum(row_sum * weight, 0)
     out = tl.sum(acc * weight[:, None], 0) / total  # NaN where the split has no rows,
     lse = top + tl.log2(total)  # and -inf
-    at = split.to(tl.int64) * tl.num_programs(0) + bh
-    tl.store(out_ptr + at * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
-    tl.store(lse_ptr + at, lse)
+    out_row = split.to(tl.int64) * tl.num_programs(0) + bh
+    tl.store(out_ptr + out_row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(lse_ptr + out_row, lse)
 
 
 @triton.jit
@@ -95,20 +96,20 @@ def _decode_combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    bh, n_heads = tl.program_id(0), tl.num_programs(0)
+    bh, BH = tl.program_id(0), tl.num_programs(0)
     offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + offs_s * n_heads + bh, mask=offs_s < S, other=float("-inf"))
+    lse = tl.load(lse_ptr + offs_s * BH + bh, mask=offs_s < S, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
-    row = (offs_s * n_heads + bh).to(tl.int64)[:, None]
+    offs_row = (offs_s * BH + bh).to(tl.int64)[:, None]
     mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
-    parts = tl.load(parts_ptr + row * D + offs_d[None, :], mask=mask, other=0.0)
+    parts = tl.load(parts_ptr + offs_row * D + offs_d[None, :], mask=mask, other=0.0)
     parts = tl.where(weight[:, None] > 0.0, parts, 0.0)
     out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + bh.to(tl.int64) * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 def split_count(n_heads: int, capacity: int, multiprocessors: int) -> int:
-    """How many programs share one head's cache: a power of two that fills the card, at most one a block."""
+    """How many programs share one head's cache: a power of two that fills the GPU, at most one per block."""
     wanted = int(triton.next_power_of_2(max(1, _PROGRAMS_PER_SM * multiprocessors // max(n_heads, 1))))
     return max(1, min(wanted, math.ceil(capacity / _BLOCK_N)))
 
@@ -116,7 +117,7 @@ def split_count(n_heads: int, capacity: int, multiprocessors: int) -> int:
 def decode_attention_fwd(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float, splits: int | None = None
 ) -> Tensor:
-    """Launch; see ops.decode_attention. splits: programs a head, by `split_count` if None."""
+    """Launch; see ops.decode_attention. splits: programs per head, by `split_count` if None."""
     B, H, D = q.shape
     T = k_cache.shape[1]
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
@@ -125,21 +126,22 @@ def decode_attention_fwd(
     S = splits or split_count(B * H, T, tuning.multiprocessor_count(q.device))
     parts = out if S == 1 else torch.empty(S, B, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, B, H, dtype=torch.float32, device=q.device)
-    strides = (q.stride(), k_cache.stride(), v_cache.stride())
-    BLOCK_D = triton.next_power_of_2(D)
+    BLOCK_D = block_size(D)
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(B * H, S)](
             q,
             k_cache,
             v_cache,
             lengths,
-            *strides,
+            q.stride(),
+            k_cache.stride(),
+            v_cache.stride(),
             parts,
             lse,
             H,
             T,
             S,
-            scale * _LOG2_E,
+            scale * LOG2_E.value,
             D=D,
             BLOCK_D=BLOCK_D,
             BLOCK_N=_BLOCK_N,

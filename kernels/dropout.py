@@ -1,10 +1,10 @@
-"""Dropout: the Philox mask every kernel draws, and the plain elementwise op.
+"""Dropout: the Philox mask that every kernel draws, and the elementwise op.
 
 Shape letters: N rows, C channels.
 
 The mask is `reference.dropout_mask`, bit by bit: element (row, col) is kept where the 16-bit lane col % 8 of
 Philox block offset + row * ceil(C / 8) + col // 8 is at least the threshold. One block serves the eight
-neighbours that a thread loads with one 16-byte instruction, and the backward draws it again.
+neighbours that a thread loads with one 16-byte instruction; the backward draws the same mask again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedgpt.kernels.common import contiguous_like
+
 _BLOCK_C = 1024
 
 
 def keep_threshold(p: float) -> int:
     """The smallest signed 16-bit lane that is kept; p in steps of 1/65536, as in reference.dropout_mask."""
     return round(p * 65536) - 32768
+
+
+def dropout_arguments(p: float, seed: Tensor | None, offset: Tensor | None) -> dict[str, Any]:
+    """The arguments of a kernel that has dropout inside; pointers are None for p = 0."""
+    return {
+        "seed_ptr": seed if p > 0.0 else None,
+        "offset_ptr": offset if p > 0.0 else None,
+        "threshold": keep_threshold(p),
+        "keep_scale": 1.0 / (1.0 - p),
+    }
 
 
 @triton.jit
@@ -33,13 +45,6 @@ def philox_lanes(seed, block):
     return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
 
 
-@triton.jit
-def keep_columns(seed, row_block, col_block, threshold, BLOCK: tl.constexpr):
-    """The mask (BLOCK,) of one row's columns from 8 * col_block on, where the row starts at row_block."""
-    blocks = row_block + col_block + tl.arange(0, BLOCK // 8)
-    return tl.reshape(philox_lanes(seed, blocks), (BLOCK,)) >= threshold
-
-
 @triton.jit(do_not_specialize=["threshold"])
 def _dropout_kernel(
     x_ptr,  # (N, C) contiguous
@@ -48,16 +53,17 @@ def _dropout_kernel(
     offset_ptr,  # int64 scalar
     C,
     threshold,
-    scale,  # 1 / (1 - p)
+    keep_scale,  # 1 / (1 - p)
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    row_block = tl.load(offset_ptr) + row * tl.cdiv(C, 8)
-    keep = keep_columns(tl.load(seed_ptr), row_block, tl.program_id(1) * (BLOCK_C // 8), threshold, BLOCK_C)
+    blocks = tl.load(offset_ptr) + row * tl.cdiv(C, 8) + tl.program_id(1) * (BLOCK_C // 8)
+    lanes = philox_lanes(tl.load(seed_ptr), blocks + tl.arange(0, BLOCK_C // 8))
+    keep = tl.reshape(lanes, (BLOCK_C,)) >= threshold
     x = tl.load(x_ptr + row * C + offs_c, mask=mask_c).to(tl.float32)
-    tl.store(out_ptr + row * C + offs_c, tl.where(keep, x * scale, 0.0), mask=mask_c)
+    tl.store(out_ptr + row * C + offs_c, tl.where(keep, x * keep_scale, 0.0), mask=mask_c)
 
 
 def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     grid = (x.numel() // C, triton.cdiv(C, _BLOCK_C))
     with torch.cuda.device_of(x):
         _dropout_kernel[grid](
-            x, out, seed, offset, C, keep_threshold(p), 1.0 / (1.0 - p), BLOCK_C=_BLOCK_C, num_warps=4
+            x, out, C=C, **dropout_arguments(p, seed, offset), BLOCK_C=_BLOCK_C, num_warps=4
         )
     return out
 
@@ -83,7 +89,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
 
 @dropout.register_fake
 def _(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

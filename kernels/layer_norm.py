@@ -2,13 +2,13 @@
 
 Shape letters: N rows, C channels, P programs of the backward.
 
-All of it is bytes, so every element is read and written once, in one pass with a row in registers. With
-z the row that is normalised, x^ = (z - mean) * rstd, g = dy * weight and <.> the mean over a row,
+Memory bandwidth is the limit, so every element is read and written once, in one pass with a row in registers.
+With z the row that is normalised, x^ = (z - mean) * rstd, g = dy * weight and <.> the mean over a row,
 
     dz = rstd * (g - <g> - x^ * <g * x^>),  dweight = sum over rows of dy * x^,  dbias = sum of dy.
 
-The backward's programs walk over the rows and keep their part of the sums over rows in fp32; a second kernel
-adds the parts in a fixed order, so there are no atomics and equal calls give equal bits.
+Each program of the backward loops over rows and keeps partial sums over them in fp32; a second kernel adds
+them in a fixed order: no atomics, and the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -21,32 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgpt.kernels import tuning
-from fusedgpt.kernels.dropout import keep_threshold, philox_lanes
+from fusedgpt.kernels.common import block_size, contiguous_like, load_columns, row_blocks, row_tile
+from fusedgpt.kernels.dropout import dropout_arguments, philox_lanes
 
 MAX_C = 8192
-_TILE = 2048  # elements of a program at least: narrow rows share one
-_PER_WARP = 512  # elements: 16 a thread, two 16-byte loads of bf16
-_WARPS_PER_SM = 16  # of the backward: at its 128 registers a thread no more fit at once
-
-
-@triton.jit
-def _tile(first_row, N, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The rows (ROWS,) int64 of a tile; which of its elements (ROWS, BLOCK_C) exist, and their offsets."""
-    rows = first_row + tl.arange(0, ROWS).to(tl.int64)
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
-    return rows, (rows < N)[:, None] & (offs_c < C), (rows * C)[:, None] + offs_c
-
-
-@triton.jit
-def _columns(C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column numbers of a tile and which exist (ROWS, BLOCK_C): full, so that weights get rows' layout."""
-    offs_c = tl.broadcast_to(tl.arange(0, BLOCK_C)[None, :], (ROWS, BLOCK_C))
-    return offs_c, offs_c < C
+_WARPS_PER_SM = 16  # of the backward: at its 128 registers per thread no more fit at once
 
 
 @triton.jit
 def _row_means(a, b, C: tl.constexpr):
-    """The means over the rows of a and b (ROWS, BLOCK_C), by one exchange between warps: (ROWS, 1) each."""
+    """The row means of a and b (ROWS, BLOCK_C), with one exchange between warps for both: (ROWS, 1) each."""
     mean_a, mean_b = tl.split(tl.sum(tl.join(a, b), axis=1) / C)
     return mean_a[:, None], mean_b[:, None]
 
@@ -74,26 +58,25 @@ def _layer_norm_fwd_kernel(
     N,
     eps,
     threshold,
-    scale,  # 1 / (1 - p)
+    keep_scale,  # 1 / (1 - p)
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rows, mask, offs = _tile(tl.program_id(0) * ROWS, N, C, ROWS, BLOCK_C)
-    offs_c, mask_c = _columns(C, ROWS, BLOCK_C)
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rows, offs, mask = row_tile(tl.program_id(0) * ROWS, 0, N, C, ROWS, BLOCK_C)
+    weight = load_columns(weight_ptr, 0, C, ROWS, BLOCK_C)
+    bias = load_columns(bias_ptr, 0, C, ROWS, BLOCK_C)
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if seed_ptr is not None:
         keep = _keep_rows(tl.load(seed_ptr), tl.load(offset_ptr), rows, threshold, C, BLOCK_C)
-        z = tl.where(keep, z * scale, 0.0)
+        z = tl.where(keep, z * keep_scale, 0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
         rounded = (z + residual.to(tl.float32)).to(residual.dtype)
         tl.store(new_residual_ptr + offs, rounded, mask=mask)
         z = rounded.to(tl.float32)  # what the backward will read
     mean = tl.sum(z, axis=1) / C
-    centred = tl.where(mask_c, z - mean[:, None], 0.0)
+    centred = tl.where(tl.arange(0, BLOCK_C)[None, :] < C, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -110,26 +93,25 @@ def _layer_norm_bwd_kernel(
     rstd_ptr,  # (N,) fp32
     dz_ptr,  # (N, C)
     dx_ptr,  # (N, C), dz through the dropout; None without dropout
-    partial_ptr,  # (2, P, C) fp32, parts of dweight and dbias
+    partial_ptr,  # (2, P, C) fp32, partial sums of dweight and dbias
     seed_ptr,  # int64 scalar, None without dropout
     offset_ptr,  # int64 scalar, None without dropout
     N,
     threshold,
-    scale,  # 1 / (1 - p)
+    keep_scale,  # 1 / (1 - p)
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program, P = tl.program_id(0), tl.num_programs(0)
-    offs_c, mask_c = _columns(C, ROWS, BLOCK_C)
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    weight = load_columns(weight_ptr, 0, C, ROWS, BLOCK_C)
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     dweight = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
     for first_row in tl.range(program * ROWS, N, P * ROWS, num_stages=STAGES):
-        rows, mask, offs = _tile(first_row, N, C, ROWS, BLOCK_C)
+        rows, offs, mask = row_tile(first_row, 0, N, C, ROWS, BLOCK_C)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[:, None]
@@ -145,7 +127,7 @@ def _layer_norm_bwd_kernel(
         tl.store(dz_ptr + offs, dz, mask=mask)
         if seed_ptr is not None:
             keep = _keep_rows(seed, offset, rows, threshold, C, BLOCK_C)
-            tl.store(dx_ptr + offs, tl.where(keep, dz * scale, 0.0), mask=mask)
+            tl.store(dx_ptr + offs, tl.where(keep, dz * keep_scale, 0.0), mask=mask)
     offs_c = tl.arange(0, BLOCK_C)
     offs = program * C + offs_c  # P is a few hundred: no int64
     tl.store(partial_ptr + offs, tl.sum(dweight, axis=0), mask=offs_c < C)
@@ -176,13 +158,6 @@ def _sum_partials_kernel(
     tl.store(dbias_ptr + offs_c, tl.sum(dbias, axis=0), mask=mask_c)
 
 
-def _blocks(C: int) -> dict[str, int]:
-    """The constants of a launch over rows of C: chosen by the width alone, whatever the number of rows."""
-    BLOCK_C = max(16, triton.next_power_of_2(C))
-    ROWS = max(1, _TILE // BLOCK_C)
-    return {"C": C, "ROWS": ROWS, "BLOCK_C": BLOCK_C, "num_warps": ROWS * BLOCK_C // _PER_WARP}
-
-
 def layer_norm_fwd(
     x: Tensor,  # (..., C)
     residual: Tensor | None,  # (..., C)
@@ -199,14 +174,23 @@ def layer_norm_fwd(
     y = torch.empty_like(x if residual is None else residual)
     new_residual = None if residual is None else torch.empty_like(residual)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    N, blocks = mean.numel(), _blocks(x.shape[-1])
+    N, blocks = mean.numel(), row_blocks(x.shape[-1], MAX_C)
     if N == 0:
         return y, new_residual, mean, rstd
-    counter = (seed, offset) if p > 0.0 else (None, None)
-    tensors = (x, residual, weight, bias, y, new_residual, mean, rstd, *counter)
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(N, blocks["ROWS"]),)](
-            *tensors, N, eps, keep_threshold(p), 1.0 / (1.0 - p), **blocks
+            x,
+            residual,
+            weight,
+            bias,
+            y,
+            new_residual,
+            mean,
+            rstd,
+            N=N,
+            eps=eps,
+            **dropout_arguments(p, seed, offset),
+            **blocks,
         )
     return y, new_residual, mean, rstd
 
@@ -229,27 +213,35 @@ def layer_norm_bwd(
     dnew_residual = None if dnew_residual is None else dnew_residual.contiguous()
     dz = torch.empty_like(z)
     dx = torch.empty_like(z, dtype=x_dtype) if p > 0.0 else None
-    N, C, blocks = mean.numel(), z.shape[-1], _blocks(z.shape[-1])
+    N, C, blocks = mean.numel(), z.shape[-1], row_blocks(z.shape[-1], MAX_C)
     per_sm = _WARPS_PER_SM // blocks["num_warps"]
     P = min(triton.cdiv(N, blocks["ROWS"]), per_sm * tuning.multiprocessor_count(z.device))
     partial = z.new_empty((2, P, C), dtype=torch.float32)
     dweight, dbias = z.new_empty(C, dtype=weight.dtype), z.new_empty(C, dtype=bias_dtype)
     if N == 0:
         return dz, dx, dweight.zero_(), dbias.zero_()
-    counter = (seed, offset) if p > 0.0 else (None, None)
-    tensors = (dy, dnew_residual, z, weight, mean, rstd, dz, dx, partial, *counter)
-    BLOCK_C = max(16, blocks["BLOCK_C"] // 128)  # the last step: few columns a program, to have many programs
+    BLOCK_C = block_size(blocks["BLOCK_C"] // 128)  # the last step: few columns each, to have many programs
     stages = 1 if C * z.element_size() % 16 and z.dtype == torch.float32 else 2  # else too many registers
     with torch.cuda.device_of(z):
-        _layer_norm_bwd_kernel[(P,)](*tensors, N, keep_threshold(p), 1.0 / (1.0 - p), STAGES=stages, **blocks)
+        _layer_norm_bwd_kernel[(P,)](
+            dy,
+            dnew_residual,
+            z,
+            weight,
+            mean,
+            rstd,
+            dz,
+            dx,
+            partial,
+            N=N,
+            **dropout_arguments(p, seed, offset),
+            STAGES=stages,
+            **blocks,
+        )
         _sum_partials_kernel[(triton.cdiv(C, BLOCK_C),)](
             partial, dweight, dbias, P, C=C, BLOCK_P=4096 // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=8
         )
     return dz, dx, dweight, dbias
-
-
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -265,7 +257,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 @layer_norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _statistic(x), _statistic(x)
+    return contiguous_like(x), _statistic(x), _statistic(x)
 
 
 @torch.library.custom_op("fusedgpt::dropout_add_layer_norm", mutates_args=())
@@ -287,7 +279,7 @@ def dropout_add_layer_norm(
 
 @dropout_add_layer_norm.register_fake
 def _(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(residual), _like(residual), _statistic(x), _statistic(x)
+    return contiguous_like(residual), contiguous_like(residual), _statistic(x), _statistic(x)
 
 
 @torch.library.custom_op("fusedgpt::layer_norm_bwd", mutates_args=())
@@ -304,7 +296,7 @@ def _bwd(
     seed: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """layer_norm_bwd, but dx is empty without dropout: an op may not return dz twice, its callers may."""
+    """layer_norm_bwd, but dx is empty without dropout: a custom op may not return dz twice."""
     dz, dx, dweight, dbias = layer_norm_bwd(
         dy, dnew_residual, z, weight, mean, rstd, bias_dtype, x_dtype, p, seed, offset
     )
@@ -324,8 +316,8 @@ def _(
     p: float,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = _like(z, x_dtype) if p > 0.0 else z.new_empty(0, dtype=x_dtype)
-    return _like(z), dx, _like(weight), _like(weight, bias_dtype)
+    dx = contiguous_like(z, x_dtype) if p > 0.0 else z.new_empty(0, dtype=x_dtype)
+    return contiguous_like(z), dx, contiguous_like(weight), contiguous_like(weight, bias_dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -344,7 +336,7 @@ def _backward(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
 def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, weight, bias, _, ctx.p, seed, offset = inputs
     ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
-    ctx.set_materialize_grads(False)  # the last block's residual goes nowhere: no zeros to read
+    ctx.set_materialize_grads(False)  # the final norm's new residual is unused: no zeros to read
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(output[1], weight, *output[2:], seed, offset)
 

@@ -3,10 +3,11 @@
 Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, P padded vocabulary, N rows.
 
 FUSEDGPT_KERNELS=auto (default) takes a Triton kernel where the device has one, `triton` insists on it,
-`reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors.
+`reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors. Where no
+kernel is taken, kernels/cpu/ has the faster form of some references.
 
-Dropout everywhere is counter-based: the same (seed, offset), both int64 scalar tensors, give the same mask;
-draw a new one by another offset, at least numel / 8 further on.
+All dropout is counter-based: the same (seed, offset), both int64 scalar tensors, give the same mask; a new
+mask needs another offset, at least numel / 8 further on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import reference
+from fusedgpt.kernels.cpu import attention as attention_torch
 from fusedgpt.kernels.cpu import linear as linear_
 from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
 
@@ -30,6 +32,7 @@ if HAS_TRITON:
     from fusedgpt.kernels import dropout as dropout_
     from fusedgpt.kernels import layer_norm as layer_norm_
     from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
+    from fusedgpt.kernels.common import TRITON_DTYPES
 
 OPS = (
     "dropout",
@@ -43,9 +46,9 @@ OPS = (
     "adamw",
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_GPU = (8, 0)
 _LARGEST_HEAD = 128
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -75,7 +78,7 @@ def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why `op` cannot take its Triton kernel here; empty if it can."""
     if not HAS_TRITON:
         return "needs the package triton"
-    if dtype not in _TRITON_DTYPES:
+    if dtype not in TRITON_DTYPES:
         return f"has no Triton kernel for {dtype}"
     if device.type == "cuda":
         old = torch.cuda.get_device_capability(device) < _OLDEST_GPU
@@ -85,11 +88,17 @@ def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"has no Triton kernel for {device.type} tensors (TRITON_INTERPRET=1 interprets it on a CPU)"
 
 
+def _takes_triton(op: str, *tensors: Tensor) -> bool:
+    """Whether `op` takes its kernel for these tensors of one device; each dtype must allow it."""
+    device = tensors[0].device
+    return all(backend(op, device, dtype) == "triton" for dtype in {x.dtype for x in tensors})
+
+
 # The checks below run for each layer and token: an error's text is made only where one is raised.
 
 
-def _unexpected(argument: str, expected: str, got: object) -> ValueError:
-    got = tuple(got) if isinstance(got, torch.Size) else got
+def _unexpected(argument: str, expected: object, got: object) -> ValueError:
+    expected, got = (tuple(x) if isinstance(x, torch.Size) else x for x in (expected, got))
     return ValueError(f"{argument}: expected {expected}, got {got}")
 
 
@@ -102,6 +111,30 @@ def _check_floating(**tensors: Tensor) -> None:
             raise _unexpected(name, f"device {device}", x.device)
 
 
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise _unexpected(name, f"device {device}", x.device)
+
+
+def _check_shape(name: str, x: Tensor, shape: torch.Size) -> None:
+    if x.shape != shape:
+        raise _unexpected(name, shape, x.shape)
+
+
+def _check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    if x.shape != other.shape:
+        raise _unexpected(name, f"the shape of {other_name}, {tuple(other.shape)}", x.shape)
+    if dtype and x.dtype != other.dtype:
+        raise _unexpected(name, f"the dtype of {other_name}, {other.dtype}", x.dtype)
+
+
+def _check_integers(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
+    _check_shape(name, x, shape)
+    if x.dtype not in _INTEGERS:
+        raise _unexpected(name, "an integer tensor", x.dtype)
+    _check_device(name, x, device)
+
+
 def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
     if not 0.0 <= p < 1.0:
         raise _unexpected("dropout_p", "0 <= p < 1", p)
@@ -110,8 +143,7 @@ def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | No
             raise _unexpected(name, "an int64 scalar tensor when dropout_p > 0", scalar)
         if scalar.dtype != torch.int64 or scalar.ndim != 0:
             raise _unexpected(name, "an int64 scalar tensor", (scalar.dtype, scalar.shape))
-        if scalar.device != x.device:
-            raise _unexpected(name, f"device {x.device}", scalar.device)
+        _check_device(name, scalar, x.device)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -125,7 +157,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
         return x
     assert seed is not None
     assert offset is not None
-    if backend("dropout", x.device, x.dtype) == "triton":
+    if _takes_triton("dropout", x):
         out: Tensor = dropout_.dropout(x, p, seed, offset)
         return out
     return reference.dropout(x, p, seed, offset)
@@ -145,21 +177,21 @@ def attention(
     """Causal self-attention: softmax(scale * q k^T, causal) v, with dropout on the weights.
 
     q, k, v: (B, T, H, D), any strides, one floating dtype; D up to 128 on a GPU. scale: > 0, 1 / sqrt(D) if
-    None. documents: int ids; tokens see only tokens of their own id, and blocks left of a row's first (right
-    of a column's last) block with its id cost nothing. Returns (B, T, H, D) in q's dtype; softmax in fp32.
-    Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
+    None. documents: int ids; a token sees only tokens of its own id, and the kernel skips the blocks of keys
+    before the first and after the last with a matching id. Returns (B, T, H, D) in q's dtype; softmax in
+    fp32. Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
     """
     _check_floating(q=q, k=k, v=v)
     if q.ndim != 4:
         raise _unexpected("q", "(B, T, H, D)", q.shape)
-    for name, x in (("k", k), ("v", v)):
-        _check_like_q(name, x, q)
-    scale = _check_attention(q, "q", dropout_p, seed, offset, scale, documents)
-    if backend("attention", q.device, q.dtype) == "triton":
-        _check_head_size(q, "q")
+    _check_like("k", k, "q", q)
+    _check_like("v", v, "q", q)
+    scale = _check_attention("q", q, dropout_p, seed, offset, scale, documents)
+    if _takes_triton("attention", q):
+        _check_head_size("q", q)
         y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
         return y
-    return reference.attention(
+    return attention_torch.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
@@ -173,33 +205,27 @@ def qkv_attention(
     scale: float | None = None,
     documents: Tensor | None = None,  # (B, T) int
 ) -> Tensor:
-    """`attention` on the fused projection: its gradient is written as one tensor, with no copy to stack it.
+    """`attention` on the fused projection, whose gradient is written as one tensor: nothing is copied.
 
     qkv: (B, T, 3, H, D), any strides; q, k, v are its three slices. Everything else as in `attention`.
     """
     _check_floating(qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise _unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
-    scale = _check_attention(qkv, "qkv", dropout_p, seed, offset, scale, documents)
-    if backend("attention", qkv.device, qkv.dtype) == "triton":
-        _check_head_size(qkv, "qkv")
+    scale = _check_attention("qkv", qkv, dropout_p, seed, offset, scale, documents)
+    if _takes_triton("attention", qkv):
+        _check_head_size("qkv", qkv)
         y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
         return y
-    return reference.qkv_attention(
-        qkv, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    q, k, v = qkv.unbind(2)
+    return attention_torch.attention(
+        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
 
-def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
-    if x.shape != q.shape:
-        raise _unexpected(name, f"the shape of q, {tuple(q.shape)}", x.shape)
-    if x.dtype != q.dtype:
-        raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
-
-
 def _check_attention(
-    x: Tensor,
     name: str,
+    x: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     offset: Tensor | None,
@@ -211,12 +237,7 @@ def _check_attention(
     if x.shape[-1] == 0:
         raise _unexpected(name, "a head size D above 0", x.shape)
     if documents is not None:
-        if documents.shape != x.shape[:2]:
-            raise _unexpected("documents", f"{tuple(x.shape[:2])}", documents.shape)
-        if documents.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
-            raise _unexpected("documents", "an integer tensor", documents.dtype)
-        if documents.device != x.device:
-            raise _unexpected("documents", f"device {x.device}", documents.device)
+        _check_integers("documents", documents, x.shape[:2], x.device)
     return _checked_scale(scale, x.shape[-1])
 
 
@@ -227,7 +248,7 @@ def _checked_scale(scale: float | None, D: int) -> float:
     return scale
 
 
-def _check_head_size(x: Tensor, name: str) -> None:
+def _check_head_size(name: str, x: Tensor) -> None:
     if x.shape[-1] > _LARGEST_HEAD:
         remedy = "at most 128 for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
         raise _unexpected(name, f"a head size D of {remedy}", x.shape[-1])
@@ -237,15 +258,15 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor | int,  # (B,) int, or one for all
+    lengths: Tensor | int,  # (B,) int, or one number for all
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over the first lengths[b] >= 1 rows of its cache.
+    """Attention of one query token per sequence over the first lengths[b] >= 1 rows of its cache.
 
     Row t of a cache (B, T, H, D) belongs to token t; lengths beyond T count as T, a length of 0 gives NaN.
-    One length for all is a number: it costs a CPU less than the same as a tensor, of which it has to be read.
-    Returns (B, H, D) in q's dtype. scale: > 0, 1 / sqrt(D) if None. Raises ValueError naming the argument.
+    On a CPU one number for all sequences costs less than a tensor, which has to be read. scale: > 0,
+    1 / sqrt(D) if None. Returns (B, H, D) in q's dtype. Raises ValueError naming the argument.
     """
     _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 3:
@@ -256,46 +277,34 @@ def decode_attention(
             raise _unexpected(name, f"({B}, T, {H}, {D})", x.shape)
         if x.dtype != q.dtype:
             raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
-    if v_cache.shape != k_cache.shape:
-        raise _unexpected("v_cache", f"the shape of k_cache, {tuple(k_cache.shape)}", v_cache.shape)
-    if isinstance(lengths, int):
-        if lengths < 1:
-            raise _unexpected("lengths", "1 or more", lengths)
-    elif lengths.shape != (B,):
-        raise _unexpected("lengths", f"({B},)", lengths.shape)
-    elif lengths.is_floating_point():
-        raise _unexpected("lengths", "an integer tensor", lengths.dtype)
-    elif lengths.device != q.device:
-        raise _unexpected("lengths", f"device {q.device}", lengths.device)
+    _check_like("v_cache", v_cache, "k_cache", k_cache)
+    if not isinstance(lengths, int):
+        _check_integers("lengths", lengths, q.shape[:1], q.device)
+    elif lengths < 1:
+        raise _unexpected("lengths", "1 or more", lengths)
     scale = _checked_scale(scale, D)
-    if backend("decode_attention", q.device, q.dtype) == "triton":
-        _check_head_size(q, "q")
+    if _takes_triton("decode_attention", q):
+        _check_head_size("q", q)
         if isinstance(lengths, int):
             lengths = torch.full((B,), lengths, device=q.device)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
         return y
-    return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+    return attention_torch.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise _unexpected("x", "(..., C) with C > 0", x.shape)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[-1:]:
-            raise _unexpected(name, f"{tuple(x.shape[-1:])}", parameter.shape)
+    _check_shape("weight", weight, x.shape[-1:])
+    _check_shape("bias", bias, x.shape[-1:])
     if not eps > 0.0:
         raise _unexpected("eps", "a positive number", eps)
 
 
-def _takes_triton(op: str, *tensors: Tensor) -> bool:
-    """Whether `op` takes its kernel for these tensors of one device; each dtype must allow it."""
-    device = tensors[0].device
-    return all(backend(op, device, dtype) == "triton" for dtype in dict.fromkeys(x.dtype for x in tensors))
-
-
-def _check_width(x: Tensor, most: int) -> None:
-    if x.shape[-1] > most:
-        raise _unexpected("x", f"rows of at most {most} (FUSEDGPT_KERNELS=reference takes any)", x.shape[-1])
+def _check_width(x: Tensor) -> None:
+    if x.shape[-1] > layer_norm_.MAX_C:
+        remedy = f"at most {layer_norm_.MAX_C} (FUSEDGPT_KERNELS=reference takes any)"
+        raise _unexpected("x", f"rows of {remedy}", x.shape[-1])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -307,7 +316,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check_floating(x=x, weight=weight, bias=bias)
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
-        _check_width(x, layer_norm_.MAX_C)
+        _check_width(x)
         y: Tensor = layer_norm_.layer_norm(x, weight, bias, eps)[0]
         return y
     return reference.layer_norm(x, weight, bias, eps)
@@ -329,11 +338,10 @@ def dropout_add_layer_norm(
     """
     _check_floating(x=x, weight=weight, bias=bias, residual=residual)
     _check_norm(x, weight, bias, eps)
-    if residual.shape != x.shape:
-        raise _unexpected("residual", f"the shape of x, {tuple(x.shape)}", residual.shape)
+    _check_like("residual", residual, "x", x, dtype=False)
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
-        _check_width(x, layer_norm_.MAX_C)
+        _check_width(x)
         y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(
             x, residual, weight, bias, eps, dropout_p, seed, offset
         )
@@ -351,8 +359,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise _unexpected("weight", f"(K, {x.shape[-1]})", weight.shape)
     if bias is not None:
         _check_floating(x=x, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise _unexpected("bias", f"{tuple(weight.shape[:1])}", bias.shape)
+        _check_shape("bias", bias, weight.shape[:1])
         bias = bias.to(x.dtype)
     return linear_.linear(x, weight.to(x.dtype), bias)
 
@@ -360,7 +367,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, any shape and floating dtype. Source: Hendrycks and Gimpel 2016."""
     _check_floating(x=x)
-    if backend("gelu", x.device, x.dtype) == "triton":
+    if _takes_triton("gelu", x):
         y: Tensor = activation_.gelu(x)
         return y
     return reference.gelu(x)
@@ -371,8 +378,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     _check_floating(x=x, bias=bias)
     if x.ndim == 0:
         raise _unexpected("x", "(..., C)", x.shape)
-    if bias.shape != x.shape[-1:]:
-        raise _unexpected("bias", f"{tuple(x.shape[-1:])}", bias.shape)
+    _check_shape("bias", bias, x.shape[-1:])
     if _takes_triton("bias_gelu", x, bias):
         y: Tensor = activation_.bias_gelu(x, bias)
         return y
@@ -393,9 +399,9 @@ def linear_cross_entropy(
     """Cross-entropy of the logits hidden @ weight.T, which never exist all at once.
 
     hidden: (N, C) in the compute dtype; weight: (P, C), any floating dtype, of which rows from vocab_size on
-    are padding; targets: (N,) int64, 0 .. vocab_size - 1 or ignore_index (such rows count nowhere).
+    are padding; targets: (N,) int64, 0 .. vocab_size - 1, or ignore_index for rows to leave out.
     reduction: "mean" over the counted rows (0 if there are none), "sum" or "none" (N,). z_loss adds
-    z_loss * logsumexp(logits)^2 a row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
+    z_loss * logsumexp(logits)^2 per row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
     """
     _check_floating(hidden=hidden, weight=weight)
     _check_loss(hidden, weight, targets, reduction, label_smoothing, z_loss)
@@ -403,7 +409,7 @@ def linear_cross_entropy(
     if not 0 < vocab_size <= len(weight):
         raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
     function = linear_cross_entropy_torch.linear_cross_entropy
-    if backend("linear_cross_entropy", hidden.device, hidden.dtype) == "triton":
+    if _takes_triton("linear_cross_entropy", hidden):
         function = linear_cross_entropy_.linear_cross_entropy
     return function(
         hidden,
@@ -424,12 +430,9 @@ def _check_loss(
         raise _unexpected("hidden", "(N, C)", hidden.shape)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise _unexpected("weight", f"(P, {hidden.shape[1]})", weight.shape)
-    if targets.shape != hidden.shape[:1]:
-        raise _unexpected("targets", f"({len(hidden)},)", targets.shape)
+    _check_integers("targets", targets, hidden.shape[:1], hidden.device)
     if targets.dtype != torch.int64:
         raise _unexpected("targets", "int64", targets.dtype)
-    if targets.device != hidden.device:
-        raise _unexpected("targets", f"device {hidden.device}", targets.device)
     if reduction not in ("mean", "sum", "none"):
         raise _unexpected("reduction", "mean, sum or none", reduction)
     if not 0.0 <= label_smoothing < 1.0:

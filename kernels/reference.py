@@ -1,4 +1,4 @@
-"""The plain-PyTorch twin of every fused op: the truth in tests, the CPU path, the baseline in benchmarks.
+"""The plain-PyTorch twin of every fused op: the truth in tests, the baseline in benchmarks, the path of CPUs.
 
 Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, N rows.
 Low-precision inputs (bf16, fp16) are computed in fp32 where precision is decided (softmax, statistics,
@@ -85,13 +85,29 @@ def attention(
     documents: Tensor | None = None,  # (B, T) int
 ) -> Tensor:
     """Causal self-attention; see ops.attention. Returns (B, T, H, D)."""
+    if dropout_p == 0.0 and documents is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    return attention_by_weights(
+        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    )
+
+
+def attention_by_weights(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """The same with all weights (B, H, T, T) in memory."""
     T, D = q.shape[1], q.shape[3]
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    # SDPA's bf16 backward on a CPU is slow: docs/experiments.md, "SDPA in bf16 on a CPU".
-    slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T < 256
-    if dropout_p == 0.0 and documents is None and not slow_sdpa:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
@@ -106,21 +122,6 @@ def attention(
     return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 
-def qkv_attention(
-    qkv: Tensor,  # (B, T, 3, H, D)
-    *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    offset: Tensor | None = None,
-    scale: float | None = None,
-    documents: Tensor | None = None,  # (B, T) int
-) -> Tensor:
-    """Causal self-attention on the fused projection; see ops.qkv_attention. Returns (B, T, H, D)."""
-    return attention(
-        *qkv.unbind(2), dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
-    )
-
-
 def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
@@ -130,29 +131,15 @@ def decode_attention(
     scale: float | None = None,
 ) -> Tensor:
     """One query token against a key-value cache; see ops.decode_attention. Returns (B, H, D)."""
-    if isinstance(lengths, int):
-        k_cache, v_cache, valid = k_cache[:, :lengths], v_cache[:, :lengths], None
-    else:
-        k_cache, v_cache, valid = _filled(k_cache, v_cache, lengths)
+    lengths = torch.as_tensor(lengths, device=q.device).expand(len(q))
+    valid = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, T)
     return F.scaled_dot_product_attention(
         q[:, :, None],
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
-        attn_mask=None if valid is None else valid[:, None, None],
+        attn_mask=valid[:, None, None],
         scale=scale,
     )[:, :, 0]
-
-
-def _filled(k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The caches without the rows that none has filled, and which (B, T) are valid; None if all are."""
-    T = k_cache.shape[1]
-    masked = True
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # no waiting for a GPU
-        shortest, longest = (int(length) for length in lengths.aminmax())
-        k_cache, v_cache, T = k_cache[:, :longest], v_cache[:, :longest], min(T, longest)
-        masked = shortest < T
-    valid = torch.arange(T, device=lengths.device) < lengths[:, None] if masked else None
-    return k_cache, v_cache, valid
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

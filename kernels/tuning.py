@@ -1,7 +1,7 @@
-"""Which GPU a launch is for, and the block sizes, warps and stages that suit it there.
+"""Which GPU a launch is for, and the block sizes, warps and stages of the attention kernels on it.
 
-The tables hold what compiles without spilling (`fusedgpt kernels report`) in the order of what should be
-fastest; `fusedgpt kernels tune` measures on the GPU at hand and writes a file that goes before them:
+The tables hold what compiles without spilling (`fusedgpt kernels report`) and should be fastest.
+`fusedgpt kernels tune` measures on this machine's GPU and writes a file that takes precedence:
 $FUSEDGPT_TUNING, or tuning.json in the user's cache folder. Nothing is tuned while a model runs.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.common import DTYPES
+
 _SAFE_DEFAULT = (8, 0)  # also of the interpreter
 _MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}  # A100, H100, B200
 _assumed: list[tuple[int, int]] = []
@@ -26,7 +28,7 @@ _assumed: list[tuple[int, int]] = []
 
 @contextmanager
 def assume_capability(capability: tuple[int, int]) -> Iterator[None]:
-    """Launch within the block as on a GPU of `capability`, e.g. (9, 0): for compiling without that GPU."""
+    """Within the block, launch as on a GPU of `capability`, e.g. (9, 0): for compiling without that GPU."""
     _assumed.append(capability)
     try:
         yield
@@ -61,9 +63,9 @@ class Tile:
 
 _Sizes = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
 _Table = dict[tuple[str, int], tuple[_Sizes, _Sizes, _Sizes]]
-FEATURES = ("plain", "documents", "dropout")  # the columns; dropout with documents takes the last
+FEATURES = ("plain", "documents", "dropout")  # dropout with documents takes the last
 
-# (kernel, largest head size) -> sizes. Fits 99 KiB of shared memory, so it is the default of all GPUs.
+# (kernel, largest head size) -> sizes per feature. Fits 99 KiB of shared memory: the default of all GPUs.
 _POINTERS: _Table = {
     ("fwd", 64): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
     ("fwd", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
@@ -106,7 +108,7 @@ def attention(kernel: str, q: Tensor, *, feature: str = "plain", describable: bo
 
 
 def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -> Tile:
-    """The tile of the tables, whatever was measured."""
+    """The tile of the tables, ignoring measurements."""
     architecture = capability(q.device)
     descriptors = describable and architecture[0] in (9, 10) and q.element_size() == 2
     small = q.shape[-1] <= 64
@@ -128,7 +130,7 @@ def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -
 
 def attention_key(kernel: str, q: Tensor, feature: str) -> str:
     """The name of one entry of a tuning file, e.g. "attention_fwd bf16 64 plain"."""
-    dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[q.dtype]
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == q.dtype)
     return f"attention_{kernel} {dtype} {q.shape[-1]} {feature}"
 
 
@@ -143,7 +145,7 @@ _overrides: dict[str, Tile] = {}
 
 @contextmanager
 def override(key: str, tile: Tile) -> Iterator[None]:
-    """Use `tile` for one entry within the block: for measuring it."""
+    """Within the block, use `tile` for one entry: for measuring it."""
     _overrides[key] = tile
     try:
         yield
@@ -169,21 +171,21 @@ def load_tiles(path: Path, gpu: str) -> dict[str, Tile]:
         return {}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no tuning file ({error}): delete it or run fusedgpt kernels tune"
+            f"{path} is not a tuning file ({error}): delete it or run fusedgpt kernels tune"
         ) from None
 
 
 def _checked(tile: Tile) -> Tile:
     sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
     if not all(type(size) is int and 0 < size <= 256 for size in sizes):
-        raise ValueError(f"{tile} has a size that is no number from 1 to 256")
+        raise ValueError(f"{tile} has a size that is not a number from 1 to 256")
     if any(size & (size - 1) for size in sizes[:3]) or min(sizes[:2]) < 16:
-        raise ValueError(f"{tile} has a size that is no power of two, or too small")
+        raise ValueError(f"{tile} has a size that is not a power of two, or too small")
     return tile
 
 
 def save_tiles(path: Path, gpu: str, tiles: dict[str, Tile]) -> None:
-    """Add to what `path` holds for this kind of GPU; replaced in one step."""
+    """Add tiles of one kind of GPU to the file `path`, which is replaced atomically."""
     content: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     known = {key: asdict(tile) for key, tile in load_tiles(path, gpu).items()}
     content[gpu] = {**known, **{key: asdict(tile) for key, tile in tiles.items()}}

@@ -1,8 +1,8 @@
-"""x W^T + b, with fp32 on a CPU computed by oneDNN.
+"""x W^T + b, computed by oneDNN for fp32 on a CPU.
 
-torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512 oneDNN, which torch carries too, is twice
-as fast (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway. torch.compile sees the
-plain op and chooses by itself.
+torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512, oneDNN, also part of torch, is faster
+(docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway. torch.compile sees the plain op
+and makes its own choice.
 """
 
 from __future__ import annotations
@@ -21,36 +21,33 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[n
 )
 
 
-def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and HAS_ONEDNN:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
-    return a @ b.T
+def _takes_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
-def transposed_storage(weight: Tensor) -> Tensor:
-    """`weight` (K, C) with its transpose in memory, where one row times it is faster so: fp32 on a CPU.
+def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
+    return _onednn_linear(a, b) if _takes_onednn(a) else a @ b.T
 
-    oneDNN multiplies one row at little more than half of the memory's bandwidth; embedding_bag's weighted
-    sum of the rows of weight.T comes close to it (docs/experiments.md).
+
+def transposed_storage(weight: Tensor) -> Tensor:
+    """`weight` (K, C) stored as its transpose where that makes `one_row` faster: fp32 on a CPU.
+
+    oneDNN multiplies one row at little more than half of the memory bandwidth; embedding_bag's weighted sum
+    of the rows of weight.T comes close to it (docs/experiments.md).
     """
-    return weight.T.contiguous().T if _gains(weight) else weight
+    return weight.T.contiguous().T if _takes_onednn(weight) else weight
 
 
 def has_transposed_storage(weight: Tensor) -> bool:
-    """Whether weight (K, C) is one that `transposed_storage` stores differently, and stored so."""
+    """Whether weight (K, C) is stored as its transpose by `transposed_storage`."""
     K, C = weight.shape
-    return _gains(weight) and weight.stride() == (1, K) and C > 1
-
-
-def _gains(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_ONEDNN
+    return _takes_onednn(weight) and weight.stride() == (1, K) and C > 1
 
 
 @lru_cache
@@ -64,7 +61,7 @@ def _bags(K: int, C: int, threads: int) -> tuple[int, Tensor, Tensor]:
 def one_row(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x (C,) -> weight x + bias (K,), no autograd, for a weight (K, C) of `transposed_storage`.
 
-    What can be prepared is, so that a call is three or four small ops.
+    Everything possible is prepared here, so that a call is three or four small ops.
     """
     K, C = weight.shape
     n, rows, starts = _bags(K, C, torch.get_num_threads())
@@ -81,7 +78,7 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _forward(x, weight, bias)
+        return _onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,10 +92,9 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (K, C), bias (K,), one dtype -> (..., K); see ops.linear."""
-    plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling()
-    if plain or not HAS_ONEDNN or x.numel() == 0:
+    if not _takes_onednn(x) or torch.compiler.is_compiling() or x.numel() == 0:
         return reference.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias)
+        return _onednn_linear(x, weight, bias)
     y: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y

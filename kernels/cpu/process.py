@@ -1,4 +1,4 @@
-"""Settings of the process that make a CPU step fast, and keep it fast beside other work."""
+"""Settings of the process that make CPU steps fast, and keep them fast beside other work."""
 
 from __future__ import annotations
 
@@ -9,29 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Tell malloc to keep what is freed, for the rest of the process; False where it is not glibc's.
+    """Make malloc keep what is freed, for the rest of the process; False where it is not glibc's.
 
-    glibc hands large blocks back to the kernel on every free and faults each of their pages in again, zeroed,
-    on the next allocation: half of a CPU training step (docs/experiments.md, "Page faults").
+    glibc returns large blocks to the kernel on every free, and the next allocation faults each of their pages
+    in again, zeroed: half of a CPU training step (docs/experiments.md, "Page faults").
     """
+    return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 256 << 20})
+
+
+def return_freed_memory() -> bool:
+    """Make malloc return large blocks at once, for the rest of the process; False where it is not glibc's.
+
+    glibc would otherwise learn to keep blocks of the size that a process keeps freeing, and fragmentation
+    between them grows slowly without end.
+    """
+    return _mallopt({_M_MMAP_THRESHOLD: 128 << 10})
+
+
+def _mallopt(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 << 20))
-    return all(libc.mallopt(option, value) for option, value in settings)
+    return all(libc.mallopt(option, value) for option, value in settings.items())
 
 
 def spin_briefly(count: int) -> None:
-    """Let OpenMP threads sleep after `count` looks at what they wait for. Call before torch is imported.
+    """Make idle OpenMP threads sleep after `count` spins. Call before torch is imported.
 
-    By default they spin for milliseconds on cores that another process could use: two trainings at once on
-    two cores ran 50 times slower (docs/experiments.md, "Spinning"). The user's own setting stands.
+    By default they spin for milliseconds on cores that another process could use (docs/experiments.md,
+    "Spinning"). A setting of the user's takes precedence.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(count))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import activation, ops, reference, tuning
+from fusedgpt.kernels.common import row_blocks
 from fusedgpt.kernels.tools import cases, check
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -89,7 +90,7 @@ def test_programs_that_walk_over_many_rows(
     C: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "multiprocessor_count", lambda device: 1)
-    N = 9 * activation._blocks(C)["ROWS"] + 1  # the last tile is partial
+    N = 9 * row_blocks(C, activation._MAX_BLOCK_C)["ROWS"] + 1  # the last tile is partial
     assert_ok(cases.bias_gelu_case(N, C), SINGLE, device)
 
 
@@ -250,7 +251,7 @@ def test_offsets_beyond_32_bits(begins: Callable[..., set[int]]) -> None:
     assert flat == {x.data_ptr() + far for x in (a, b)}
     flat = begins(activation._gelu_bwd_kernel, program, a, b, c, numel, BLOCK=2048)
     assert flat == {x.data_ptr() + far for x in (a, b, c)}
-    blocks = activation._blocks(C)
+    blocks = row_blocks(C, activation._MAX_BLOCK_C)
     N = (program + 1) * blocks["ROWS"]
     far = program * blocks["ROWS"] * C * a.element_size()
     del blocks["num_warps"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import layer_norm, ops, reference, tuning
+from fusedgpt.kernels.common import row_blocks
 from fusedgpt.kernels.tools import cases, check
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -131,7 +132,7 @@ def test_programs_that_walk_over_many_rows(
     C: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "multiprocessor_count", lambda device: 1)
-    N = 9 * layer_norm._blocks(C)["ROWS"] + 1  # the last tile is partial
+    N = 9 * row_blocks(C, layer_norm.MAX_C)["ROWS"] + 1  # the last tile is partial
     assert_ok(cases.dropout_add_layer_norm_case(N, C), SINGLE, device)
 
 
@@ -356,7 +357,7 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
 def test_offsets_beyond_32_bits(device: torch.device, begins: Callable[..., set[int]]) -> None:
     C, program = 100, 2**26
     row = torch.zeros(C, dtype=HALF)
-    blocks = layer_norm._blocks(C)
+    blocks = row_blocks(C, layer_norm.MAX_C)
     N = (program + 1) * blocks["ROWS"]
     far = program * blocks["ROWS"] * C * row.element_size()
     assert far > 2**32

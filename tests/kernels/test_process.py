@@ -10,14 +10,15 @@ import pytest
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from fusedgpt.kernels.cpu.process import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+from fusedgpt.kernels.cpu import process
+setting, MiB = sys.argv[1:]
+if setting != "plain":
+    assert getattr(process, setting)()
 for _ in range(20):
-    torch.ones(8 << 20)
+    torch.ones(int(MiB) << 18)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    torch.ones(8 << 20)
+    torch.ones(int(MiB) << 18)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -37,8 +38,15 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_kept_memory_is_not_faulted_in_again() -> None:
     """Ten tensors of 32 MiB: without the setting each touches 8,192 fresh pages, fewer if huge."""
-    assert int(run(PAGE_FAULTS, "keep")) < 100
-    assert int(run(PAGE_FAULTS, "plain")) > 100
+    assert int(run(PAGE_FAULTS, "keep_freed_memory", "32")) < 100
+    assert int(run(PAGE_FAULTS, "plain", "32")) > 100
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_returned_memory_is_faulted_in_again() -> None:
+    """Below 32 MiB glibc learns to keep the blocks, unless it is told not to."""
+    assert int(run(PAGE_FAULTS, "return_freed_memory", "28")) > 100
+    assert int(run(PAGE_FAULTS, "plain", "28")) < 100
 
 
 @pytest.mark.parametrize(

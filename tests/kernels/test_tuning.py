@@ -71,7 +71,7 @@ def test_a_bad_tuning_file_is_named_with_its_remedy(content: str, tuning_file: P
     tuning_file.parent.mkdir()
     tuning_file.write_text(content)
     tuning.load_tiles.cache_clear()
-    with pytest.raises(ValueError, match=r"tuning\.json is no tuning file .* delete it"):
+    with pytest.raises(ValueError, match=r"tuning\.json is not a tuning file .* delete it"):
         tuning.load_tiles(tuning_file, "A")
 
 

@@ -47,8 +47,8 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Tokenise text of any size into a token set, a folder that `train --data` maps into memory."""
+    from fusedgpt.kernels.cpu.process import return_freed_memory
     from fusedgpt.train.data.text import prepare as prepare_
-    from fusedgpt.train.data.text.encode import return_freed_memory
 
     return_freed_memory()
     if tokenizer is not None and train_tokenizer is not None:

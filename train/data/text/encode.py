@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedgpt.kernels.cpu.process import return_freed_memory
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.tokens.shards import token_dtype
 
-_M_MMAP_THRESHOLD = -3  # <malloc.h>
 _WAITING = 3  # chunks a worker: one that it encodes, and others read ahead or not yet written
 
 
@@ -124,17 +123,6 @@ def _end_with(parent: int) -> None:
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
     return encode_chunk(_worker_tokenizer[0], chunk)
-
-
-def return_freed_memory() -> None:
-    """Tell malloc, where it is glibc's, to hand large blocks back at once, for the rest of the process.
-
-    It would else learn to keep blocks as large as ours, between which memory then grows slowly without end.
-    """
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def usable_cores() -> int:

@@ -1,0 +1,53 @@
+"""Attention without Triton: the reference, and what is faster on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedgpt.kernels import reference
+
+_SLOW_SDPA = 256  # tokens up to which SDPA in bf16 is slow: docs/experiments.md, "SDPA in bf16 on a CPU"
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """See ops.attention."""
+    slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] < _SLOW_SDPA
+    function = reference.attention_by_weights if slow_sdpa else reference.attention
+    return function(q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents)
+
+
+def decode_attention(
+    q: Tensor,  # (B, H, D)
+    k_cache: Tensor,  # (B, T, H, D)
+    v_cache: Tensor,  # (B, T, H, D)
+    lengths: Tensor | int,  # (B,) int, or one number for all
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """See ops.decode_attention. On a CPU the rows beyond the longest sequence are not read."""
+    valid = None
+    if isinstance(lengths, int):
+        k_cache, v_cache = k_cache[:, :lengths], v_cache[:, :lengths]
+    elif lengths.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for a GPU
+        return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+    else:
+        shortest, longest = (int(length) for length in lengths.aminmax())
+        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
+        T = k_cache.shape[1]
+        if shortest < T:
+            valid = (torch.arange(T) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+    return F.scaled_dot_product_attention(
+        q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2), attn_mask=valid, scale=scale
+    )[:, :, 0]

@@ -1,0 +1,60 @@
+"""The forms of attention that are faster on a CPU, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.cpu import attention as kernel
+
+
+@pytest.mark.parametrize("T", [17, 128, 255, 256])
+def test_attention_in_bf16_is_as_exact_as_sdpa(T: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    exact = torch.randn(3, 1, T, 2, 64, dtype=torch.float64, generator=generator).bfloat16().double()
+    errors = []
+    for attention in (kernel.attention, sdpa):
+        inputs = exact.bfloat16().requires_grad_()
+        wide = exact.clone().requires_grad_()
+        out, truth = attention(*inputs), sdpa(*wide)
+        out.float().square().sum().backward()
+        truth.square().sum().backward()
+        assert inputs.grad is not None
+        assert wide.grad is not None
+        errors.append(((out - truth).norm(), (inputs.grad - wide.grad).norm(), (out - truth).mean().abs()))
+    (ours, our_grad, our_bias), (theirs, their_grad, _) = errors
+    assert ours <= 1.5 * theirs  # the standard's factors
+    assert our_grad <= 2 * their_grad
+    assert our_bias <= 1e-3 * exact.std()  # no rounding bias
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own causal attention on (B, T, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("T", "dtype"), [(255, torch.bfloat16), (256, torch.bfloat16), (17, torch.float32)])
+def test_short_sequences_in_bf16_avoid_sdpa(
+    T: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.randn(1, T, 2, 8).to(dtype)
+    called = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x, **y: called.append(1) or sdpa(*x, **y)
+    )
+    ops.attention(q, q, q)
+    ops.qkv_attention(torch.stack((q, q, q), dim=2))
+    assert len(called) == (0 if T == 255 else 2)
+
+
+@pytest.mark.parametrize("lengths", [6, torch.tensor([6, 6]), torch.tensor([3, 6]), torch.tensor([1, 40])])
+def test_rows_that_no_sequence_has_filled_are_not_read(lengths: Tensor | int) -> None:
+    q, k, v = torch.randn(2, 2, 8), *torch.randn(2, 2, 9, 2, 8)
+    expected = reference.decode_attention(q, k, v, lengths)
+    longest = int(torch.as_tensor(lengths).max())
+    k[:, longest:], v[:, longest:] = float("nan"), float("nan")
+    torch.testing.assert_close(ops.decode_attention(q, k, v, lengths), expected)
