@@ -18,11 +18,11 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.model.initialise import init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 from fusedgpt.train.config import ConfigError, RunConfig, create_config
-from fusedgpt.train.data.synthetic.collect import Bar, Task, collect, no_bar
+from fusedgpt.train.data.synthetic.collect import collect
 from fusedgpt.train.data.synthetic.grammar import choose_domain
-from fusedgpt.train.data.text.prepare import tokenise
+from fusedgpt.train.data.synthetic.task import Bar, Task, no_bar
 from fusedgpt.train.data.tokens.dataset import TokenDataset
-from fusedgpt.train.data.tokens.mixes import is_prepared, read_data
+from fusedgpt.train.data.tokens.load import is_token_set, load_data, tokenise
 from fusedgpt.train.loop.precision import resolve_device
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
 from fusedgpt.train.report.progress import Monitor
@@ -157,7 +157,7 @@ def train_on_files(
     what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
-    dataset, tokenizer = read_data(paths, config)
+    dataset, tokenizer = load_data(paths, config)
     check_writable(output_dir)
     name = config.model.name
     documents = dataset.train_documents + dataset.val_documents
@@ -243,7 +243,7 @@ def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
     if steps is None and not paths:
         raise ConfigError("how long is the run? give --steps, or --data to count its epochs")
     if steps is None:
-        steps, _ = count_steps(read_data(paths, config)[0], config.train)
+        steps, _ = count_steps(load_data(paths, config)[0], config.train)
     return plot_schedule(config.train, steps, png)
 
 
@@ -251,8 +251,8 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
     """What `train --estimate` prints. Raises ConfigError for a vocabulary that needs text and has none."""
     if config.data.tokenizer == "char" and not paths:
         raise ConfigError("how many characters are there? give --data")
-    from_data = config.data.tokenizer == "char" or any(map(is_prepared, paths))
-    tokenizer = read_data(paths, config)[1] if from_data else build_tokenizer(config.data.tokenizer)
+    from_data = config.data.tokenizer == "char" or any(map(is_token_set, paths))
+    tokenizer = load_data(paths, config)[1] if from_data else build_tokenizer(config.data.tokenizer)
     vocab_size = tokenizer.vocab_size
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -29,7 +29,8 @@ from benchmarks.arguments import make_parser
 from benchmarks.report import record
 from benchmarks.report.record import Row
 from fusedgpt.model.tokenizer import gpt2_tokenizer
-from fusedgpt.train.data.text.prepare import prepare, read_documents
+from fusedgpt.train.data.text.prepare import prepare
+from fusedgpt.train.data.text.sources import read_documents
 
 
 @lru_cache

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import httpx2
 import pytest
 
-from fusedgpt.train.data.synthetic.collect import Task, collect, generate_texts
+from fusedgpt.train.data.synthetic.collect import collect, generate_texts
 from fusedgpt.train.data.synthetic.jsonl import read_objects
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_protocols import LLMError
+from fusedgpt.train.data.synthetic.task import Task
 
 pytestmark = pytest.mark.serving
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 512, "max_length": 128}
@@ -61,7 +62,7 @@ def train_tiny(root: Path) -> Path:
     from fusedgpt.train.config import build_config
     from fusedgpt.train.pipeline import train_on_files
 
-    texts = generate_texts("", domain="conversation", n_tokens=30_000, seed=0)
+    texts = generate_texts(Task(prompt="", domain="conversation"), 30_000)
     (root / "texts.txt").write_text("\n\n".join(texts))
     config = build_config({**SHAPE, "steps": 150, "batch_size": 4, "learning_rate": 3e-3})
     return train_on_files([root / "texts.txt"], config, root / "models").model_path

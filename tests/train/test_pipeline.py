@@ -19,7 +19,8 @@ from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.train import pipeline
 from fusedgpt.train.config import ConfigError, RunConfig, build_config
 from fusedgpt.train.data.synthetic import collect
-from fusedgpt.train.data.synthetic.collect import count_gpt2_tokens, generate_texts
+from fusedgpt.train.data.synthetic.collect import generate_texts
+from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
@@ -231,6 +232,6 @@ def test_a_language_model_may_write_the_data(tmp_path: Path) -> None:
 
 
 def test_generated_tokens_reach_the_target_and_no_more() -> None:
-    texts = generate_texts("poems", domain="poetry", n_tokens=5000, seed=0)
+    texts = generate_texts(Task(prompt="poems", domain="poetry"), 5000)
     lengths = count_gpt2_tokens(texts)
     assert sum(lengths) >= 5000 > sum(lengths[:-1])

@@ -10,8 +10,8 @@ from fusedgpt.train.cli.settings import SettingsCommand, given_settings
 from fusedgpt.train.report.terminal import progress_bar
 
 if TYPE_CHECKING:  # they take long to import
-    from fusedgpt.train.data.synthetic.collect import Task
     from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+    from fusedgpt.train.data.synthetic.task import Task
 
 data = typer.Typer(no_args_is_help=True, help="Generate and refine training texts, without training.")
 Domain = Literal["cooking", "poetry", "technical", "general", "conversation"]
@@ -87,7 +87,7 @@ def _config(ctx: typer.Context) -> "LLMConfig":
 
 
 def _task(prompt: str, domain: str, seed: int, quiet: bool) -> "Task":
-    from fusedgpt.train.data.synthetic.collect import Task
+    from fusedgpt.train.data.synthetic.task import Task
     from fusedgpt.train.report.progress import Monitor
 
     if quiet:

@@ -162,7 +162,7 @@ def eval_model(
     from fusedgpt.model.folder import load_folder
     from fusedgpt.train.config import ConfigError
     from fusedgpt.train.data.text.sources import Source
-    from fusedgpt.train.data.tokens.mixes import is_prepared, open_held_out
+    from fusedgpt.train.data.tokens.load import is_token_set, load_validation_tokens
     from fusedgpt.train.loop.precision import resolve_device, resolve_precision, set_precision
     from fusedgpt.train.tools.evaluate import evaluate_text, evaluate_tokens
 
@@ -171,11 +171,11 @@ def eval_model(
     set_precision(gpt.to(where), resolve_precision(precision, where))
     with progress_bar("evaluating", quiet=quiet) as show:
         options: dict[str, Any] = {"window": window, "stride": stride}
-        if not any(map(is_prepared, data)):
+        if not any(map(is_token_set, data)):
             source = Source(inputs=tuple(data), text_field=text_field, errors=errors, cut=tokenizer.safe_cut)
             result = evaluate_text(gpt, tokenizer, _counted(source, show), **options)
-        elif all(map(is_prepared, data)):
-            streams = [open_held_out(path, tokenizer) for path in data]
+        elif all(map(is_token_set, data)):
+            streams = [load_validation_tokens(path, tokenizer) for path in data]
             total = sum(map(len, streams))
             result = evaluate_tokens(
                 gpt, tokenizer, streams, report=lambda done: show(done, total), **options

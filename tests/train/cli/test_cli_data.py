@@ -89,7 +89,7 @@ def test_the_fallback_leaves_the_models_texts_apart(tmp_path: Path) -> None:
         ("generate x --output {tmp}/o.jsonl --llm-concurrency 0", "llm_concurrency: Input should be greater"),
         (
             "generate x --output {tmp}/o.jsonl --llm-host ftp://x",
-            "llm_host 'ftp://x' is no http:// or https://",
+            "llm_host 'ftp://x' is not an http:// or https://",
         ),
         (
             "generate x --output {tmp}/o.jsonl --data-source ollama {dead}",
@@ -97,7 +97,7 @@ def test_the_fallback_leaves_the_models_texts_apart(tmp_path: Path) -> None:
         ),
         ("refine {tmp}/absent.jsonl --output {tmp}/o.jsonl", "there is no file {tmp}/absent.jsonl"),
         ("refine {tmp}/exists.jsonl --output {tmp}/exists.jsonl", "exists; remove it"),
-        ("generate x --output {tmp}/o.jsonl --gen-model a", "gen_model is given, but no model is asked"),
+        ("generate x --output {tmp}/o.jsonl --gen-model a", "gen_model is given, but no model is used"),
         (
             "refine {tmp}/exists.jsonl --output {tmp}/o.jsonl",
             "no text is good enough to be kept: kept 0 of 1",
@@ -146,7 +146,9 @@ def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(tmp_path: P
     with Fake(delay=0.1) as fake:
         server = [*ollama(fake), "--llm-concurrency", "2"]
         writing = ["generate", "poems", "--output", raw, "--tokens", "1400", *server]
-        assert re.match(r"\d+ samples .* are kept in .*: the same command goes on", interrupted(writing, raw))
+        assert re.match(
+            r"\d+ samples .* are kept in .*; run the same command to continue", interrupted(writing, raw)
+        )
         before = texts_in(raw)
         assert run(*writing).exit_code == 0
         assert texts_in(raw)[: len(before)] == before

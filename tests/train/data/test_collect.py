@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from ollama_fake import Fake, prompt_of, seed_of, varied_text
 
-from fusedgpt.train.data.synthetic.collect import Task, collect, generate_texts, make_texts
+from fusedgpt.train.data.synthetic.collect import collect, generate_texts, make_texts
 from fusedgpt.train.data.synthetic.grammar import choose_domain
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_protocols import LLMError
+from fusedgpt.train.data.synthetic.task import Task
 
 PROMPT = "poems about the sea"
 
@@ -108,7 +109,7 @@ def test_texts_that_are_all_bad_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["refused", "500", "bad_json"])
 def test_without_a_fallback_a_failure_is_an_error(tmp_path: Path, fault: str) -> None:
     with Fake(fault=lambda path, number: fault if number > 6 else None) as fake:
-        with pytest.raises(LLMError, match=r"samples .* are kept in .*: the same command goes on from there"):
+        with pytest.raises(LLMError, match=r"samples .* are kept in .*; run the same command to continue"):
             gather(config_for(fake), tmp_path)
         fake.fault = lambda path, number: None
         _, info = gather(config_for(fake), tmp_path)
@@ -273,5 +274,5 @@ def test_progress_is_shown(tmp_path: Path) -> None:
 
 
 def test_generated_tokens_reach_the_target_and_no_more() -> None:
-    assert len(generate_texts("poems", domain="poetry", n_tokens=1, seed=0)) == 1
-    assert generate_texts("poems", domain="poetry", n_tokens=0, seed=0) == []
+    assert len(generate_texts(Task(prompt="poems", domain="poetry"), 1)) == 1
+    assert generate_texts(Task(prompt="poems", domain="poetry"), 0) == []

@@ -11,14 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedgpt.train.data.tokens.dataset import (
-    IGNORE_INDEX,
-    TokenDataset,
-    _epoch_order,
-    build_dataset,
-    mix_datasets,
-    permuted,
-)
+from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, TokenDataset, build_dataset, mix_datasets
+from fusedgpt.train.data.tokens.windows import epoch_order, permute
 
 EOT = 9999
 
@@ -134,28 +128,28 @@ def test_positions_outside_the_epoch_are_refused() -> None:
 @given(st.integers(1, 500), st.lists(st.integers(0, 2**63 - 1), min_size=4, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_a_computed_order_is_a_permutation(n: int, keys: list[int]) -> None:
-    assert sorted(permuted(np.arange(n), n, keys).tolist()) == list(range(n))
+    assert sorted(permute(np.arange(n), n, keys).tolist()) == list(range(n))
 
 
 def test_a_computed_order_looks_random() -> None:
     n = 10**12 + 7
     x = np.arange(n - 20_000, n)
-    y = permuted(x, n, (1, 2, 3, 4))
+    y = permute(x, n, (1, 2, 3, 4))
     assert len(np.unique(y)) == len(x)
     assert 0 <= y.min() < y.max() < n
     counts = np.histogram(y, bins=10, range=(0, n))[0]
     assert 1700 < counts.min() < counts.max() < 2300
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.05
-    other = permuted(x, n, (1, 2, 3, 5))
+    other = permute(x, n, (1, 2, 3, 5))
     assert (other != y).mean() > 0.99
 
 
 def test_a_large_epoch_needs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     data = build_dataset([list(range(400))], eot_id=400, max_length=8, val_fraction=0.0, seed=0)
-    _epoch_order.cache_clear()
-    monkeypatch.setattr("fusedgpt.train.data.tokens.dataset._LARGEST_TABLE", 10)
+    epoch_order.cache_clear()
+    monkeypatch.setattr("fusedgpt.train.data.tokens.windows._LARGEST_TABLE", 10)
     windows = torch.cat(whole_epoch(data, seed=3, epoch=1, batch_size=7))
-    _epoch_order.cache_clear()
+    epoch_order.cache_clear()
     assert windows.shape == (50, 9)
     assert len(set(windows[:, 1:].flatten().tolist())) == 400
 

@@ -16,7 +16,6 @@ from fusedgpt.train.data.synthetic.jsonl import (
     read_objects,
     read_texts,
     text_of,
-    write_atomically,
     write_objects,
 )
 
@@ -154,15 +153,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
-    write_atomically(path, "old")
+    write_objects(path, [{"text": "old"}])
 
     def fail(_: int) -> None:
         raise OSError("no")
 
     monkeypatch.setattr(jsonl.os, "fsync", fail)
     with pytest.raises(OSError, match="no"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
+        write_objects(path, [{"text": "new"}])
+    assert path.read_text() == '{"text": "old"}\n'
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
     write_objects(path, [{"text": "é"}])

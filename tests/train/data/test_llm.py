@@ -22,7 +22,7 @@ import pytest
 from ollama_fake import Fake
 
 from fusedgpt.train.data.synthetic import llm
-from fusedgpt.train.data.synthetic.llm import LLMClient, run
+from fusedgpt.train.data.synthetic.llm import LLMClient, use_server
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
 
@@ -45,16 +45,11 @@ def ask(config: LLMConfig, times: int = 1, notes: list[str] | None = None, **cha
     question = Question(**{"model": "writer", "prompt": "eggs", "seconds": 0.3, "seed": 5, **changes})
     answers: list[Answer] = []
 
-    async def main() -> None:
-        async with LLMClient(config, (notes if notes is not None else []).append) as client:
+    async def work(client: LLMClient) -> None:
+        answers.extend(await asyncio.gather(*(client.ask(question) for _ in range(times))))
 
-            async def work() -> None:
-                await client.check_models(gen_model=config.gen_model)
-                answers.extend(await asyncio.gather(*(client.ask(question) for _ in range(times))))
-
-            await client.until_deadline(work())
-
-    run(main())
+    note = (notes if notes is not None else []).append
+    use_server(config, work, {"gen_model": config.gen_model}, note=note)
     return answers
 
 
@@ -203,7 +198,7 @@ def test_names_that_lead_nowhere_or_astray(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_url_that_only_httpx_finds_fault_with() -> None:
-    with pytest.raises(ValueError, match=r"llm_host 'http://0251.0376.1.1' is no URL: "):
+    with pytest.raises(ValueError, match=r"llm_host 'http://0251.0376.1.1' is not a URL: "):
         ask(LLMConfig(data_source="ollama", llm_host="http://0251.0376.1.1"))
 
 
@@ -446,7 +441,7 @@ def test_in_a_running_loop_as_in_a_notebook() -> None:
         assert asyncio.run(notebook()) == [Answer(EGGS, True)]
 
 
-def test_run_until_stops_the_others_and_passes_on_what_fails() -> None:
+def test_jobs_stop_the_others_and_pass_on_what_fails() -> None:
     seen = []
 
     async def sleeper() -> None:
@@ -455,18 +450,27 @@ def test_run_until_stops_the_others_and_passes_on_what_fails() -> None:
         finally:
             seen.append("cancelled")
 
-    async def fails() -> None:
-        raise LLMError("boom")
+    async def fails(error: LLMError) -> None:
+        raise error
 
     async def returns() -> None:
-        pass
+        seen.append("returned")
 
-    def both(first: Coroutine[Any, Any, None], done: bool) -> None:
+    def run(jobs: list[Coroutine[Any, Any, None]], done: bool = False, at_once: int = 2) -> None:
         async def main() -> None:
-            await llm.run_until(lambda: done, [sleeper(), first])
+            client = LLMClient(LLMConfig(data_source="ollama", llm_concurrency=at_once), print)
+            await client.run_jobs(iter(jobs), lambda: done and "returned" in seen)
 
         asyncio.run(asyncio.wait_for(main(), 5))
 
     with pytest.raises(LLMError, match="boom"):
-        both(fails(), done=False)
+        run([sleeper(), fails(LLMError("boom"))])
     assert seen == ["cancelled"]
+    run([sleeper(), returns()], done=True)
+    assert seen == ["cancelled", "returned", "cancelled"]
+    seen.clear()
+    failures = [fails(RequestFailed(str(n))) for n in range(8)]
+    run([*failures[:4], returns(), *failures[4:]], at_once=1)
+    assert seen == ["returned"]
+    with pytest.raises(LLMError, match="5 requests in a row failed, the last: 4; see the server's log"):
+        run([fails(RequestFailed(str(n))) for n in range(5)], at_once=1)

@@ -150,7 +150,7 @@ def test_who_grades() -> None:
 )
 def test_a_model_that_nothing_would_ask_is_an_error(options: dict[str, str]) -> None:
     """Templates never take the place of a model in silence; who names them may keep the other settings."""
-    with pytest.raises(ValidationError, match=r"no model is asked: add --data-source ollama or openai"):
+    with pytest.raises(ValidationError, match=r"no model is used: add --data-source ollama or openai"):
         LLMConfig.model_validate(options)
     assert LLMConfig.model_validate({**options, "data_source": "template"}).data_source == "template"
     assert LLMConfig(refine_model="heuristics", fallback="templates").grader is None

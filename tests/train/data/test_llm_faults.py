@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from ollama_fake import FAULTS, Fake, varied_text
 
-from fusedgpt.train.data.synthetic.collect import Task, make_texts
+from fusedgpt.train.data.synthetic.collect import make_texts
 from fusedgpt.train.data.synthetic.jsonl import read_objects
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_generate import SampleFile
 from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError
+from fusedgpt.train.data.synthetic.task import Task
 
 TOTAL = 0.8
 SLACK = 3.0  # for a busy machine; 0.1 s on a quiet one
@@ -135,8 +136,9 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, times: int) -> N
 _CHILD = """
 import os, sys
 from fusedgpt.train.data.synthetic import llm_generate
-from fusedgpt.train.data.synthetic.collect import Task, make_texts
+from fusedgpt.train.data.synthetic.collect import make_texts
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.task import Task
 from pathlib import Path
 
 take = llm_generate.SampleFile.take

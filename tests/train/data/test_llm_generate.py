@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fusedgpt.train.data.synthetic.grammar import DOMAINS
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_generate import Generation, SampleFile, request_text, split_answer
+from fusedgpt.train.data.synthetic.llm_generate import SampleFile, request_text, split_answer
 from fusedgpt.train.data.synthetic.llm_protocols import Answer
+from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 
 SOUP = "Chop two onions and fry them slowly in butter. Add the stock and simmer for an hour."
 CAKE = "Beat four eggs with sugar until pale, fold in the flour, and bake until golden."
@@ -107,19 +108,14 @@ def test_hostile_answers_take_no_time(unit: str) -> None:
     assert time.perf_counter() - started < 2
 
 
-def plan(path: Path, target: int = 100, prompt: str = "soups", seed: int = 0) -> Generation:
-    return Generation(
-        prompt=prompt,
-        domain="cooking",
-        seed=seed,
-        target_tokens=target,
-        path=path,
-        count_tokens=lambda texts: [len(text.split()) for text in texts],
-    )
+def open_samples(
+    path: Path, config: LLMConfig = CONFIG, *, prompt: str = "soups", seed: int = 0
+) -> SampleFile:
+    return SampleFile(Task(prompt=prompt, domain="cooking", seed=seed), config, 100, path)
 
 
 def test_what_is_taken_and_what_is_not(tmp_path: Path) -> None:
-    with SampleFile(plan(tmp_path / "s.jsonl"), CONFIG) as samples:
+    with open_samples(tmp_path / "s.jsonl") as samples:
         assert samples.take(0, Answer(f"{SOUP}\n===\n{CAKE}", True)) == 2
         on_disk = (tmp_path / "s.jsonl").read_text()
         assert on_disk.count("\n") == 2  # at once
@@ -132,21 +128,21 @@ def test_what_is_taken_and_what_is_not(tmp_path: Path) -> None:
         report = samples.report()
     rejected = {"duplicate": 1, "near-duplicate": 1, "refusal": 1, "too short": 1, "empty": 1, "too long": 1}
     assert report["rejected"] == rejected
-    assert (report["samples"], report["tokens"]) == (2, len(SOUP.split()) + len(CAKE.split()))
+    assert (report["samples"], report["tokens"]) == (2, sum(count_gpt2_tokens([SOUP, CAKE])))
     assert json.loads((tmp_path / "s.info.json").read_text()) | {"seconds": 0} == report | {"seconds": 0}
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    with SampleFile(plan(path), CONFIG) as samples:
+    with open_samples(path) as samples:
         samples.requests = 4
         samples.take(3, Answer(SOUP, True))
         samples.take(2, Answer("Too short.", True))
     with path.open("a") as file:
         file.write('{"text": "' + CAKE[:20])  # a kill in the midst of a write
-    with SampleFile(plan(path, target=99_999), CONFIG) as samples:
+    with open_samples(path) as samples:
         assert samples.texts == [SOUP]
-        assert (samples.requests, samples.tokens) == (4, len(SOUP.split()))
+        assert (samples.requests, samples.tokens) == (4, *count_gpt2_tokens([SOUP]))
         assert samples.rejected == {"too short": 1}
         assert samples.take(4, Answer(f"{SOUP}\n===\n{CAKE}", True)) == 1
         assert samples.report()["runs"] == 2
@@ -155,10 +151,10 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_the_number_of_requests_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    samples = SampleFile(plan(path), CONFIG)
+    samples = open_samples(path)
     samples.take(41, Answer(SOUP, True))
     samples.file.close()  # the info file is as old as the start
-    with SampleFile(plan(path), CONFIG) as samples:
+    with open_samples(path) as samples:
         assert samples.requests == 42
 
 
@@ -167,33 +163,33 @@ def test_the_number_of_requests_survives_a_kill(tmp_path: Path) -> None:
 )
 def test_a_file_for_another_purpose_is_refused(tmp_path: Path, prompt: str, seed: int, model: str) -> None:
     path = tmp_path / "s.jsonl"
-    with SampleFile(plan(path), CONFIG) as samples:
+    with open_samples(path) as samples:
         samples.take(0, Answer(SOUP, True))
     before = path.read_bytes()
     config = CONFIG.model_copy(update={"gen_model": model})
     with pytest.raises(ValueError, match="was made for 'soups' with writer, seed 0; another prompt"):
-        SampleFile(plan(path, prompt=prompt, seed=seed), config)
+        open_samples(path, config, prompt=prompt, seed=seed)
     assert path.read_bytes() == before
 
 
 def test_a_foreign_file_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "mine"}\nand a last line without an end')
-    with pytest.raises(ValueError, match=r"notes.jsonl exists, and no notes.info.json says what for"):
-        SampleFile(plan(path), CONFIG)
+    with pytest.raises(ValueError, match=r"notes.jsonl exists, and no notes.info.json says what it is for"):
+        open_samples(path)
     assert path.read_text() == '{"text": "mine"}\nand a last line without an end'
     for damage in ("", "[]", "5", "{}", "{"):
         path.with_suffix(".info.json").write_text(damage)
         with pytest.raises(ValueError, match=r"info.json is damaged; remove it together with"):
-            SampleFile(plan(path), CONFIG)
+            open_samples(path)
 
 
 def test_a_run_without_a_sample_leaves_no_file(tmp_path: Path) -> None:
     """So that the next may be with another model."""
     path = tmp_path / "s.jsonl"
-    with SampleFile(plan(path), CONFIG) as samples:
+    with open_samples(path) as samples:
         samples.take(0, Answer("Too short.", True))
     assert [file.name for file in tmp_path.iterdir()] == [".s.jsonl.lock"]
-    with SampleFile(plan(path), CONFIG.model_copy(update={"gen_model": "other"})) as samples:
+    with open_samples(path, CONFIG.model_copy(update={"gen_model": "other"})) as samples:
         samples.take(0, Answer(SOUP, True))
     assert json.loads(path.with_suffix(".info.json").read_text())["model"] == "other"

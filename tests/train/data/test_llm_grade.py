@@ -91,11 +91,8 @@ def grade(
     with Grades(path, config.grader, "walks") as grades:
 
         async def main() -> None:
-            async with LLMClient(config) as client:
-                todo = grades.missing(texts)
-                await client.until_deadline(
-                    ask_for_grades(client, lambda done, total: None, grades=grades, texts=todo)
-                )
+            async with LLMClient(config, print) as client:
+                await ask_for_grades(client, lambda done, total: None, grades, grades.missing(texts))
 
         asyncio.run(main())
         return {text: grades.score(text, "walks") for text in texts}, grades.report()

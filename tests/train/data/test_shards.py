@@ -13,22 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
+from fusedgpt.train.data.text.encode import Encoded, Ids
 from fusedgpt.train.data.text.sources import DataError
 from fusedgpt.train.data.tokens import shards
-from fusedgpt.train.data.tokens.shard_writer import SetWriter, _StreamWriter, new_folder
+from fusedgpt.train.data.tokens.shard_writer import TokenSetWriter, _StreamWriter, new_set_folder
 from fusedgpt.train.data.tokens.shards import TokenStream, file_hash, open_stream, read_index
 
 DOCUMENTS = [list(b"first"), list(b"2"), list(b"the third document"), list(b"4"), list(b"five")]
 
 
+def encoded(train: Any = (), val: Any = ()) -> Encoded:
+    """A chunk with one document for each stream that has ids."""
+    streams = [
+        Ids(np.array(ids, dtype=np.uint16), np.array([len(ids)] * bool(len(ids)))) for ids in (train, val)
+    ]
+    return Encoded(*streams, text_bytes=0)
+
+
 def make_set(out: Path, *, shard_tokens: int = 10, val: tuple[int, ...] = (1,)) -> Path:
     """A byte-level set of DOCUMENTS, those numbered in `val` held out."""
-    with new_folder(out) as folder:
-        writer = SetWriter(folder, byte_tokenizer(), shard_tokens)
+    with new_set_folder(out) as folder:
+        writer = TokenSetWriter(folder, byte_tokenizer(), shard_tokens)
         for i, document in enumerate(DOCUMENTS):
-            ids = np.array([*document, 256], dtype=np.uint16)
-            writer.append("val" if i in val else "train", ids, np.array([len(ids)]))
-        writer.close()
+            writer.append(encoded(**{"val" if i in val else "train": [*document, 256]}))
+        writer.finish()
     return out
 
 
@@ -63,7 +71,7 @@ def rehash(folder: Path, name: str) -> None:
     for split in ("train", "val"):
         for entry in (*index[split]["shards"], index[split]["document_ends"]):
             if entry["file"] == name:
-                entry["sha256"] = file_hash(folder / name).hexdigest()
+                entry["sha256"] = file_hash(folder / name)
     file.write_text(json.dumps(index))
 
 
@@ -91,7 +99,7 @@ def test_an_index_says_it_all(sound: Path) -> None:
         "byte",
     )
     assert (index.vocab_size, index.eot_id, index.train.tokens, index.train.documents) == (257, 256, 32, 4)
-    hashes = [file_hash(sound / entry.file).hexdigest() for entry in index.train.shards]
+    hashes = [file_hash(sound / entry.file) for entry in index.train.shards]
     assert [entry.sha256 for entry in index.train.shards] == hashes
 
 
@@ -103,7 +111,7 @@ def test_a_stream_is_cut_anywhere(tmp_path: Path, cut: int) -> None:
     writer.append(ids[11:], ends[2:] - 11)
     tail = [(a.tolist(), e.tolist()) for a, e in writer.blocks(cut)]
     writer.truncate(cut)
-    entry = writer.close()
+    entry = writer.entry()
     assert tail == [(list(range(cut, 36)), [int(e) - cut for e in ends if e > cut])]
     assert (entry.tokens, entry.documents) == (cut, len({*(e for e in ends.tolist() if e < cut), cut}))
     parts = [np.fromfile(tmp_path / shard.file, dtype="<u2") for shard in entry.shards]
@@ -121,12 +129,11 @@ def test_a_stream_is_cut_anywhere(tmp_path: Path, cut: int) -> None:
     ("held_out", "balanced"), [(1, True), (4, True), (5, False), (20, False), (21, True), (90, True)]
 )
 def test_a_share_that_is_far_off_is_cut_from_the_end(tmp_path: Path, held_out: int, balanced: bool) -> None:
-    with new_folder(tmp_path / "out") as folder:
-        writer = SetWriter(folder, byte_tokenizer(), 30)
-        writer.append("train", np.arange(100 - held_out), np.array([100 - held_out]))
-        writer.append("val", np.arange(100 - held_out, 100), np.array([held_out]))
+    with new_set_folder(tmp_path / "out") as folder:
+        writer = TokenSetWriter(folder, byte_tokenizer(), 30)
+        writer.append(encoded(range(100 - held_out), range(100 - held_out, 100)))
         writer.balance(0.1)
-        index = writer.close()
+        index = writer.finish()
     assert index.val.tokens == (10 if balanced else held_out)
     (train, train_ends), (val, val_ends) = open_set(tmp_path / "out")
     assert [*train[:].tolist(), *val[:].tolist()] == list(range(100))
@@ -134,7 +141,7 @@ def test_a_share_that_is_far_off_is_cut_from_the_end(tmp_path: Path, held_out: i
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "deep" / "out") as folder:
+    with pytest.raises(ZeroDivisionError), new_set_folder(tmp_path / "deep" / "out") as folder:
         (folder / "train-00000.bin").write_bytes(bytes(1 // (not folder.exists())))
     assert not list((tmp_path / "deep").iterdir())
 
@@ -142,14 +149,14 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 def test_what_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(OSError, match="out exists already"), new_folder(tmp_path / "out"):
+    with pytest.raises(OSError, match="out exists already"), new_set_folder(tmp_path / "out"):
         pytest.fail("it began")
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as folder:
+    with new_set_folder(tmp_path / "out") as folder:
         (folder / "train-00000.bin").write_bytes(b"half")
-        with pytest.raises(OSError, match="another process is writing"), new_folder(tmp_path / "out"):
+        with pytest.raises(OSError, match="another process is writing"), new_set_folder(tmp_path / "out"):
             pass
         assert (folder / "train-00000.bin").exists()
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["train-00000.bin"]
@@ -158,7 +165,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_link_in_place_of_the_hidden_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"\.out\.partial is a symbolic link"), new_folder(tmp_path / "out"):
+    with pytest.raises(OSError, match=r"\.out\.partial is a symbolic link"), new_set_folder(tmp_path / "out"):
         pass
 
 
@@ -188,7 +195,7 @@ def test_a_stream_has_no_steps() -> None:
 
 def test_an_id_outside_the_vocabulary_says_where(tmp_path: Path) -> None:
     parts = [np.arange(10), np.array([1, 2, 99, 3])]
-    stream = TokenStream(parts, names=["a.bin", "b.bin"], vocab_size=50)
+    stream = TokenStream(parts, files=[Path("a.bin"), Path("b.bin")], vocab_size=50)
     assert stream[:12].tolist() == [*range(10), 1, 2]
     for read in (stream, TokenStream.join([stream]), stream.cut(0, 14)):
         with pytest.raises(DataError, match=r"b\.bin: token 2 is id 99, outside the vocabulary of 50"):
@@ -257,14 +264,14 @@ def test_document_ends_are_checked(sound: Path, tmp_path: Path, ends: list[int])
     [
         (("version",), 2, "version"),
         (("format",), "other", "format"),
-        (("train", "tokens"), 33, "at odds with itself in 'train'"),
-        (("train", "documents"), 5, "at odds with itself"),
+        (("train", "tokens"), 33, "inconsistent in 'train'"),
+        (("train", "documents"), 5, "inconsistent"),
         (("val", "tokens"), -1, "tokens"),
         (("vocab_size",), 70_000, "uint16 does not go with a vocabulary of 70000"),
         (("train", "shards", 0, "file"), "../../etc/passwd", "file"),
-        (("train", "shards", 0, "file"), "train-00001.bin", "at odds with itself"),
+        (("train", "shards", 0, "file"), "train-00001.bin", "inconsistent"),
         (("train", "shards", 0, "sha256"), "x", "sha256"),
-        (("train", "shards"), [], "at odds with itself"),
+        (("train", "shards"), [], "inconsistent"),
         (("surprise",), 1, "surprise"),
     ],
 )
@@ -279,11 +286,11 @@ def test_an_index_at_odds_is_refused(
 
 
 def test_what_is_no_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"is no token set: cannot read .*index\.json: No such file"):
+    with pytest.raises(DataError, match=r"is not a token set: cannot read .*index\.json: No such file"):
         read_index(tmp_path)
     for raw in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"9" * 5000):
         (tmp_path / "index.json").write_bytes(raw)
-        with pytest.raises(DataError, match=r"index\.json is no index of a token set"):
+        with pytest.raises(DataError, match=r"index\.json is not the index of a token set"):
             read_index(tmp_path)
     monkeypatch.setattr(shards, "_MAX_INDEX_BYTES", 100)
     with pytest.raises(DataError, match="over 100 bytes"):
@@ -344,9 +351,9 @@ def spoil_index(folder: Path, choose: st.DataObject) -> None:
 
 
 def test_a_char_set_is_narrow(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as folder:
-        writer = SetWriter(folder, char_tokenizer("ab"), 10)
-        writer.append("train", np.array([0, 1, 2]), np.array([3]))
-        index = writer.close()
+    with new_set_folder(tmp_path / "out") as folder:
+        writer = TokenSetWriter(folder, char_tokenizer("ab"), 10)
+        writer.append(encoded([0, 1, 2]))
+        index = writer.finish()
     assert (index.dtype, index.val.tokens, index.val.shards) == ("uint16", 0, ())
     assert [len(stream) for stream, _ in open_set(tmp_path / "out")] == [3, 0]

@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusedgpt.model.tokenizer import gpt2_tokenizer
 from fusedgpt.train.data.synthetic.grammar import generate_samples
-from fusedgpt.train.data.synthetic.llm import LLMClient, run
+from fusedgpt.train.data.synthetic.llm import use_server
 from fusedgpt.train.data.synthetic.llm_config import HEURISTICS, LLMConfig
-from fusedgpt.train.data.synthetic.llm_generate import Generation, SampleFile, write_samples
+from fusedgpt.train.data.synthetic.llm_generate import SampleFile, write_samples
 from fusedgpt.train.data.synthetic.llm_grade import Grades, ask_for_grades
 from fusedgpt.train.data.synthetic.llm_protocols import LLMError
 from fusedgpt.train.data.synthetic.refine import refine, worth_grading
+from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 
-_SAMPLES_A_ROUND = 200
-_GRADES_KEPT = "the grades so far are kept: the same command goes on"
-Progress = Callable[[int, int], None]  # done, total
-Bar = Callable[[str], AbstractContextManager[Progress]]
-Note = Callable[[str], None]
-_Models = dict[str, str | None]
-_Work = Callable[[LLMClient, Progress], Coroutine[Any, Any, None]]
+_BATCH = 200  # samples whose tokens are counted at once
+_GRADES_KEPT = "the grades so far are kept; run the same command to continue"
 
 
-def no_bar(title: str) -> AbstractContextManager[Progress]:
-    """A progress bar that nobody sees."""
-    return nullcontext(lambda done, total: None)
-
-
-def _no_note(line: str) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the texts are for; `seed` varies them. Lines for a person go to `note`, progress to a `bar`."""
-
-    prompt: str
-    domain: str
-    seed: int = 0
-    note: Note = _no_note
-    bar: Bar = no_bar
-
-
-def count_gpt2_tokens(texts: list[str]) -> list[int]:
-    """How many GPT-2 tokens each text has, whatever tokenizer the model uses."""
-    return [len(ids) for ids in gpt2_tokenizer().encode_batch(texts)]
-
-
-def generate_texts(prompt: str, *, domain: str, n_tokens: int, seed: int) -> list[str]:
+def generate_texts(task: Task, n_tokens: int) -> list[str]:
     """Template samples that together have at least n_tokens GPT-2 tokens."""
     texts: list[str] = []
-    stream = generate_samples(prompt, domain=domain, seed=seed)
+    stream = generate_samples(task.prompt, domain=task.domain, seed=task.seed)
     while n_tokens > 0:
-        fresh = [next(stream) for _ in range(_SAMPLES_A_ROUND)]
-        for text, length in zip(fresh, count_gpt2_tokens(fresh), strict=True):
+        batch = [next(stream) for _ in range(_BATCH)]
+        for text, length in zip(batch, count_gpt2_tokens(batch), strict=True):
             if n_tokens > 0:
                 texts.append(text)
                 n_tokens -= length
@@ -70,11 +38,11 @@ def generate_texts(prompt: str, *, domain: str, n_tokens: int, seed: int) -> lis
 def collect(
     task: Task, config: LLMConfig, *, raw_tokens: int, refined_tokens: int, work_dir: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """Generate and refine: the texts to train on, and what generation_info.json says of them.
+    """Generate and refine: the texts to train on, and their part of generation_info.json.
 
-    A language model's samples and grades are kept in work_dir/FINGERPRINT as they come in; a later call for
-    the same task and model goes on from there. Raises LLMError where the server gives out and config.fallback
-    is "none".
+    A language model's samples and grades are saved in work_dir/FINGERPRINT as they come in; a later call for
+    the same task and model continues from there. Raises LLMError if the server fails and config.fallback is
+    "none".
     """
     started = time.monotonic()
     folder = work_dir / config.fingerprint(task.prompt, task.domain, task.seed)
@@ -90,68 +58,52 @@ def collect(
 def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tuple[list[str], dict[str, Any]]:
     """Texts of n_tokens GPT-2 tokens or a little more, and how they were made.
 
-    A language model's are in the JSONL `path`, which is read first: they may be there already. Raises
-    LLMError as collect does, ValueError for a `path` that was made for another task or model.
+    A language model's are saved in the JSONL `path`, which may hold some or all of them already. Raises
+    LLMError as collect does, ValueError if `path` was made for another task or model.
     """
     if config.data_source == "template":
-        texts = generate_texts(task.prompt, domain=task.domain, n_tokens=n_tokens, seed=task.seed)
+        texts = generate_texts(task, n_tokens)
         task.note(f"generated {len(texts):,} samples from templates")
         return texts, {"method": "template", "versions": {"fusedgpt": version("fusedgpt")}}
-    plan = Generation(
-        prompt=task.prompt,
-        domain=task.domain,
-        seed=task.seed,
-        target_tokens=n_tokens,
-        path=path,
-        count_tokens=count_gpt2_tokens,
-    )
-    with SampleFile(plan, config) as samples:
+    with SampleFile(task, config, n_tokens, path) as samples:
         if samples.texts:
-            task.note(f"{path} holds {samples} already")
+            task.note(f"{path} already holds {samples}")
         try:
             if not samples.enough:
-                wanted = {"gen_model": config.gen_model} | _wanted_grader(config)
-                _ask(config, task, "writing", wanted, partial(write_samples, samples=samples))
+                _write(samples, config)
         except KeyboardInterrupt:
-            task.note(_goes_on(samples))
+            task.note(_kept(samples))
             raise
         except LLMError as error:
-            if not samples.enough:  # the time may be over just when all is there
+            if not samples.enough:  # the time may be over just when all samples are there
                 if config.fallback == "none":
-                    raise LLMError(f"{error}; {_goes_on(samples)}" if samples.texts else str(error)) from None
-                return _filled_up(samples, task, str(error))
+                    raise LLMError(f"{error}; {_kept(samples)}" if samples.texts else str(error)) from None
+                return _filled_up(samples, str(error))
         task.note(f"{config.gen_model} wrote {samples}: {path}")
         return samples.texts, samples.report()
 
 
-def _goes_on(samples: SampleFile) -> str:
-    return f"{samples} are kept in {samples.plan.path}: the same command goes on from there"
+def _write(samples: SampleFile, config: LLMConfig) -> None:
+    with samples.task.bar("writing") as show:
+        use_server(
+            config,
+            lambda client: write_samples(client, show, samples),
+            {"gen_model": config.gen_model} | _grader(config),
+            note=samples.task.note,
+        )
 
 
-def _wanted_grader(config: LLMConfig) -> _Models:
+def _grader(config: LLMConfig) -> dict[str, str | None]:
     return {} if config.grader is None else {"refine_model": config.grader}
 
 
-def _ask(config: LLMConfig, task: Task, title: str, wanted: _Models, work: _Work, spent: float = 0.0) -> None:
-    """Do the work with a client whose server is there and has the models wanted, by their options."""
-
-    async def main(show: Progress) -> None:
-        async with LLMClient(config, task.note, spent) as client:
-
-            async def check_and_work() -> None:
-                await client.check_models(**wanted)
-                await work(client, show)
-
-            await client.until_deadline(check_and_work())
-
-    with task.bar(title) as show:
-        run(main(show))
+def _kept(samples: SampleFile) -> str:
+    return f"{samples} are kept in {samples.path}; run the same command to continue"
 
 
-def _filled_up(samples: SampleFile, task: Task, why: str) -> tuple[list[str], dict[str, Any]]:
-    missing = samples.plan.target_tokens - samples.tokens
-    filling = generate_texts(task.prompt, domain=task.domain, n_tokens=missing, seed=task.seed)
-    task.note(f"{why}; falling back to templates for {len(filling):,} samples")
+def _filled_up(samples: SampleFile, why: str) -> tuple[list[str], dict[str, Any]]:
+    filling = generate_texts(samples.task, samples.target_tokens - samples.tokens)
+    samples.task.note(f"{why}; falling back to templates for {len(filling):,} samples")
     fallback = {"to": "templates", "why": why, "samples": len(filling)}
     return samples.texts + filling, {**samples.report(), "fallback": fallback}
 
@@ -161,17 +113,15 @@ def refine_texts(
 ) -> tuple[list[str], dict[str, Any]]:
     """The best of the texts, up to n_tokens GPT-2 tokens, and how they were chosen.
 
-    A language model's grades are kept in the JSONL `cache`. Raises LLMError where the server gives out and
-    config.fallback is "none", ValueError where no text is left.
+    A language model's grades are saved in the JSONL `cache`; `spent` seconds of --timeout-total are used up.
+    Raises LLMError if the server fails and config.fallback is "none", ValueError if no text is left.
     """
     info: dict[str, Any] = {"grader": config.grader or HEURISTICS}
     with Grades(cache, config.grader, task.prompt) as grades:
         started = time.monotonic()
-        todo = grades.missing(worth_grading(texts))
         try:
-            if todo:
-                work = partial(ask_for_grades, grades=grades, texts=todo)
-                _ask(config, task, "grading", _wanted_grader(config), work, spent)
+            if todo := grades.missing(worth_grading(texts)):
+                _grade(grades, todo, task, config, spent)
         except KeyboardInterrupt:
             task.note(_GRADES_KEPT)
             raise
@@ -194,3 +144,14 @@ def refine_texts(
         raise ValueError(f"no text is good enough to be kept: {report}")
     task.note(str(report))
     return kept, {**asdict(report), **info}
+
+
+def _grade(grades: Grades, texts: list[str], task: Task, config: LLMConfig, spent: float) -> None:
+    with task.bar("grading") as show:
+        use_server(
+            config,
+            lambda client: ask_for_grades(client, show, grades, texts),
+            _grader(config),
+            note=task.note,
+            spent=spent,
+        )

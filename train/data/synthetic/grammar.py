@@ -1,20 +1,20 @@
-"""Template texts for `fusedgpt create`: one grammar a domain, steered by the words of the prompt.
+"""Template texts for `fusedgpt create`: one grammar per domain, steered by the words of the prompt.
 
 The grammars are the TOML files in templates/. A rule is a list of alternatives, a bank a list of rows whose
-fields are parted by ";". Alternatives, rows and fields are templates:
+fields are separated by ";". Alternatives, rows and fields are templates:
 
     {name}                          a rule, a bank (its first field) or a bound row
-    {x=bank}                        binds a row to x for the rest of the sample; writes nothing
+    {x=bank}                        binds a row to x for the rest of the sample; expands to nothing
     {x.field}                       another field of the bound row
-    {x:is/are}                      the first text, or the second where the row is tagged #plural
-    {1..3 cup} {10..30/5 minute}    a number (in steps) and its noun in agreement: 1 cup, 2 cups
-    {a N} {A N} {cap N}             an article by sound, a capitalised one, a first capital
+    {x:is/are}                      the first text, or the second if the row is tagged #plural
+    {1..3 cup} {10..30/5 minute}    a number (in steps) with its noun: 1 cup, 2 cups
+    {a N} {A N} {cap N}             with an article, a capitalised article, a capital
     {title N} {Title N}             Title Case; {title N} leaves a first "the" or "of" small
-    [warm|cold|]                    a choice on the spot
-    \\[ and \\]                       brackets as such
-    ... #tag #tag                   at the end: the words of a prompt that select (or exclude) it
+    [warm|cold|]                    an inline choice
+    \\[ and \\]                       literal brackets
+    ... #tag #tag                   at the end: words of a prompt that select or exclude it
 
-No alternative of a rule, and no row of a bank, is taken twice in a sample while a fresh one is left.
+Alternatives of a rule and rows of a bank are drawn without replacement in a sample, until none is left.
 """
 
 import re
@@ -38,19 +38,19 @@ from fusedgpt.train.data.synthetic.words import (
 
 DOMAINS: tuple[str, ...] = ("cooking", "poetry", "technical", "general", "conversation")
 
-_FOCUS = 0.93  # how often a choice is made among the alternatives that suit the prompt best
+_FOCUS = 0.93  # probability of choosing among the alternatives that match the prompt best
 _TOPIC_WORDS, _TOPICS = 3, 4
-_ASIDE = "*"  # the tag of a topic that is mentioned in passing
-_PATIENCE = 1000  # so many repeats in a row, and the distinct texts count as used up and may come again
+_ASIDE = "*"  # the tag of a topic mentioned in passing
+_PATIENCE = 1000  # repeats in a row until the distinct texts count as exhausted and may repeat
 _WORD_OR_MARK = re.compile(WORD.pattern + r"|[^\w\s]")
 _LATIN = re.compile(r"[a-zà-öø-ÿ]{2,24}")
 _SMALL_WORDS = ("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
 
 
 def choose_domain(prompt: str) -> str:
-    """Returns the domain that the prompt's English and Japanese words speak for, "general" where none does.
+    """The domain that the prompt's English and Japanese words indicate, "general" if none does.
 
-    A form counts twice a subject, so a poem about cooking is poetry; a tie goes to the word that comes first.
+    A form counts twice as much as a subject, so a poem about cooking is poetry; ties go to the first word.
     """
     words = list(dict.fromkeys(stem(word) for word in WORD.findall(normalise(prompt).casefold())))
 
@@ -74,7 +74,7 @@ class _Alternative:
 
 @dataclass(eq=False)
 class _Choice:
-    """A rule, a bank or a choice on the spot; allowed and preferred follow from the prompt."""
+    """A rule, a bank or an inline choice; allowed and preferred follow from the prompt."""
 
     alternatives: list[_Alternative]
     named: bool
@@ -86,7 +86,7 @@ class _Choice:
         return run.join(run.pick(self).fields[""])
 
     def steer(self, wanted: frozenset[str], excluded: frozenset[str]) -> None:
-        """Drops what is excluded or cannot be completed; prefers what reaches most of the wanted tags."""
+        """Drop what is excluded or cannot be completed; prefer what reaches most of the wanted tags."""
         if self.allowed is not None:
             return
         self.allowed = []
@@ -102,7 +102,7 @@ class _Choice:
 
 
 class _Run:
-    """The state of one sample: what is bound, and what has been used."""
+    """The state of one sample: the bound rows, and the alternatives used so far."""
 
     def __init__(self, rng: Random) -> None:
         self.random = rng.random
@@ -139,7 +139,7 @@ class _Run:
         return f"{n} {noun if n == 1 else plural(noun)}" if noun else str(n)
 
 
-# What a template is compiled to: text as such, and what is written anew for each sample.
+# What a template is compiled to: literal text, and functions that expand it for each sample.
 _Part = str | Callable[[_Run], str]
 
 
@@ -174,10 +174,10 @@ class _Grammar:
         sources = [read_templates("shared"), read_templates(domain)]
         rules = {name: rule for source in sources for name, rule in source.get("rules", {}).items()}
         banks = {name: bank for source in sources for name, bank in source.get("banks", {}).items()}
-        # The bank "topic" is filled from the prompt: what it asks for and no template knows.
+        # The bank "topic" is filled with subjects of the prompt that no template knows.
         self.choices = {name: _Choice([], True) for name in [*rules, *banks, "topic"]}
-        # Which nouns of a prompt become topics: those "unknown" to the tags; "all" on a par with tagged rows;
-        # or all as an "aside", behind the rows with the tags of the prompt.
+        # Which nouns of a prompt become topics: those "unknown" to the tags; "all", ranked like tagged rows;
+        # or all as an "aside", ranked after the rows with the tags of the prompt.
         self.topics: str = read_templates(domain).get("topics", "unknown")
         for name, rule in rules.items():
             self.choices[name].alternatives += [self._alternative(text.strip(), None) for text in rule]
@@ -212,7 +212,7 @@ class _Grammar:
         return _Alternative(fields=fields, tags=frozenset(tags), words=words, refs=refs)
 
     def _compile(self, text: str, refs: list[_Choice]) -> list[_Part]:
-        """The parts of a template; a choice on the spot is split at its own level and compiled in turn."""
+        """The parts of a template; inline choices are split at their own level and compiled recursively."""
         parts: list[_Part] = []
         depth, inner = 0, [""]
         for token in filter(None, _TOKEN.split(text)):
@@ -263,7 +263,7 @@ def _is_plural(word: str) -> bool:
 
 
 def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
-    """The words as a phrase that needs no article, and whether it is plural: the moon, dragons, football."""
+    """The words as a phrase that needs no article, such as "the moon" or "dragons"; whether it is plural."""
     head = words[-1]
     if head[0].isupper() or _is_plural(head):
         return " ".join(words), _is_plural(head)
@@ -275,7 +275,7 @@ def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
 
 
 def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
-    """Cuts off what cannot head a topic: "brave", the work of "how clocks work", the soup of "okra soup"."""
+    """Cut off what cannot head a topic: "brave", "work" in "how clocks work", "soup" in "okra soup"."""
     while run and (
         run[-1].endswith("ly")
         or run[-1] in words_of("adjectives")
@@ -287,10 +287,10 @@ def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
 
 
 def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool]]:
-    """The noun phrases of a prompt; where it says what it is about, only those behind that word."""
+    """The noun phrases of a prompt; if it says "about", only those after that word."""
     found = _WORD_OR_MARK.findall(normalise(prompt))
     headline = sum(word[0].isupper() for word in found) * 2 > len(found) + 1
-    # A form (poem) parts phrases; a general subject may end a phrase (quantum computers) but not begin it.
+    # A form (poem) separates phrases; a general subject may end one (quantum computers) but not begin it.
     weights = domain_stems(domain)
     dull = grammar.known & weights.keys() if grammar.topics == "unknown" else frozenset()
     phrases: list[tuple[str, bool]] = []
@@ -311,7 +311,7 @@ def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool
 
 
 def _excluded(prompt: str, diets: dict[str, str]) -> frozenset[str]:
-    """The stems that a prompt rules out: by a diet of the domain, "no eggs", "without nuts" or "nut-free"."""
+    """The stems that a prompt excludes: by a diet of the domain, "no eggs", "without nuts" or "nut-free"."""
     text = " ".join(WORD.findall(normalise(prompt).casefold()))
     names = [name for diet, tags in diets.items() if f" {diet} " in f" {text} " for name in tags.split()]
     names += re.findall(r"\b(?:no|without) (\w+)", text) + re.findall(r"\b(\w+) free\b", text)
@@ -319,9 +319,9 @@ def _excluded(prompt: str, diets: dict[str, str]) -> frozenset[str]:
 
 
 def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -> Iterator[str]:
-    """Returns an endless stream of distinct texts; (prompt, domain, seed) fixes the sequence on any machine.
+    """An endless stream of distinct texts, the same on any machine for the same (prompt, domain, seed).
 
-    Without a domain the prompt chooses it. Raises ValueError for a domain that is not one of DOMAINS.
+    Without a domain it follows from the prompt. Raises ValueError for a domain that is not one of DOMAINS.
     """
     domain = choose_domain(prompt) if domain is None else domain
     if domain not in DOMAINS:
@@ -329,7 +329,7 @@ def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -
     seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
     excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
     root = _steered(prompt, domain, excluded)
-    # A prompt may rule out everything; then it is better to say too much than to say nothing.
+    # If a prompt excludes everything, its exclusions are ignored.
     return _stream(root if root.allowed else _steered(prompt, domain, frozenset()), Random(seed_text))
 
 

@@ -1,26 +1,25 @@
-"""Files with one JSON object a line: read with care, appended to so that no kill loses a line."""
+"""JSON lines files: read with checks, and appended to so that no kill loses a line."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from fusedgpt.model.files import sync
+from fusedgpt.model.files import sync, write_file
 
 _MAX_LINE_BYTES = 4 << 20
 
 
 class JsonLines:
-    """An open JSONL file that only grows. What append() returned from survives kill -9 and power loss.
+    """An open JSONL file that only grows; once append() returns, its lines survive kill -9 and power loss.
 
-    A last line that was cut is completed or removed on opening; `records` is what was there then. Raises
-    ValueError for a file that is no such JSONL, OSError where it cannot be written or another process has it.
+    Opening repairs a truncated last line and reads the `records`. Raises ValueError for a malformed file,
+    OSError if it cannot be written or another process has it open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,17 +47,17 @@ class JsonLines:
             raise
 
     def _repair(self) -> None:
-        """A write that was cut leaves a last line without its end."""
+        """Complete or remove a last line that an interrupted write left."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         rest = content[whole:]
-        if _is_object(rest):
+        if isinstance(parse_json(rest), dict):
             os.write(self._file, b"\n")
         elif rest:
             os.ftruncate(self._file, whole)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the records in one go, down to the disk."""
+        """Write the records and sync them."""
         # ASCII escapes keep even a lone surrogate, which UTF-8 could not
         data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         while data:
@@ -76,20 +75,21 @@ class JsonLines:
         self.close()
 
 
-def _is_object(line: bytes) -> bool:
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text, None if it is malformed."""
     try:
-        return isinstance(json.loads(line), dict)
+        return json.loads(data)
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped. Raises ValueError naming the line at fault."""
+    """The objects of a JSONL file, without blank lines. Raises ValueError that names a bad line."""
     return (value for _, value in _numbered_objects(path))
 
 
 def read_texts(path: Path) -> list[str]:
-    """The "text" of every line. Raises ValueError naming the line at fault, or where there is none."""
+    """The "text" of every line. Raises ValueError that names a bad line, or if there is none."""
     texts = [text_of(value, f"{path}, line {number}") for number, value in _numbered_objects(path)]
     if not texts:
         raise ValueError(f"{path} holds no texts")
@@ -105,17 +105,14 @@ def _numbered_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"{path}, line {number}: over {_MAX_LINE_BYTES:,} bytes long")
             if line.isspace():
                 continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
+            value = parse_json(line)
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
             yield number, value
 
 
 def text_of(record: Mapping[str, Any], where: str | Path) -> str:
-    """The record's "text". Raises ValueError where it has none."""
+    """The "text" of a record. Raises ValueError if there is none."""
     text = record.get("text")
     if not isinstance(text, str):
         raise ValueError(f'{where}: every line needs a "text"; this has only {sorted(record)[:5]}')
@@ -123,21 +120,6 @@ def text_of(record: Mapping[str, Any], where: str | Path) -> str:
 
 
 def write_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
-    """Make a JSONL file in one go. Raises OSError where it cannot be written."""
-    write_atomically(path, "".join(json.dumps(value) + "\n" for value in objects))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file, so that whoever reads it finds the old or the new one whole."""
+    """Write a whole JSONL file. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(handle)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_file(path, "".join(json.dumps(value) + "\n" for value in objects))

@@ -1,23 +1,22 @@
-"""Asking a language model: each request with a deadline and new tries, over a connection that stays put.
+"""Requests to a language model, with deadlines and retries, over a connection to one fixed address.
 
-Nothing here waits without an end. A try is over after `Timeouts.generation` or `.grading` whatever the server
-does, also where it sends a byte a second for ever. A request has at most five tries with growing, random
-waits between, and longer ones where the server asks for that (Retry-After). All requests together end at
-`LLMClient.deadline`. Redirects are not followed, proxies and .netrc not read, and the name of the host is
-looked up once, so that no later answer of the name server leads the requests, and the API key, elsewhere.
+Nothing here waits without a limit. An attempt ends after `Timeouts.generation` or `.grading` seconds whatever
+the server does, even if it sends a byte per second for ever. A request has at most five attempts with
+exponential, jittered pauses, and longer ones if the server asks for them (Retry-After). All requests together
+end at `LLMClient.deadline`. Redirects are not followed, proxies and .netrc not used, and the host's name is
+resolved once, so that a later DNS answer cannot lead the requests, and the API key, elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
@@ -25,7 +24,8 @@ from typing import Any, Self, TypeVar
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
-from fusedgpt.train.data.synthetic.llm_config import LLMConfig, Timeouts, check_address
+from fusedgpt.train.data.synthetic.jsonl import parse_json
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig, check_address
 from fusedgpt.train.data.synthetic.llm_protocols import (
     Answer,
     Fault,
@@ -39,41 +39,69 @@ from fusedgpt.train.data.synthetic.llm_protocols import (
     plain_text,
 )
 
-MOST_FAILURES = 5  # so many requests in a row fail, each after its tries, and the server counts as gone
-_MAX_BODY_BYTES = 4 << 20  # an answer's text is a hundredth of its stream at most
-_TRIES, _TRIES_AFTER_TIMEOUT = 5, 2
-_LONGEST_WAIT = 60.0
-_SECRET_CHARS = 8  # a shorter "key" is one like "none", and may be part of any text
-_PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_MAX_FAILURES = 5  # failed requests in a row, each after its attempts, until the server is given up
+_MAX_BODY_BYTES = 4 << 20  # the text of an answer is at most a hundredth of its stream
+_ATTEMPTS, _ATTEMPTS_AFTER_TIMEOUT = 5, 2
+_MAX_PAUSE = 60.0  # seconds
+_SECRET_CHARS = 8  # a shorter "key", such as "none", may be part of any text
+_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _T = TypeVar("_T")
 
 
-class LLMClient:
-    """An open connection to the server that `config` names; use it as an async context manager.
+def use_server(
+    config: LLMConfig,
+    work: Callable[[LLMClient], Coroutine[Any, Any, None]],
+    models: Mapping[str, str | None],
+    *,
+    note: Callable[[str], object],
+    spent: float = 0.0,
+) -> None:
+    """Do `work` with a client of the server that `config` names, which must have the models.
 
-    `note` gets a line for a person now and then; `spent` seconds are taken off the total time. On entry it
-    raises LLMError where the host's name cannot be looked up, ValueError where it may not be asked.
+    models: by the option that names them, such as {"gen_model": "llama3.2"}. note: gets messages for the
+    user. spent: seconds to subtract from --timeout-total. Raises LLMError if the server fails or the time is
+    over, ValueError for an address that must not be contacted.
     """
 
-    def __init__(
-        self, config: LLMConfig, note: Callable[[str], None] = lambda _: None, spent: float = 0.0
-    ) -> None:
+    async def main() -> None:
+        async with LLMClient(config, note, spent) as client:
+            try:
+                async with asyncio.timeout_at(client.deadline):
+                    await client.check_models(models)
+                    await work(client)
+            except TimeoutError:
+                limit = f"--timeout-total {client.timeouts.total:g} seconds"
+                raise LLMError(f"the time is over ({limit})") from None
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(main())
+    else:  # in a notebook
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, main()).result()
+
+
+class LLMClient:
+    """An open connection to the server that `config` names, an async context manager; see use_server."""
+
+    def __init__(self, config: LLMConfig, note: Callable[[str], object], spent: float = 0.0) -> None:
         self.config, self.note, self.spent = config, note, spent
-        self.timeouts: Timeouts = config.resolve_timeouts()
-        self.faults: Counter[str] = Counter()  # tries that failed, by kind
-        self.parallel = config.llm_concurrency  # falls where the server cannot keep up
+        self.timeouts = config.resolve_timeouts()
+        self.faults: Counter[str] = Counter()  # failed attempts by kind
+        self.parallel = config.llm_concurrency  # lowered if the server cannot keep up
         self.protocol = Ollama() if config.data_source == "ollama" else OpenAI()
         self._key = config.api_key() or ""
-        self._secret = self._key if len(self._key) >= _SECRET_CHARS else ""  # to be taken out of what comes
+        self._secret = self._key if len(self._key) >= _SECRET_CHARS else ""  # removed from all that comes in
         self._reached = False
-        self._listed: list[str] = []
+        self._models: list[str] = []
         self._shrunk_at = self._resume_at = 0.0
 
     async def __aenter__(self) -> Self:
         try:
             url = httpx2.URL(self.config.origin)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"llm_host {self.config.origin!r} is no URL: {error}") from None
+            raise ValueError(f"llm_host {self.config.origin!r} is not a URL: {error}") from None
         self._addresses = _look_up(url, self.timeouts.connect)
         self._url = url.copy_with(host=self._addresses[0])
         self._extensions = {"sni_hostname": url.raw_host.decode("ascii")}
@@ -97,21 +125,10 @@ class LLMClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def until_deadline(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work. Raises LLMError where it is not done when all time is over."""
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                await work
-        except TimeoutError:
-            raise LLMError(f"the time is over (--timeout-total {self.timeouts.total:g} seconds)") from None
-
-    async def check_models(self, **wanted: str | None) -> None:
-        """Raises LLMError unless the server answers and has the models wanted, as far as it says.
-
-        wanted: models by the option that names them, e.g. gen_model="llama3.2".
-        """
-        self._listed = await self._installed()
-        known = {name.removesuffix(":latest") for name in self._listed}
+    async def check_models(self, wanted: Mapping[str, str | None]) -> None:
+        """Raises LLMError unless the server answers and, if it lists its models, has those wanted."""
+        self._models = await self._list_models()
+        known = {name.removesuffix(":latest") for name in self._models}
         for option, model in wanted.items():
             flag = f"--{option.replace('_', '-')}"
             if not model:
@@ -123,68 +140,94 @@ class LLMClient:
                 )
 
     def _listing(self) -> str:
-        return ", ".join(sorted(self._listed)[:20]) or "none that it lists"
+        return ", ".join(sorted(self._models)[:20]) or "none that it lists"
 
-    async def _installed(self) -> list[str]:
-        """The server's models. Some OpenAI-compatible servers will not say: [] where it is there at least."""
-        failure = RequestFailed("it has no address")
+    async def _list_models(self) -> list[str]:
+        """The server's models, [] if it answers but does not list them, as some OpenAI-compatible ones do."""
+        path = self.protocol.models_path
+        seconds = self.timeouts.connect + self.timeouts.grading
+        is_ollama = self.config.data_source == "ollama"
+
+        async def attempt() -> list[str]:
+            data = json_object(await self._attempt("GET", path, None, seconds, _join))
+            try:
+                return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
+            except (KeyError, TypeError):
+                raise Fault("bad JSON", f"its answer to {path} is not a list of models") from None
+
+        failure = ""
         for address in self._addresses:  # localhost may be ::1 first, where few servers listen
             self._url = self._url.copy_with(host=address)
             try:
-                tries = _TRIES if self.config.data_source == "ollama" else 1
-                return await self._retry(self._list_models, tries)
+                return await self._retry(attempt, _ATTEMPTS if is_ollama else 1)
             except LLMError as error:
-                if self._reached and self.config.data_source == "openai":
+                if self._reached and not is_ollama:
                     return []
                 if not isinstance(error, RequestFailed):
                     raise
-                failure = error
+                failure = str(error)
             if self._reached:
                 break
-        raise LLMError(self._down(failure))
-
-    async def _list_models(self) -> list[str]:
-        path = self.protocol.models_path
-        seconds = self.timeouts.connect + self.timeouts.grading
-        data = json_object(await self._try("GET", path, None, seconds, _whole))
-        try:
-            return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
-        except (KeyError, TypeError):
-            raise Fault("bad JSON", f"its answer to {path} is no list of models") from None
-
-    def _down(self, failure: Exception) -> str:
         start = "it, for example with `transformers serve MODEL_FOLDER`,"
-        if self.config.data_source == "ollama":
-            start = "it with `ollama serve`"
-            start += "" if shutil.which("ollama") else " (ollama.com/download has it)"
-        return (
+        if is_ollama:
+            installed = "" if shutil.which("ollama") else " (ollama.com/download has it)"
+            start = f"it with `ollama serve`{installed}"
+        raise LLMError(
             f"no {self.protocol.name} server answers at {self.config.origin}: {failure}; start {start} "
             "or give its address with --llm-host, or do without: --data-source template"
         )
 
+    async def run_jobs(
+        self, jobs: Iterator[Coroutine[Any, Any, None]], done: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Run `jobs`, `parallel` at a time, until all have ended or `done`, which cancels the others.
+
+        Raises the first exception of a job. Of RequestFailed, five in a row raise LLMError.
+        """
+        running: set[asyncio.Task[None]] = set()
+        failed = 0
+        try:
+            while not done():
+                while len(running) < self.parallel and (job := next(jobs, None)):
+                    running.add(asyncio.create_task(job))
+                if not running:
+                    return
+                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for error in [task.exception() for task in finished]:
+                    if error is not None and not isinstance(error, RequestFailed):
+                        raise error
+                    failed = failed + 1 if error else 0
+                    if failed >= _MAX_FAILURES:
+                        remedy = "see the server's log, or try again later"
+                        raise LLMError(f"{failed} requests in a row failed, the last: {error}; {remedy}")
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
     async def ask(self, question: Question) -> Answer:
-        """The model's answer. Raises RequestFailed where all tries failed, LLMError where more are no use."""
+        """The model's answer. Raises RequestFailed if all attempts failed, LLMError if retrying is no use."""
         path, body = self.protocol.request(question, self.config)
 
         async def attempt() -> Answer:
-            return await self._try("POST", path, body, question.seconds, self._read_answer)
+            return await self._attempt("POST", path, body, question.seconds, self._read_answer)
 
-        return await self._retry(attempt, _TRIES)
+        return await self._retry(attempt, _ATTEMPTS)
 
-    async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], tries: int) -> _T:
-        """What `attempt` returns, at the latest in the try of that number."""
+    async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], attempts: int) -> _T:
+        """The result of `attempt`, which is called up to that many times."""
 
         def enough(state: RetryCallState) -> bool:
             fault = state.outcome.exception() if state.outcome else None
             kind = getattr(fault, "kind", "")
             never = kind == "no connection" and not self._reached
-            limit = 1 if never else _TRIES_AFTER_TIMEOUT if kind == "timeout" else tries
+            limit = 1 if never else _ATTEMPTS_AFTER_TIMEOUT if kind == "timeout" else attempts
             return state.attempt_number >= limit
 
         pause = self.timeouts.interval
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Fault),
-            wait=wait_exponential(multiplier=pause, max=_LONGEST_WAIT) + wait_random(0, pause),
+            wait=wait_exponential(multiplier=pause, max=_MAX_PAUSE) + wait_random(0, pause),
             stop=enough,
             reraise=True,
         )
@@ -193,7 +236,7 @@ class LLMClient:
         except Fault as fault:
             raise RequestFailed(str(fault)) from None
 
-    async def _try(
+    async def _attempt(
         self,
         method: str,
         path: str,
@@ -201,7 +244,7 @@ class LLMClient:
         seconds: float,
         read: Callable[[AsyncIterator[bytes]], Coroutine[Any, Any, _T]],
     ) -> _T:
-        """One request, over after `seconds`. Raises Fault, counted, or LLMError where it is no use."""
+        """One HTTP request of at most `seconds`. Raises Fault, counted, or LLMError if retrying is no use."""
         await self._wait_as_asked()
         started = time.monotonic()
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path)
@@ -226,7 +269,7 @@ class LLMClient:
         raise fault
 
     async def _check(self, response: httpx2.Response, path: str) -> None:
-        """Raises unless the status is 200: Fault where that may pass, else LLMError."""
+        """Raises unless the status is 200: Fault if it is transient, else LLMError."""
         status = response.status_code
         if status == 200:
             return
@@ -236,8 +279,8 @@ class LLMClient:
             raise LLMError(
                 f"{where} redirects to {to!r}, which is not followed; give the address as --llm-host"
             )
-        said = self._safe(error_text(_json_or_none(await _whole(self._lines(response)))))
-        if status in _PASSING_STATUS:
+        said = self._safe(error_text(parse_json(await _join(self._lines(response)))))
+        if status in _TRANSIENT_STATUS:
             self._hold_back(response.headers.get("retry-after"))
             raise Fault(str(status), f"{where} answers {status} {said!r}")
         if status in (401, 403):
@@ -246,17 +289,17 @@ class LLMClient:
             )
         if status == 404:
             hint = f"is that an {self.protocol.name} server, and the address right?"
-            hint = f"the server has the models {self._listing()}" if self._listed else hint
+            hint = f"the server has the models {self._listing()}" if self._models else hint
             raise LLMError(f"{where} is not there (404 {said!r}); {hint}")
         raise LLMError(f"{where} answers {status} {said!r}")
 
     def _safe(self, text: object) -> str:
-        """What a server or a library says, fit to be shown."""
+        """A message of the server or a library, fit to be shown."""
         shown = " ".join(plain_text(str(text)).split())
         return (shown.replace(self._secret, "[the API key]") if self._secret else shown)[:300]
 
     def _hold_back(self, retry_after: str | None) -> None:
-        """Let no request begin before the time that the server asks for."""
+        """Start no request before the time that the server asks for."""
         seconds = _seconds_to_wait(retry_after)
         if seconds > 0:
             self.faults["told to wait"] += 1
@@ -273,14 +316,14 @@ class LLMClient:
             await asyncio.sleep(seconds)
 
     def _shrink(self, started: float) -> None:
-        """Fewer requests at once: a server that works on one at a time lets the others wait too long."""
+        """Halve the requests in flight: a server that works on one at a time lets the others time out."""
         if self.parallel > 1 and started > self._shrunk_at:
             self.parallel //= 2
             self._shrunk_at = time.monotonic()
             self.note(f"the server is slow to answer: from now on {self.parallel} request(s) at a time")
 
     async def _read_answer(self, lines: AsyncIterator[bytes]) -> Answer:
-        """The text of a stream. Raises Fault for one that breaks off."""
+        """The text of a streamed answer. Raises Fault if it breaks off."""
         texts: list[str] = []
         end: str | None = None
         async for line in lines:
@@ -293,7 +336,7 @@ class LLMClient:
         return Answer("".join(texts).replace(self._secret, ""), end != "length")  # two lines may share it
 
     async def _lines(self, response: httpx2.Response) -> AsyncIterator[bytes]:
-        """The body in lines, without the key. Raises Fault where it grows too big."""
+        """The lines of the body, without the key. Raises Fault if it is too big."""
         secret = self._secret.encode()
         size, rest = 0, b""
         async for chunk in response.aiter_raw():
@@ -307,19 +350,12 @@ class LLMClient:
             yield rest.replace(secret, b"")
 
 
-async def _whole(lines: AsyncIterator[bytes]) -> bytes:
+async def _join(lines: AsyncIterator[bytes]) -> bytes:
     return b"\n".join([line async for line in lines])
 
 
-def _json_or_none(body: bytes) -> object:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _seconds_to_wait(retry_after: str | None) -> float:
-    """Retry-After: a number of seconds or an HTTP date; 0 for what is neither."""
+    """Retry-After: a number of seconds or an HTTP date; 0 for anything else."""
     text = (retry_after or "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
         return float(text)
@@ -330,7 +366,7 @@ def _seconds_to_wait(retry_after: str | None) -> float:
 
 
 def _look_up(url: httpx2.URL, seconds: float) -> list[str]:
-    """The host's addresses, once and for all. Raises ValueError where one of them may not be asked."""
+    """The addresses of the host. Raises ValueError if one of them must not be contacted."""
     host, found = url.host, list[str]()
     why = "no answer from the name server"
 
@@ -342,7 +378,7 @@ def _look_up(url: httpx2.URL, seconds: float) -> list[str]:
         except (OSError, UnicodeError) as error:
             why = str(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # getaddrinfo knows no deadline
+    thread = threading.Thread(target=ask, daemon=True)  # getaddrinfo has no timeout
     thread.start()
     thread.join(seconds)
     if not found:
@@ -350,37 +386,3 @@ def _look_up(url: httpx2.URL, seconds: float) -> list[str]:
     for address in found:
         check_address(address)
     return found
-
-
-def gave_out(failures: int, last: RequestFailed) -> LLMError:
-    """What to raise where so many requests in a row failed."""
-    remedy = "see the server's log, or try again later"
-    return LLMError(f"{failures} requests in a row failed, the last: {last}; {remedy}")
-
-
-def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """asyncio.run, also where a loop is running already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
-
-
-async def run_until(done: Callable[[], bool], work: list[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once until each has returned or one returns when all is `done`; what goes on is cancelled.
-
-    Raises what the first to fail raises.
-    """
-    tasks = {asyncio.create_task(one) for one in work}
-    pending = tasks
-    try:
-        while pending and not done():
-            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Which language model makes and grades the data, where it is served, and how long it may take."""
+"""Which language model writes and grades the data, where it is served, and its time limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ENV_PREFIX = "FUSEDGPT_OLLAMA_"
-HEURISTICS = "heuristics"  # in place of a model: refine.score_sample grades
+HEURISTICS = "heuristics"  # instead of a model, refine.score_sample grades
 _DEFAULT_HOSTS = {"ollama": "http://localhost:11434", "openai": "http://localhost:8000"}
 _OPENAI = "https://api.openai.com"
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
@@ -26,7 +26,7 @@ _LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 class Timeouts(NamedTuple):
-    """Seconds: to connect, for one answer, for one grade, before the first new try, and for everything."""
+    """Seconds: to connect, per answer, per grade, before the first retry, and in total."""
 
     connect: float
     generation: float
@@ -42,19 +42,19 @@ PRESETS = {
 
 
 def _seconds(name: str, purpose: str) -> float | None:
-    """A field that overrides one number of the presets."""
+    """A field that overrides one number of the preset."""
     text = f"Seconds {purpose} (default: {ENV_PREFIX}{name.upper()}, else by --timeouts)."
     return Field(default=None, gt=0, allow_inf_nan=False, description=text)
 
 
 class LLMConfig(BaseModel):
-    """Where the texts come from, and how the server that writes and grades them is asked."""
+    """Where the texts come from, and how to reach the server that writes and grades them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data_source: Literal["template", "ollama", "openai"] = Field(
         default="template",
-        description="What makes and grades texts: template, ollama, openai (any OpenAI-compatible server).",
+        description="What writes and grades texts: template, ollama, openai (any OpenAI-compatible server).",
     )
     llm_host: str | None = Field(
         default=None,
@@ -63,13 +63,13 @@ class LLMConfig(BaseModel):
     gen_model: str | None = Field(default=None, description="The model that writes the samples.")
     refine_model: str | None = Field(
         default=None,
-        description=f"The model that grades them; {HEURISTICS}: none does (default: --gen-model).",
+        description=f"The model that grades them, or {HEURISTICS} for none (default: --gen-model).",
     )
     llm_endpoint: Literal["chat", "completions"] = Field(
         default="chat", description="openai: chat, or completions for a model without a chat template."
     )
     llm_concurrency: int = Field(default=4, ge=1, le=64, description="Requests in flight.")
-    llm_max_tokens: int = Field(default=768, ge=16, le=32_768, description="Longest answer, in tokens.")
+    llm_max_tokens: int = Field(default=768, ge=16, le=32_768, description="Maximum tokens per answer.")
     llm_api_key_env: str | None = Field(
         default=None,
         description="Environment variable of the API key (default: OPENAI_API_KEY, for api.openai.com).",
@@ -78,12 +78,12 @@ class LLMConfig(BaseModel):
         default="auto", description="How fast the server is: gpu, cpu, or auto to look for a GPU."
     )
     timeout_connect: float | None = _seconds("timeout_connect", "to connect")
-    timeout_generation: float | None = _seconds("timeout_generation", "for one answer")
-    timeout_grading: float | None = _seconds("timeout_grading", "for one grade")
-    timeout_interval: float | None = _seconds("timeout_interval", "before the first new try")
+    timeout_generation: float | None = _seconds("timeout_generation", "per answer")
+    timeout_grading: float | None = _seconds("timeout_grading", "per grade")
+    timeout_interval: float | None = _seconds("timeout_interval", "before the first retry")
     timeout_total: float | None = _seconds("timeout_total", "for all generation and grading")
     fallback: Literal["none", "templates"] = Field(
-        default="none", description="templates: they take over, and it is recorded, where the server fails."
+        default="none", description="If the server fails: none stops, templates write the missing texts."
     )
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class LLMConfig(BaseModel):
             for name in ("llm_host", "gen_model", "refine_model", "llm_api_key_env"):
                 if getattr(self, name) not in (None, HEURISTICS):
                     raise ValueError(
-                        f"{name} is given, but no model is asked: add --data-source ollama or openai"
+                        f"{name} is given, but no model is used: add --data-source ollama or openai"
                     )
         return self
 
@@ -108,7 +108,7 @@ class LLMConfig(BaseModel):
 
     @property
     def grader(self) -> str | None:
-        """The model that grades, None for the heuristics; "" where one is to grade and none is named."""
+        """The model that grades, None for the heuristics; "" if it should be a model and none is named."""
         if self.data_source == "template" or self.refine_model == HEURISTICS:
             return None
         return self.refine_model or self.gen_model or ""
@@ -124,13 +124,13 @@ class LLMConfig(BaseModel):
         return PRESETS[kind]._replace(**{name: value for name, value in given.items() if value is not None})
 
     def api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
-        """The key for the server, None where none is meant for it. Raises ValueError, never showing it."""
+        """The key for the server, None if it needs none. Raises ValueError, without showing the key."""
         name = self.llm_api_key_env or ("OPENAI_API_KEY" if self.origin == _OPENAI else None)
         if name is None:
             return None
         key = environ.get(name, "").strip()
         if not key:
-            shown = name if name.isupper() else "of --llm-api-key-env"  # some give the key itself
+            shown = name if name.isupper() else "of --llm-api-key-env"  # users may have given the key itself
             raise ValueError(
                 f"the environment variable {shown} holds no API key for {self.origin}; export one"
             )
@@ -139,15 +139,15 @@ class LLMConfig(BaseModel):
         return key
 
     def fingerprint(self, prompt: str, domain: str, seed: int) -> str:
-        """Names what a file of samples was made for: only with the same may it be continued."""
+        """A hash of what a file of samples is made for; only with the same one may it be continued."""
         made_by = {"source": self.data_source, "model": self.gen_model, "endpoint": self.llm_endpoint}
         made_for = {"prompt": prompt, "domain": domain, "seed": seed, "max_tokens": self.llm_max_tokens}
-        text = json.dumps([made_by, made_for], sort_keys=True)  # ASCII, so lone surrogates do not matter
+        text = json.dumps([made_by, made_for], sort_keys=True)  # ASCII, even for lone surrogates
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_host(url: str) -> None:
-    """Raises ValueError unless it is a plain http or https URL of a host that may be asked."""
+    """Raises ValueError unless it is a plain http or https URL of a host that may be contacted."""
     if "@" in url:  # not shown: it may hold a password
         raise ValueError("llm_host holds a user name or password; name the key's variable: --llm-api-key-env")
     try:
@@ -156,24 +156,24 @@ def check_host(url: str) -> None:
     except ValueError:
         fine = False
     if not fine or parts.query or parts.fragment or not url.isprintable() or " " in url or "\\" in url:
-        raise ValueError(f"llm_host {url!r} is no http:// or https:// URL like http://localhost:11434")
+        raise ValueError(f"llm_host {url!r} is not an http:// or https:// URL like http://localhost:11434")
     try:
         address = ipaddress.ip_address(parts.hostname or "")
     except ValueError:
-        return  # a name; what it resolves to is checked before the connection
+        return  # a name, whose addresses are checked before connecting
     check_address(str(address))
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError for a link-local address, where clouds serve their machines' credentials."""
+    """Raises ValueError for a multicast or link-local address, where clouds serve credentials."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     if ip.is_link_local or ip.is_multicast:
-        raise ValueError(f"llm_host leads to {address}, which is link-local or multicast; it is not asked")
+        raise ValueError(f"llm_host leads to {address}, which is link-local or multicast and never contacted")
 
 
 def _guess_preset(origin: str) -> str:
-    """gpu, unless the server is on this machine and this machine has none."""
+    """gpu, unless the server is on this machine and this machine has no GPU."""
     if (urlsplit(origin).hostname or "") not in _LOCAL:
         return "gpu"
     metal = platform.system() == "Darwin" and platform.machine() == "arm64"

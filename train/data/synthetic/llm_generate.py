@@ -1,4 +1,4 @@
-"""Samples written by a language model: varied requests, several in flight, every good text kept at once."""
+"""Samples written by a language model: varied requests, several in flight, every good text saved at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -17,16 +16,24 @@ from pathlib import Path
 from random import Random
 from typing import Any, Self
 
+from fusedgpt.model.files import write_file
 from fusedgpt.train.data.synthetic.grammar import generate_samples
-from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of, write_atomically
-from fusedgpt.train.data.synthetic.llm import MOST_FAILURES, LLMClient, gave_out, run_until
+from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of
+from fusedgpt.train.data.synthetic.llm import LLMClient
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
+from fusedgpt.train.data.synthetic.llm_protocols import (
+    Answer,
+    LLMError,
+    Question,
+    plain_text,
+    strip_thoughts,
+)
 from fusedgpt.train.data.synthetic.refine import DuplicateFilter
+from fusedgpt.train.data.synthetic.task import Progress, Task, count_gpt2_tokens
 from fusedgpt.train.data.synthetic.words import WORD, words_of
 
-_TEXTS_A_REQUEST = 3
-_BARREN = 40  # so many answers in a row without a new sample, and the model counts as exhausted
+_TEXTS_PER_REQUEST = 3
+_MAX_BARREN = 40  # answers in a row without a new sample, until the model counts as exhausted
 _PROMPT_CHARS = 2000
 _KINDS = {
     "cooking": (
@@ -52,7 +59,6 @@ _STYLES = (
 )  # fmt: skip
 
 _MAX_ANSWER_CHARS = 200_000
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
 _CHAT_MARK = re.compile(r"<\|[a-z_]{1,30}\|>|\[/?INST\]|</?s>")
 _PARTED = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
 _RULE = re.compile(r"^[ \t]*[-*_](?: ?[-*_]){2,}[ \t]*$", re.M)
@@ -83,13 +89,13 @@ _LAST_END = re.compile(r".*[.!?…。！？][\"')\]”’」]*", re.S)
 
 
 def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
-    """The wording of a run's request of that number: its kind, length, style and sparks vary."""
+    """The request of that number: kind, length, style and two words vary."""
     rng = Random(f"{seed}\n{number}")
     kind, length, style = (rng.choice(options) for options in (_KINDS[domain], _LENGTHS, _STYLES))
     task = plain_text(prompt[:_PROMPT_CHARS]).strip() or "any texts"
     sparks = " and ".join(rng.sample(_spark_words(prompt, domain), 2))
     return (
-        f"Write {_TEXTS_A_REQUEST} texts from which a small language model will learn this task: {task}\n\n"
+        f"Write {_TEXTS_PER_REQUEST} texts from which a small language model will learn this task: {task}\n\n"
         f"Each text: {kind}, {length} words, {style}; it is complete and differs from the others in subject, "
         f"opening and structure. Somewhere in them: {sparks}. Write in English unless the task asks for "
         "another language.\n\nWrite only the texts, no numbers, introduction or comments, and put a line of "
@@ -99,16 +105,16 @@ def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
 
 @lru_cache(maxsize=8)
 def _spark_words(prompt: str, domain: str) -> list[str]:
-    """Words that the templates would use for this prompt: two of them make each request another."""
+    """Words that the templates use for this prompt; two of them make each request different."""
     texts = islice(generate_samples(prompt, domain=domain), 200)
     words = {word for text in texts for word in WORD.findall(text) if len(word) > 3 and word.islower()}
     return sorted(words - words_of("stop"))
 
 
 def split_answer(answer: Answer) -> list[str]:
-    """The samples of an answer, cleaned; of one that was cut, the last up to its last whole sentence."""
+    """The samples of an answer, cleaned; of a truncated one, the last up to its last whole sentence."""
     text = plain_text(answer.text[:_MAX_ANSWER_CHARS])
-    text = unicodedata.normalize("NFC", _FENCE.sub("", _CHAT_MARK.sub("", _THOUGHT.sub("", text))))
+    text = unicodedata.normalize("NFC", _FENCE.sub("", _CHAT_MARK.sub("", strip_thoughts(text))))
     separator = next((s for s in (_PARTED, _HEADING, _RULE) if s.search(text)), _PARTED)
     parts = separator.split(text)
     if not answer.ended:
@@ -118,7 +124,7 @@ def split_answer(answer: Answer) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """A sample without what the model says about it or wraps around it."""
+    """A sample without the model's remarks and markup around it."""
     text = _RULE.sub("", text).strip() + "\n"
     if opening := _OPENING.match(text):
         text = text[opening.end() :]
@@ -129,41 +135,27 @@ def _clean(text: str) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What to write, and where to keep it. `path` is the JSONL, `info_path` says what it was made for."""
-
-    prompt: str
-    domain: str
-    seed: int
-    target_tokens: int
-    path: Path
-    count_tokens: Callable[[list[str]], list[int]]
-
-    @property
-    def info_path(self) -> Path:
-        return self.path.with_suffix(".info.json")
-
-
 class SampleFile:
-    """The samples of a run so far: read back on opening, then appended to as they come in.
+    """The samples of a task so far: those in the JSONL file `path`, and those appended as they come in.
 
-    Raises ValueError for a file that was made for something else, OSError where it cannot be written.
+    The file `info_path` beside it says what they were made for. Raises ValueError for samples of another task
+    or model, OSError if the files cannot be written.
     """
 
-    def __init__(self, plan: Generation, config: LLMConfig) -> None:
-        self.plan = plan
+    def __init__(self, task: Task, config: LLMConfig, target_tokens: int, path: Path) -> None:
+        self.task, self.target_tokens, self.path = task, target_tokens, path
+        self.info_path = path.with_suffix(".info.json")
         self.faults: Counter[str] = Counter()
-        fingerprint = config.fingerprint(plan.prompt, plan.domain, plan.seed)
+        fingerprint = config.fingerprint(task.prompt, task.domain, task.seed)
         self._read_info(fingerprint)  # before the file is touched
-        self.file = JsonLines(plan.path)
+        self.file = JsonLines(path)
         try:
             before = self._read_info(fingerprint)
-            self.texts = [text_of(record, plan.path) for record in self.file.records]
+            self.texts = [text_of(record, path) for record in self.file.records]
         except BaseException:
             self.file.close()
             raise
-        self.tokens = sum(plan.count_tokens(self.texts)) if self.texts else 0
+        self.tokens = sum(count_gpt2_tokens(self.texts))
         self.filter = DuplicateFilter()
         for text in self.texts:
             self.filter.fault(text)
@@ -174,9 +166,9 @@ class SampleFile:
         self._saved = 0.0
         self.info = {
             "fingerprint": fingerprint,
-            "prompt": plan.prompt,
-            "domain": plan.domain,
-            "seed": plan.seed,
+            "prompt": task.prompt,
+            "domain": task.domain,
+            "seed": task.seed,
             "method": config.data_source,
             "server": config.origin,
             "model": config.gen_model,
@@ -187,29 +179,31 @@ class SampleFile:
         self.save_info()
 
     def __str__(self) -> str:
-        return f"{len(self.texts):,} samples ({self.tokens:,} of {self.plan.target_tokens:,} tokens)"
+        return f"{len(self.texts):,} samples ({self.tokens:,} of {self.target_tokens:,} tokens)"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave no file behind that holds nothing: the next try may be with another model."""
+        """Close the file, and remove it if it is empty: the next attempt may use another model."""
         self.save_info()
         if not self.texts:
-            self.plan.path.unlink()
-            self.plan.info_path.unlink()
+            self.path.unlink()
+            self.info_path.unlink()
         self.file.close()
 
     @property
     def enough(self) -> bool:
-        return self.tokens >= self.plan.target_tokens
+        return self.tokens >= self.target_tokens
 
     def _read_info(self, fingerprint: str) -> dict[str, Any]:
-        """What the info file says, {} where there is none yet."""
-        path, info_path = self.plan.path, self.plan.info_path
+        """The content of the info file, {} if there is none yet."""
+        path, info_path = self.path, self.info_path
         if not info_path.exists():
             if path.exists() and path.stat().st_size:
-                raise ValueError(f"{path} exists, and no {info_path.name} says what for; choose another file")
+                raise ValueError(
+                    f"{path} exists, and no {info_path.name} says what it is for; choose another file"
+                )
             return {}
         try:
             info = dict(json.loads(info_path.read_text(encoding="utf-8")))
@@ -224,7 +218,7 @@ class SampleFile:
         return info
 
     def take(self, number: int, answer: Answer) -> int:
-        """Keep what is new and sound of an answer, on disk; returns how many samples that is."""
+        """Save the new and sound samples of an answer; returns how many there are."""
         parts = split_answer(answer)
         kept = []
         if not parts:
@@ -238,11 +232,11 @@ class SampleFile:
         if kept:
             self.file.append({"text": text, "request": number} for text in kept)
             self.texts += kept
-            self.tokens += sum(self.plan.count_tokens(kept))
+            self.tokens += sum(count_gpt2_tokens(kept))
         return len(kept)
 
     def report(self) -> dict[str, Any]:
-        """For generation_info.json: what was asked, kept and rejected, and why."""
+        """For generation_info.json: counts of requests, kept and rejected samples, and the reasons."""
         return {
             **self.info,
             "requests": self.requests,
@@ -254,61 +248,47 @@ class SampleFile:
         }
 
     def save_info(self, *, if_older: float = 0.0) -> None:
-        """Bring the info file up to date, where it is older than so many seconds."""
+        """Update the info file if it is older than `if_older` seconds."""
         if time.monotonic() - self._saved >= if_older:
-            write_atomically(self.plan.info_path, json.dumps(self.report(), indent=2) + "\n")
+            write_file(self.info_path, json.dumps(self.report(), indent=2) + "\n")
             self._saved = time.monotonic()
 
 
-async def write_samples(
-    client: LLMClient, progress: Callable[[int, int], None], *, samples: SampleFile
-) -> None:
-    """Ask until the samples reach the target, `client.parallel` requests in flight.
+async def write_samples(client: LLMClient, progress: Progress, samples: SampleFile) -> None:
+    """Have the model write until the samples reach their target.
 
-    Raises LLMError where the server or the model gives out before; what was accepted is on disk.
+    Raises LLMError if the server or the model fails before; accepted samples are on disk.
     """
-    plan, config = samples.plan, client.config
-    samples.faults = client.faults
-    failed = barren = 0
+    task, samples.faults = samples.task, client.faults
+    barren = 0
 
     def show() -> None:
-        progress(min(samples.tokens, plan.target_tokens), plan.target_tokens)
+        progress(min(samples.tokens, samples.target_tokens), samples.target_tokens)
 
-    async def worker(index: int) -> None:
-        nonlocal failed, barren
-        while not samples.enough and index < client.parallel:
-            number = samples.requests
+    async def write(number: int) -> None:
+        nonlocal barren
+        question = Question(
+            model=client.config.gen_model or "",
+            prompt=request_text(task.prompt, task.domain, task.seed, number),
+            seed=(task.seed * 1_000_003 + number) % (1 << 31),
+            max_tokens=client.config.llm_max_tokens,
+            seconds=client.timeouts.generation,
+        )
+        answer = await client.ask(question)
+        barren = 0 if samples.take(number, answer) else barren + 1
+        samples.save_info(if_older=1.0)
+        show()
+        if barren >= _MAX_BARREN:
+            reasons = ", ".join(f"{n} {why}" for why, n in samples.rejected.most_common(3))
+            raise LLMError(
+                f"{barren} answers in a row held no new sample (rejected so far: {reasons}); "
+                "try another --gen-model"
+            )
+
+    def requests() -> Iterator[Coroutine[Any, Any, None]]:
+        while True:
             samples.requests += 1
-            try:
-                answer = await client.ask(_question(plan, config, number, client.timeouts.generation))
-            except RequestFailed as error:
-                failed += 1
-                if failed >= MOST_FAILURES:
-                    raise gave_out(failed, error) from None
-                continue
-            barren = 0 if samples.take(number, answer) else barren + 1
-            failed = 0
-            samples.save_info(if_older=1.0)
-            show()
-            if barren >= _BARREN:
-                raise LLMError(_exhausted(samples.rejected))
+            yield write(samples.requests - 1)
 
     show()
-    await run_until(lambda: samples.enough, [worker(i) for i in range(config.llm_concurrency)])
-
-
-def _question(plan: Generation, config: LLMConfig, number: int, seconds: float) -> Question:
-    return Question(
-        model=config.gen_model or "",
-        prompt=request_text(plan.prompt, plan.domain, plan.seed, number),
-        seed=(plan.seed * 1_000_003 + number) % (1 << 31),
-        max_tokens=config.llm_max_tokens,
-        seconds=seconds,
-    )
-
-
-def _exhausted(rejected: Counter[str]) -> str:
-    reasons = ", ".join(f"{n} {why}" for why, n in rejected.most_common(3))
-    return (
-        f"{_BARREN} answers in a row held no new sample (rejected so far: {reasons}); try another --gen-model"
-    )
+    await client.run_jobs(requests(), done=lambda: samples.enough)

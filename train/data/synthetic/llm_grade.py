@@ -1,4 +1,4 @@
-"""Samples graded by a language model, 0 to 10, each once: grades are kept by content."""
+"""Samples graded by a language model, 0 to 10; grades are cached by content."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from fusedgpt.train.data.synthetic.jsonl import JsonLines
-from fusedgpt.train.data.synthetic.llm import MOST_FAILURES, LLMClient, gave_out, run_until
-from fusedgpt.train.data.synthetic.llm_protocols import Question, RequestFailed, plain_text
+from fusedgpt.train.data.synthetic.llm import LLMClient
+from fusedgpt.train.data.synthetic.llm_protocols import Question, RequestFailed, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import score_sample
+from fusedgpt.train.data.synthetic.task import Progress
 
 _MAX_TOKENS = 64
 _PROMPT_CHARS, _TEXT_CHARS = 2000, 12_000
@@ -41,17 +42,13 @@ def request_text(text: str, prompt: str) -> str:
 
 
 def parse_grade(answer: str) -> float | None:
-    """The grade, 0 to 10, that an answer names; None where it names none, or several that differ."""
-    text = _strip_thoughts(unicodedata.normalize("NFKC", answer[:20_000]))
+    """The grade, 0 to 10, in an answer; None if there is none, or several that differ."""
+    text = strip_thoughts(unicodedata.normalize("NFKC", answer[:20_000]))
     for pattern in (_AFTER_LABEL, _OUT_OF_TEN):
         if found := pattern.findall(text):
             return _in_range(found[-1])
     alone = set(_ALONE.findall(_SCALE.sub(" ", text)))
     return _in_range(alone.pop()) if len(alone) == 1 else None
-
-
-def _strip_thoughts(text: str) -> str:
-    return re.sub(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", "", text, flags=re.S | re.I)
 
 
 def _in_range(number: str) -> float | None:
@@ -60,9 +57,9 @@ def _in_range(number: str) -> float | None:
 
 
 class Grades:
-    """A model's grades of texts, kept in a JSONL file by content; with no model it has none.
+    """A model's grades of texts, cached by content in a JSONL file; without a model there are none.
 
-    Raises ValueError for a file that is no such JSONL, OSError where it cannot be written.
+    Raises ValueError for a malformed file, OSError if it cannot be written.
     """
 
     def __init__(self, path: Path, model: str | None, prompt: str) -> None:
@@ -83,7 +80,7 @@ class Grades:
             self._file.close()
 
     def missing(self, texts: Sequence[str]) -> list[str]:
-        """Those of the texts that the model has yet to grade, each once."""
+        """The distinct texts that the model has not graded yet."""
         if self.model is None:
             return []
         distinct = list(dict.fromkeys(texts))
@@ -92,14 +89,14 @@ class Grades:
         return todo
 
     def keep(self, text: str, grade: float) -> None:
-        """Remember a grade, 0 to 10, on disk."""
+        """Save a grade, 0 to 10."""
         key = self._key(text)
         if self._file:
             self._file.append([{"key": key, "grade": grade, "model": self.model}])
         self._known[key] = grade
 
     def score(self, text: str, prompt: str) -> float:
-        """For refine(): the model's grade as 0 to 1, or the heuristics' where it gave none."""
+        """For refine(): the model's grade as 0 to 1, or the heuristics' score if it gave none."""
         grade = self._known.get(self._key(text)) if self.model is not None else None
         if grade is not None:
             return grade / 10
@@ -107,46 +104,40 @@ class Grades:
         return score_sample(text, prompt)
 
     def report(self) -> dict[str, int]:
-        """For generation_info.json: how many grades came from where."""
+        """For generation_info.json: the number of grades by origin."""
         return {why: n for why, n in self.counts.items() if n}
 
     def _key(self, text: str) -> str:
-        """What a grade depends on."""
+        """A hash of what a grade depends on."""
         content = json.dumps([self.model, self.prompt, text]).encode()
         return hashlib.sha256(content).hexdigest()[:32]
 
 
-async def ask_for_grades(
-    client: LLMClient, progress: Callable[[int, int], None], *, grades: Grades, texts: list[str]
-) -> None:
-    """Have the model grade the texts, `client.parallel` at once.
+async def ask_for_grades(client: LLMClient, progress: Progress, grades: Grades, texts: list[str]) -> None:
+    """Have the model grade the texts.
 
-    An answer without a grade is asked for once more; then, or where all tries failed, the heuristics have to
-    do. Raises LLMError where the server gives out; the grades so far are kept.
+    If an answer holds no grade, it is asked for once more; after that, or if the request failed, the text is
+    left to the heuristics. Raises LLMError if the server fails; the grades so far are saved.
     """
-    failed = finished = 0
-    queue = iter(texts)
+    finished = 0
 
-    async def worker(index: int) -> None:
-        nonlocal failed, finished
-        while index < client.parallel and (text := next(queue, None)) is not None:
-            try:
-                grade = await _grade(client, grades, text)
-                failed = 0
-            except RequestFailed as error:
-                grade = None
-                failed += 1
-                grades.counts["requests failed"] += 1
-                if failed >= MOST_FAILURES:
-                    raise gave_out(failed, error) from None
+    async def grade_one(text: str) -> None:
+        nonlocal finished
+        try:
+            grade = await _grade(client, grades, text)
+        except RequestFailed:
+            grades.counts["requests failed"] += 1
+            raise
+        else:
             if grade is not None:
                 grades.keep(text, grade)
                 grades.counts["by the model"] += 1
+        finally:
             finished += 1
             progress(finished, len(texts))
 
     progress(0, len(texts))
-    await run_until(lambda: False, [worker(i) for i in range(client.config.llm_concurrency)])
+    await client.run_jobs(grade_one(text) for text in texts)
 
 
 async def _grade(client: LLMClient, grades: Grades, text: str) -> float | None:

@@ -1,18 +1,19 @@
-"""What Ollama and OpenAI-compatible servers are sent and send back, as far as fusedgpt uses it."""
+"""The parts of Ollama's and OpenAI's APIs that fusedgpt uses, and how their texts are cleaned."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fusedgpt.train.data.synthetic.jsonl import parse_json
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?")
 _INVISIBLE = dict.fromkeys(  # C1 controls, bidirectional overrides, byte order mark, lone surrogates
     [0x7F, *range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000)]
 )
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
 
 
 class LLMError(OSError):
@@ -20,11 +21,11 @@ class LLMError(OSError):
 
 
 class RequestFailed(LLMError):
-    """One request failed, in all its tries; others may succeed."""
+    """All attempts of one request failed; others may succeed."""
 
 
 class Fault(Exception):
-    """One try failed for a reason that may pass."""
+    """One attempt failed for a reason that may be transient."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class Fault(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One request to a model; `seconds` bounds each try."""
+    """One request to a model; `seconds` limits each attempt."""
 
     model: str
     prompt: str
@@ -44,14 +45,14 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """What the model wrote, and whether it came to an end by itself."""
+    """What the model wrote, and whether it ended by itself rather than at a limit."""
 
     text: str
     ended: bool
 
 
 class Piece(NamedTuple):
-    """A line of a stream: some text, and at the end why it ends."""
+    """A line of a stream: some text; `end`: why the answer ends, if it does."""
 
     text: str = ""
     end: str | None = None
@@ -61,6 +62,11 @@ def plain_text(text: str) -> str:
     """`text` without control characters, escape sequences and bidirectional overrides; \\n and \\t stay."""
     text = _ESCAPE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return "".join(c for c in text if c >= " " or c in "\n\t").translate(_INVISIBLE)
+
+
+def strip_thoughts(text: str) -> str:
+    """`text` without what a reasoning model put between <think> tags."""
+    return _THOUGHT.sub("", text)
 
 
 class Ollama:
@@ -108,7 +114,7 @@ class OpenAI:
     def piece(self, line: bytes) -> Piece:
         field, _, value = line.partition(b":")
         if field != b"data":
-            if field in (b"", b"event", b"id", b"retry"):  # a comment, or what the API makes no use of
+            if field in (b"", b"event", b"id", b"retry"):  # a comment, or a field the API does not use
                 return Piece()
             raise Fault("bad JSON", f"expected a server-sent event, found {line[:60]!r}")
         if value.strip() == b"[DONE]":
@@ -116,7 +122,7 @@ class OpenAI:
         data = json_object(value)
         choices = data.get("choices")
         if not choices:
-            return Piece()  # the count of tokens used
+            return Piece()  # the usage statistics
         choice = choices[0] if isinstance(choices, list) else None
         if not isinstance(choice, dict):
             raise Fault("bad JSON", f"expected choices, found {value[:60]!r}")
@@ -127,10 +133,8 @@ class OpenAI:
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        data = None
+    """A JSON object from a server. Raises Fault if it is none, or an error message."""
+    data = parse_json(line)
     if not isinstance(data, dict):
         raise Fault("bad JSON", f"expected a JSON object, found {line[:60]!r}")
     if data.get("error"):
@@ -145,7 +149,7 @@ def _string(value: object) -> str:
 
 
 def error_text(data: object) -> str:
-    """{"error": "..."} as Ollama has it, {"error": {"message": "..."}} as OpenAI."""
+    """The message of {"error": "..."} (Ollama) or {"error": {"message": "..."}} (OpenAI)."""
     error = data.get("error", data.get("detail")) if isinstance(data, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
     return plain_text(str(message or ""))[:300]

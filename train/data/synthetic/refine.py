@@ -1,4 +1,4 @@
-"""Chooses the best of the raw samples: scored, without repeats, as many as the token target asks for."""
+"""Selects the best of the raw samples: scored, without duplicates, up to a number of tokens."""
 
 import re
 import unicodedata
@@ -20,18 +20,18 @@ _MAX_CHARS = 12_000  # longer samples are dropped unread
 _MIN_SCORE = 0.45
 
 # Near duplicates by MinHash: word 3-grams, 30 minima in 10 bands of 3. Texts of Jaccard similarity J share
-# 10 J^3 bands on average: 4.2 at the limit of 0.75, 0.6 at 0.4, the usual value for one template's samples.
-# So the few texts that share the most bands are compared in full, which keeps the whole near-linear.
+# 10 J^3 bands on average: 4.2 at the limit of 0.75, 0.6 at 0.4, the usual value for samples of one template.
+# Only the few texts that share the most bands are compared in full, which keeps the time near linear.
 _SHINGLE, _BANDS, _ROWS = 3, 10, 3
 _NEAR = 0.75
-_BUCKET, _COMPARE = 48, 6  # look at so many texts of a bucket, and compare so many in full
+_BUCKET, _COMPARE = 48, 6  # texts of a bucket that are considered; texts compared in full
 _Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefineReport:
-    """What refine kept and why it dropped the rest: kept + the sum of dropped is the number of samples."""
+    """What refine kept, and why it dropped the rest; kept and dropped add up to the number of samples."""
 
     kept: int
     kept_tokens: int
@@ -54,7 +54,7 @@ def _length_score(n_words: int) -> float:
 
 
 def _form_score(text: str) -> float:
-    """Whether the text looks like prose: ends a sentence, is mostly letters, opens and closes its quotes."""
+    """Whether the text looks like prose: it ends a sentence, is mostly letters, and its quotes are closed."""
     letters = sum(map(str.isalpha, text))
     plain = text.replace("\n", "").replace("\t", "")
     odd = 0 if plain.isprintable() else sum(unicodedata.category(char)[0] == "C" for char in plain)
@@ -81,7 +81,7 @@ def _prompt_stems(prompt: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _relevance_score(words: list[str], prompt: str) -> float:
-    """How much of the prompt is found in the text: its own words, or half as good, those of its domain."""
+    """How many of the prompt's words are in the text; a word of its domain gives half the score."""
     topic, domain = _prompt_stems(prompt)
     if not topic:
         return 1.0
@@ -90,10 +90,10 @@ def _relevance_score(words: list[str], prompt: str) -> float:
 
 
 def score_sample(text: str, prompt: str) -> float:
-    """Returns the quality of a text for a prompt, 0 to 1, from length, form, repetition and relevance.
+    """The quality of a text for a prompt, 0 to 1, by length, form, repetition and relevance.
 
-    Form and repetition scale the whole, so that noise scores low whatever its length; never raises. Good
-    samples share the top score on purpose: refine then keeps their mix instead of one favoured template.
+    Form and repetition scale the whole, so that noise scores low whatever its length. Many good samples share
+    the top score on purpose: refine then keeps a mix of them instead of one favoured template.
     """
     text = text[:_MAX_CHARS]
     words = _WORD.findall(text.casefold())
@@ -116,56 +116,30 @@ def _shingles(words: list[str]) -> _Hashes:
     return np.unique(ids)
 
 
-class _NearDuplicates:
-    """MinHash with banding: a text is compared only to those kept texts that share a band of minima."""
+class DuplicateFilter:
+    """Finds useless texts: of a bad length, or too similar to an earlier one.
+
+    Near duplicates are found by MinHash with banding: a text is compared only to earlier ones that share a
+    band of minima.
+    """
 
     def __init__(self) -> None:
         # Multiply-shift hashes, which wrap around in 64 bits; the factors are odd.
         rng = np.random.default_rng(0)
         shape = (_BANDS * _ROWS, 1)
-        self.scale = rng.integers(1 << 63, size=shape, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.shift = rng.integers(1 << 63, size=shape, dtype=np.uint64)
-        self.kept: list[frozenset[int]] = []
-        self.buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
-
-    def add(self, words: list[str]) -> bool:
-        """Returns whether the text is new, and only then remembers it."""
-        hashes = _shingles(words)
-        minima = ((self.scale * hashes + self.shift) >> np.uint64(33)).min(axis=1)  # (BANDS * ROWS,)
-        keys = [(band, row.tobytes()) for band, row in enumerate(minima.reshape(_BANDS, _ROWS))]
-        mine = frozenset(hashes.tolist())
-        close = Counter(chain.from_iterable(self.buckets[key][-_BUCKET:] for key in keys))
-        for i, _ in close.most_common(_COMPARE):
-            shared = len(mine & self.kept[i])
-            if shared >= _NEAR * (len(mine) + len(self.kept[i]) - shared):
-                return False
-        for key in keys:
-            self.buckets[key].append(len(self.kept))
-        self.kept.append(mine)
-        return True
-
-
-class DuplicateFilter:
-    """Takes texts one by one and says why one is of no use: by its length, or too like an earlier one."""
-
-    def __init__(self) -> None:
-        self._screen = _Screen()
-        self._near = _NearDuplicates()
+        self._scale = rng.integers(1 << 63, size=shape, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self._shift = rng.integers(1 << 63, size=shape, dtype=np.uint64)
+        self._seen: set[str] = set()  # but for case and white space
+        self._kept: list[frozenset[int]] = []
+        self._buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
 
     def fault(self, text: str) -> str | None:
-        """Returns None for a text that is new and of a sensible length, and remembers it; else the reason."""
-        fault, words = self._screen.look(text)
-        return fault or (None if self._near.add(words) else "near-duplicate")
+        """Why a text is useless; None if it is useful: then it is remembered."""
+        fault, words = self.screen(text)
+        return fault or (None if self.is_new(words) else "near-duplicate")
 
-
-class _Screen:
-    """Finds texts too long, too short, or the same as an earlier one but for case and white space."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def look(self, text: str) -> tuple[str | None, list[str]]:
-        """Why the text is not worth a score, and its words."""
+    def screen(self, text: str) -> tuple[str | None, list[str]]:
+        """(why a text is not worth a score: its length, or equal to an earlier one; its words)."""
         if len(text) > _MAX_CHARS:
             return "too long", []
         words = _WORD.findall(text.casefold())
@@ -175,28 +149,32 @@ class _Screen:
             fault = "too short"
         elif len(words) > _MAX_WORDS:
             fault = "too long"
-        elif same in self.seen:
+        elif same in self._seen:
             fault = "duplicate"
-        self.seen.add(same)
+        self._seen.add(same)
         return fault, words
+
+    def is_new(self, words: list[str]) -> bool:
+        """Whether a text is not a near duplicate of an earlier one; only then is it remembered."""
+        hashes = _shingles(words)
+        minima = ((self._scale * hashes + self._shift) >> np.uint64(33)).min(axis=1)  # (BANDS * ROWS,)
+        keys = [(band, row.tobytes()) for band, row in enumerate(minima.reshape(_BANDS, _ROWS))]
+        mine = frozenset(hashes.tolist())
+        close = Counter(chain.from_iterable(self._buckets[key][-_BUCKET:] for key in keys))
+        for i, _ in close.most_common(_COMPARE):
+            shared = len(mine & self._kept[i])
+            if shared >= _NEAR * (len(mine) + len(self._kept[i]) - shared):
+                return False
+        for key in keys:
+            self._buckets[key].append(len(self._kept))
+        self._kept.append(mine)
+        return True
 
 
 def worth_grading(samples: Sequence[str]) -> list[str]:
-    """The samples that refine will ask the score of: neither too short, too long nor the same as another."""
-    return [samples[i] for i in _screen(samples, Counter())]
-
-
-def _screen(samples: Sequence[str], dropped: Counter[str]) -> dict[int, list[str]]:
-    """The words of each sample that is worth a score, by its index."""
-    screen = _Screen()
-    words_of: dict[int, list[str]] = {}
-    for i, text in enumerate(samples):
-        fault, words = screen.look(text)
-        if fault:
-            dropped[fault] += 1
-        else:
-            words_of[i] = words
-    return words_of
+    """The samples that refine will score: not too short, too long or equal to an earlier one."""
+    duplicates = DuplicateFilter()
+    return [text for text in samples if duplicates.screen(text)[0] is None]
 
 
 def refine(
@@ -207,27 +185,33 @@ def refine(
     count_tokens: Callable[[list[str]], list[int]],
     score: Callable[[str, str], float] = score_sample,
 ) -> tuple[list[str], RefineReport]:
-    """Returns the best samples, in their original order, until their tokens reach the target, and a report.
+    """The best samples, in their original order, until their tokens reach the target, and a report.
 
-    count_tokens maps texts to their token counts; score(text, prompt) gives 0 to 1, a language model's grade
-    may take its place. Every dropped sample is counted under one reason. Raises ValueError for a target < 1.
+    count_tokens: the token counts of texts. score(text, prompt): 0 to 1. Every dropped sample is counted once
+    in the report. Raises ValueError for a target below 1.
     """
     if target_tokens < 1:
         raise ValueError(f"target_tokens must be positive, not {target_tokens}")
     dropped: Counter[str] = Counter()
-    words_of = _screen(samples, dropped)
+    duplicates = DuplicateFilter()
+    words_of: dict[int, list[str]] = {}  # of the samples worth a score, by index
+    for i, text in enumerate(samples):
+        fault, words = duplicates.screen(text)
+        if fault:
+            dropped[fault] += 1
+        else:
+            words_of[i] = words
     scores = {i: score(samples[i], prompt) for i in words_of}
     good = [i for i in words_of if scores[i] >= _MIN_SCORE]
     dropped["low score"] += len(words_of) - len(good)
     tokens = dict(zip(good, count_tokens([samples[i] for i in good]) if good else [], strict=True))
 
-    near = _NearDuplicates()
     kept: list[int] = []
     kept_tokens = 0
     for i in sorted(good, key=lambda i: -scores[i]):
         if kept_tokens >= target_tokens:
             dropped["over target"] += 1
-        elif not near.add(words_of[i]):
+        elif not duplicates.is_new(words_of[i]):
             dropped["near-duplicate"] += 1
         else:
             kept.append(i)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-_PROMPT_CHARS = 4000  # what lies beyond cannot steer any more than this does
+_PROMPT_CHARS = 4000  # of a prompt that are considered
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 

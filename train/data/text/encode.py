@@ -1,4 +1,4 @@
-"""Text to token ids on all cores, in order: processes, as tiktoken's threads wait for each other."""
+"""Text to token ids on all cores, in order, by processes: tiktoken's threads block each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedgpt.kernels.cpu.process import return_freed_memory
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.tokens.shards import token_dtype
 
-_WAITING = 3  # chunks a worker: one that it encodes, and others read ahead or not yet written
+_CHUNKS_PER_WORKER = 3  # one being encoded, the others read ahead or waiting to be written
 
 
 class Chunk(NamedTuple):
@@ -34,14 +34,14 @@ class Chunk(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """Token ids, end-of-text among them, and how many of them there are at the end of each document."""
+    """Token ids with end-of-text after each document, and the position at which each document ends."""
 
     ids: NDArray[Any]
     document_ends: NDArray[np.int64]
 
 
 class Encoded(NamedTuple):
-    """What a chunk adds to both streams."""
+    """What a chunk adds to each stream."""
 
     train: Ids
     val: Ids
@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
-    """Encode, put end-of-text after each document, and sort by stream."""
+    """Encode the texts, with end-of-text after each document, and split them into the two streams."""
     arrays = tokenizer.encode_arrays(chunk.texts)
     eot = np.array([tokenizer.eot_id], dtype=np.uint32)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -73,9 +73,9 @@ def _utf8_length(text: str) -> int:
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """`encode_chunk` of each, in order, by `workers` processes; by this one if one is enough.
+    """`encode_chunk` of each, in order, in `workers` processes, or in this one if that is enough.
 
-    Raises OSError where a worker was killed.
+    Raises OSError if a worker was killed.
     """
     chunks = iter(chunks)
     first = list(islice(chunks, 2))
@@ -83,7 +83,7 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -
     if workers == 1 or len(first) < 2:
         yield from (encode_chunk(tokenizer, chunk) for chunk in chunks)
         return
-    # fork shares the vocabulary, and needs no main module that can be imported
+    # fork shares the vocabulary, and does not need to import the main module
     method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (tokenizer, os.getpid()))
@@ -91,31 +91,31 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -
         waiting: deque[Future[Encoded]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) >= _WAITING * workers:
+            if len(waiting) >= _CHUNKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError(
-            "a worker process was killed, for want of memory perhaps: try fewer --workers"
+            "a worker process was killed, perhaps for lack of memory: try fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_worker_tokenizer: list[Tokenizer] = []  # in a worker: the one it encodes with
+_worker_tokenizer: list[Tokenizer] = []  # in a worker, the one to encode with
 
 
 def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
     return_freed_memory()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # that library's threads do not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     _worker_tokenizer[:] = [tokenizer]
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exit when the parent has: a killed one leaves its workers waiting for work."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -126,5 +126,5 @@ def _encode_in_worker(chunk: Chunk) -> Encoded:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""Documents from files, folders and standard input, one after another, in constant memory.
+"""Documents from files, folders and standard input, read one after another in constant memory.
 
-A text file is one document, a line of a .jsonl or a row of a .parquet another. A document comes in pieces,
-cut where its ids stay those of the whole text.
+A text file, a line of a .jsonl file and a row of a .parquet file are one document each. A text file is read
+in pieces, cut where the token ids stay those of the whole text.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]
 
 _BLOCK_BYTES = 1 << 18
-_BINARY_BYTES = 8192  # a zero byte this early means no text; git looks as far
-_ROWS = 256  # of a table that are in memory at once
+_BINARY_BYTES = 8192  # a zero byte among the first means binary, as for git
+_ROWS = 256  # of a table, in memory at once
 _IDEOGRAPH_END = re.compile("[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa](?=[。、，！？])")
 
 
 class DataError(ValueError):
-    """Data that cannot be read, or is not what it should be."""
+    """Data that cannot be read, or is malformed."""
 
 
 class Piece(NamedTuple):
@@ -49,26 +49,23 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is read, and how.
-
-    Iterating gives the pieces of all documents that are not blank; again, for files, with the next iteration.
-    """
+    """What to read, and how. Iterating gives the pieces of all documents that are not blank."""
 
     inputs: tuple[Path, ...]
     text_field: str = "text"  # of a JSON line or a table
-    errors: Errors = "strict"  # for what is not UTF-8
+    errors: Errors = "strict"  # for bytes that are not UTF-8
     cut: Cut = "never"
-    on_bytes: Callable[[int], None] = lambda _: None  # told how many more bytes of the input were read
+    on_bytes: Callable[[int], None] = lambda _: None  # called with the number of further bytes read
 
     def __iter__(self) -> Iterator[Piece]:
-        """Raises FileNotFoundError for a missing input, DataError for what cannot be read."""
+        """Raises FileNotFoundError for a missing input, DataError for one that cannot be read."""
         for path in find_files(self.inputs):
             with _readable(path):
-                yield from _with_ends(_reader(path)(self, path))
+                yield from _reader(path)(self, path)
 
     @property
     def size(self) -> int:
-        """Bytes of all files, compressed as they are. Raises as iterating does where a path is unusable."""
+        """Bytes of all files, compressed as they are. Raises as iterating does for unusable paths."""
         return sum(path.stat().st_size for path in find_files(self.inputs) if path != STANDARD_INPUT)
 
     @property
@@ -77,18 +74,24 @@ class Source:
         return next((p for p in self.inputs if p == STANDARD_INPUT or (p.exists() and _is_pipe(p))), None)
 
 
+def read_documents(paths: Sequence[Path]) -> list[str]:
+    """The documents of text, JSON lines and parquet files, and of the folders they are in, in order of names.
+
+    Raises FileNotFoundError for a missing path, DataError for files that cannot be read or hold no text.
+    """
+    documents = [piece.text for piece in Source(inputs=tuple(paths))]
+    if not documents:
+        raise no_text(paths)
+    return documents
+
+
+def no_text(paths: Sequence[Path]) -> DataError:
+    """The error for inputs without text."""
+    return DataError(f"{', '.join(map(str, paths[:4]))} is empty")
+
+
 def _is_pipe(path: Path) -> bool:
     return not path.is_file() and not path.is_dir()
-
-
-def _with_ends(documents: Iterable[Iterator[str]]) -> Iterator[Piece]:
-    for texts in documents:
-        held, in_parts = next(texts, ""), False
-        for text in texts:
-            yield Piece(held, False)
-            held, in_parts = text, True
-        if in_parts or (held and not held.isspace()):
-            yield Piece(held, True)
 
 
 # Which files
@@ -109,7 +112,9 @@ def find_files(inputs: Sequence[Path]) -> Iterator[Path]:
             yield file
         if empty:
             suffixes = ", ".join((*TEXT_SUFFIXES, *LINE_SUFFIXES))
-            raise DataError(f"{path} holds no {suffixes} or .parquet files (nor such .gz or .zst)")
+            raise DataError(
+                f"{path} holds no {suffixes} or .parquet files (nor any compressed as .gz or .zst)"
+            )
 
 
 def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
@@ -151,19 +156,29 @@ def _suffix(name: str) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-# How each is read: functions of a source and a path that give documents, each as the texts it is made of
+# How each is read: functions from a source and a path to pieces
 
 
-def _reader(path: Path) -> Callable[[Source, Path], Iterator[Iterator[str]]]:
-    readers = {".parquet": _table_documents, ".arrow": _table_documents}
-    readers |= dict.fromkeys(LINE_SUFFIXES, _line_documents)
-    return readers.get(_suffix(path.name), _text_document)
+def _reader(path: Path) -> Callable[[Source, Path], Iterator[Piece]]:
+    readers = {".parquet": _table_pieces, ".arrow": _table_pieces}
+    readers |= dict.fromkeys(LINE_SUFFIXES, _line_pieces)
+    return readers.get(_suffix(path.name), _text_pieces)
 
 
-def _text_document(source: Source, path: Path) -> Iterator[Iterator[str]]:
-    """One document; raises DataError for a binary file, and for what is not UTF-8."""
+def _text_pieces(source: Source, path: Path) -> Iterator[Piece]:
+    """One document. Raises DataError for a binary file, and for bytes that are not UTF-8."""
     with _opened(path, source.on_bytes) as stream:
-        yield cut_again(_decoded(stream, path, source.errors), source.cut)
+        texts = cut_again(_decoded(stream, path, source.errors), source.cut)
+        held, in_parts = next(texts), False
+        for text in texts:
+            yield Piece(held, False)
+            held, in_parts = text, True
+        if in_parts or not _is_blank(held):
+            yield Piece(held, True)
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 def _decoded(stream: IO[bytes], path: Path, errors: Errors) -> Iterator[str]:
@@ -200,7 +215,7 @@ def _not_utf8(where: str, place: int) -> DataError:
 
 
 def cut_again(texts: Iterable[str], cut: Cut) -> Iterator[str]:
-    """The concatenation of `texts`, cut at places near theirs where the words of its tokenizer end."""
+    """`texts` joined and cut again near the same places, but where words of the tokenizer end."""
     texts = iter(texts)
     held = [next(texts, "")]
     for following in texts:
@@ -215,11 +230,11 @@ def cut_again(texts: Iterable[str], cut: Cut) -> Iterator[str]:
 
 
 def last_word_end(text: str) -> int:
-    """The last place in `text` where GPT-2's words end whatever stands around it; 0 if there is none.
+    """The last place in `text` where GPT-2's words end whatever surrounds it; 0 if there is none.
 
-    That is before a space or a line feed that follows no white space: a space belongs to what follows it, and
-    how many white-space characters follow each other is all that a word looks ahead for. Texts without spaces
-    are cut between an ideograph and its punctuation, of which words have one or the other.
+    That is before a space or line feed that follows no white space: a space belongs to the word after it, and
+    the pattern looks ahead only within a run of white space. Text without spaces is cut between an ideograph
+    and its punctuation, which never share a word.
     """
     for space in "\n ":
         place = text.rfind(space)
@@ -231,15 +246,16 @@ def last_word_end(text: str) -> int:
     return ends[-1] if ends else 0
 
 
-def _line_documents(source: Source, path: Path) -> Iterator[Iterator[str]]:
-    """A document a line, which is a JSON object with the source's text field."""
+def _line_pieces(source: Source, path: Path) -> Iterator[Piece]:
+    """One document per line, which is a JSON object with the source's text field."""
     with _opened(path, source.on_bytes) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 _refuse_binary(line, path)
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.isspace():
-                yield iter((_field_of_line(line, source, f"{path}, line {number}"),))
+            text = "" if line.isspace() else _field_of_line(line, source, f"{path}, line {number}")
+            if not _is_blank(text):
+                yield Piece(text, True)
 
 
 def _field_of_line(line: bytes, source: Source, where: str) -> str:
@@ -267,13 +283,15 @@ def _checked_text(value: object, where: str, field: str) -> str:
     return value
 
 
-def _table_documents(source: Source, path: Path) -> Iterator[Iterator[str]]:
-    """A document a row, of a .parquet file or of an .arrow file that the library `datasets` saved."""
+def _table_pieces(source: Source, path: Path) -> Iterator[Piece]:
+    """One document per row of a .parquet file, or of an .arrow file that the library `datasets` saved."""
     row, size, reported = 0, path.stat().st_size, 0
     batches, n_rows = _table_batches(path, source.text_field)
     for column in batches:
         for value in _texts_of(column, source.errors, path, row):
-            yield iter((_checked_text(value, f"{path}, row {row}", source.text_field),))
+            text = _checked_text(value, f"{path}, row {row}", source.text_field)
+            if not _is_blank(text):
+                yield Piece(text, True)
             row += 1
         done = size * row // max(n_rows, row, 1)
         source.on_bytes(done - reported)
@@ -282,7 +300,7 @@ def _table_documents(source: Source, path: Path) -> Iterator[Iterator[str]]:
 
 
 def _table_batches(path: Path, field: str) -> tuple[Iterator[Any], int]:
-    """(columns of some rows each, the number of rows; 0 if only reading on tells)."""
+    """(the column in slices of some rows, the number of rows or 0 if it is unknown)."""
     pa = _pyarrow(path)
     if _suffix(path.name) == ".parquet":
         file = import_module("pyarrow.parquet").ParquetFile(path, memory_map=False, pre_buffer=False)
@@ -315,7 +333,7 @@ def _texts_of(column: Any, errors: Errors, path: Path, row: int) -> Iterator[obj
 
 
 def _pyarrow(path: Path) -> Any:
-    """The library that reads tables and .zst, which is an extra."""
+    """The optional library that reads tables and .zst."""
     if find_spec("pyarrow") is None:
         raise DataError(f"reading {path} takes the package pyarrow: pip install 'fusedgpt[parquet]'")
     return import_module("pyarrow")
@@ -324,36 +342,26 @@ def _pyarrow(path: Path) -> Any:
 # Bytes
 
 
-class _Counted(io.RawIOBase):
-    """A file that says how many bytes were read."""
+class _CountingFile(io.FileIO):
+    """A file that reports the number of bytes read."""
 
-    def __init__(self, raw: io.RawIOBase, on_bytes: Callable[[int], None]) -> None:
-        self._raw, self._on_bytes = raw, on_bytes
+    def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_bytes = on_bytes
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        n = self._raw.readinto(buffer)
-        self._on_bytes(n or 0)
+    def readinto(self, buffer: Any) -> int:
+        n = super().readinto(buffer)
+        self._on_bytes(n or 0)  # None: a pipe has nothing yet
         return n
-
-    def close(self) -> None:
-        if not self.closed and self._raw is not _standard_input():
-            self._raw.close()
-        super().close()
-
-
-def _standard_input() -> io.RawIOBase:
-    buffered = getattr(sys.stdin, "buffer", sys.stdin)
-    return cast(io.RawIOBase, getattr(buffered, "raw", buffered))
 
 
 @contextmanager
 def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
     """The bytes of a file, or of standard input, decompressed."""
-    raw = _standard_input() if path == STANDARD_INPUT else cast(io.RawIOBase, path.open("rb", buffering=0))
-    with cast(IO[bytes], io.BufferedReader(_Counted(raw, on_bytes), _BLOCK_BYTES)) as stream:
+    if path == STANDARD_INPUT:  # not counted: its size is not known either
+        yield sys.stdin.buffer
+        return
+    with io.BufferedReader(_CountingFile(path, on_bytes), _BLOCK_BYTES) as stream:
         suffix = path.suffix.lower()
         if suffix == ".gz":
             yield cast(IO[bytes], gzip.GzipFile(fileobj=stream))
@@ -366,14 +374,14 @@ def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What cannot be read as a DataError that names the file."""
+    """Turn read errors into a DataError that names the file."""
     try:
         yield
     except DataError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged: {_reason(error)}") from None
-    except (OSError, ValueError) as error:  # pyarrow's are both, and of its own
+    except (OSError, ValueError) as error:  # which pyarrow's are
         raise DataError(f"cannot read {path}: {_reason(error)}") from None
 
 

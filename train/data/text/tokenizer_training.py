@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer trained on one's own text, for small models, whose weights 50,000 ids would eat."""
+"""Trains a byte-pair tokenizer: 50,000 ids would take most of a small model's weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer, loa
 from fusedgpt.train.data.text.sources import DataError, Piece
 
 SMALLEST_VOCAB = 257  # every byte, and end-of-text
-_ENOUGH_CHARACTERS = 1 << 28  # more teaches a vocabulary little, and word counts take memory
+_MAX_CHARACTERS = 1 << 28  # more hardly improve a vocabulary, and word counts take memory
 
 
 def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` ids that cuts words as GPT-2's does, end-of-text the last id.
+    """A byte-level BPE of `vocab_size` ids that splits words as GPT-2's does; end-of-text is the last id.
 
-    Learns from the first 268 million characters of `pieces`; fewer ids where the text has no more pairs to
-    join. Raises ValueError for a size that cannot be, DataError where there is no text.
+    Learns from the first 268 million characters of `pieces`; gives fewer ids if the text has no more pairs to
+    merge. Raises ValueError for an impossible size, DataError if there is no text.
     """
     if not SMALLEST_VOCAB <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
@@ -35,27 +35,21 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _Texts(pieces)
-    library.train_from_iterator(texts, trainer)
-    if not texts.characters:
+    n_characters = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal n_characters
+        for piece in pieces:
+            n_characters += len(piece.text)
+            yield piece.text
+            if n_characters >= _MAX_CHARACTERS:
+                return
+
+    library.train_from_iterator(texts(), trainer)
+    if not n_characters:
         raise DataError("there is no text to train a tokenizer on")
     library.add_special_tokens([END_OF_TEXT])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
         library.save(os.fspath(file))
         return load_tokenizer(file)
-
-
-class _Texts:
-    """The texts of pieces, until there are enough characters."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = pieces
-        self.characters = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            self.characters += len(piece.text)
-            yield piece.text
-            if self.characters >= _ENOUGH_CHARACTERS:
-                return

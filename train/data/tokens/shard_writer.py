@@ -1,16 +1,12 @@
-"""Writes token sets (see shards.py): in constant memory, and whole or not at all.
-
-A set is made in a hidden folder beside its place, synced to disk and renamed, the index written last.
-"""
+"""Writes token sets (see shards.py) in constant memory, atomically: whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from fusedgpt.model.files import sync
+from fusedgpt.model.files import publish
 from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.train.data.text.encode import Encoded
 from fusedgpt.train.data.tokens.shards import (
     BLOCK,
     INDEX,
@@ -28,207 +25,156 @@ from fusedgpt.train.data.tokens.shards import (
     Index,
     StreamEntry,
     TokenStream,
+    ends_file,
     file_hash,
     map_file,
+    shard_file,
     token_dtype,
 )
 
-_NO_LIMIT = 10**30  # transformers' own word for "no model to limit a text's length"
+_NO_LIMIT = 10**30  # what transformers writes for "no maximum length"
 
 
 class _StreamWriter:
-    """One stream of a set, written shard by shard; constant memory."""
+    """One stream of a set, written shard by shard in constant memory."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.tokens = self.documents = 0
-        self.shards: list[FileEntry] = []
-        self._shard: _HashedFile | None = None
-        self._ends = _HashedFile(folder / f"{name}.documents.bin")
+        self._ends_file = folder / ends_file(split)
+        self._ends_file.touch()
+
+    def _shards(self) -> list[Path]:
+        """The files that hold the tokens written so far; all but the last are full."""
+        n_shards = -(-self.tokens // self.shard_tokens)
+        return [self.folder / shard_file(self.split, i) for i in range(n_shards)]
 
     def append(self, ids: NDArray[Any], ends: NDArray[np.integer]) -> None:
-        """More tokens, and where among them documents end."""
-        self._ends.write((ends.astype(np.uint64) + np.uint64(self.tokens)).astype("<u8"))
-        self.documents += len(ends)
+        """Write tokens; `ends`: where documents end among them."""
+        self._append_ends(ends.astype(np.uint64) + np.uint64(self.tokens))
         while len(ids):
-            if self._shard is None:
-                self._shard = _HashedFile(self.folder / f"{self.name}-{len(self.shards):05d}.bin")
-            room = self.shard_tokens - self._shard.size // self.dtype.itemsize
-            self._shard.write(ids[:room].astype(self.dtype, copy=False))
-            self.tokens += len(ids[:room])
-            if len(ids) >= room:
-                self._close_shard()
-            ids = ids[room:]
+            number, used = divmod(self.tokens, self.shard_tokens)
+            fitting = ids[: self.shard_tokens - used]
+            append(self.folder / shard_file(self.split, number), fitting.astype(self.dtype, copy=False))
+            self.tokens += len(fitting)
+            ids = ids[len(fitting) :]
 
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self.shards.append(self._shard.close(self.dtype.itemsize))
-            self._shard = None
+    def _append_ends(self, ends: NDArray[np.integer]) -> None:
+        append(self._ends_file, ends.astype("<u8"))
+        self.documents += len(ends)
+
+    def _ends(self) -> NDArray[Any]:
+        return map_file(self._ends_file, self.documents, np.dtype("<u8"))
 
     def blocks(self, start: int = 0) -> Iterator[tuple[NDArray[Any], NDArray[np.integer]]]:
-        """What was written from token `start` on, as it was appended; nothing more may be written."""
-        self._close_shard()
-        stream = TokenStream([map_file(self.folder / s.file, s.count, self.dtype) for s in self.shards])
-        self._ends.flush()
-        ends = map_file(self._ends.path, self.documents, np.dtype("<u8"))
+        """Read back what was written from token `start` on, in the form that append takes."""
+        shards, itemsize = self._shards(), self.dtype.itemsize
+        stream = TokenStream([map_file(file, file.stat().st_size // itemsize, self.dtype) for file in shards])
+        ends = self._ends()
         for begin in range(start, self.tokens, BLOCK):
             ids = stream[begin : begin + BLOCK]
             low, high = np.searchsorted(ends, [begin, begin + len(ids)], side="right")
             yield ids, ends[low:high].astype(np.int64) - begin
 
     def truncate(self, tokens: int) -> None:
-        """Keep the first `tokens`; a document that is cut ends there. Nothing more may be written."""
-        self._close_shard()
-        self._ends.flush()
-        ends = map_file(self._ends.path, self.documents, np.dtype("<u8"))
+        """Keep the first `tokens`; a document that is cut ends there."""
+        ends = self._ends()
         kept = int(np.searchsorted(ends, tokens, side="right"))
-        whole = tokens == (int(ends[kept - 1]) if kept else 0)
+        cuts_document = tokens > (int(ends[kept - 1]) if kept else 0)
         del ends
-        self._ends.truncate(8 * kept)
-        if not whole:
-            self._ends.write(np.asarray([tokens], dtype="<u8"))
-        self.documents = kept + (not whole)
-        while self.shards and self.tokens - self.shards[-1].count >= tokens:
-            self.tokens -= self.shards[-1].count
-            (self.folder / self.shards.pop().file).unlink()
-        if self.tokens > tokens:
-            file = _HashedFile.reopen(self.folder / self.shards.pop().file)
-            file.truncate(file.size - (self.tokens - tokens) * self.dtype.itemsize)
-            self.shards.append(file.close(self.dtype.itemsize))
+        os.truncate(self._ends_file, 8 * kept)
+        self.documents = kept
+        if cuts_document:
+            self._append_ends(np.asarray([tokens]))
+        before = self._shards()
         self.tokens = tokens
+        after = self._shards()
+        for file in before[len(after) :]:
+            file.unlink()
+        if after:
+            tokens_in_last = tokens - (len(after) - 1) * self.shard_tokens
+            os.truncate(after[-1], tokens_in_last * self.dtype.itemsize)
 
-    def close(self) -> StreamEntry:
-        """Sync all files; what the index says of them."""
-        self._close_shard()
+    def entry(self) -> StreamEntry:
+        """The stream's part of the index."""
         return StreamEntry(
             tokens=self.tokens,
             documents=self.documents,
-            shards=tuple(self.shards),
-            document_ends=self._ends.close(8),
+            shards=tuple(_file_entry(file, self.dtype.itemsize) for file in self._shards()),
+            document_ends=_file_entry(self._ends_file, 8),
         )
 
-    def abandon(self) -> None:
-        """Close the files as they are."""
-        for file in (self._shard, self._ends):
-            if file is not None:
-                file.abandon()
+
+def append(file: Path, data: NDArray[Any]) -> None:
+    """Add the bytes of an array to a file."""
+    with file.open("ab") as opened:
+        opened.write(data.tobytes())
 
 
-class _HashedFile:
-    """A file that is written once, front to back, and hashed on the way."""
-
-    def __init__(self, path: Path, mode: str = "wb") -> None:
-        self.path, self.size, self._hash = path, 0, hashlib.sha256()
-        self._file = path.open(mode)
-
-    @classmethod
-    def reopen(cls, path: Path) -> _HashedFile:
-        file = cls(path, "r+b")
-        file.size = path.stat().st_size
-        return file
-
-    def write(self, data: NDArray[Any]) -> None:
-        raw = data.tobytes()
-        self._file.write(raw)
-        self._hash.update(raw)
-        self.size += len(raw)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def truncate(self, size: int) -> None:
-        """Cut the file, and hash anew what is left."""
-        self._file.flush()
-        self._file.truncate(size)
-        self._file.seek(size)
-        self.size, self._hash = size, file_hash(self.path)
-
-    def close(self, bytes_each: int) -> FileEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        count = self.size // bytes_each
-        return FileEntry(file=self.path.name, count=count, sha256=self._hash.hexdigest())
-
-    def abandon(self) -> None:
-        with suppress(OSError):  # a full disk refuses what is still buffered
-            self._file.close()
+def _file_entry(file: Path, itemsize: int) -> FileEntry:
+    return FileEntry(file=file.name, count=file.stat().st_size // itemsize, sha256=file_hash(file))
 
 
-class SetWriter:
-    """A set in the making; see new_set."""
+class TokenSetWriter:
+    """A token set under construction, in a folder of new_set_folder."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.text_bytes = 0
-        self._has_tokenizer = False
-        self._shard_tokens = shard_tokens
-        self._streams = {name: self._new_stream(name) for name in SPLITS}
-
-    def _new_stream(self, name: str) -> _StreamWriter:
-        return _StreamWriter(self.folder, name, self.dtype, self._shard_tokens)
+        self._train, self._val = (_StreamWriter(folder, s, self.dtype, shard_tokens) for s in SPLITS)
 
     @property
     def tokens(self) -> int:
-        """Written so far."""
-        return sum(stream.tokens for stream in self._streams.values())
+        """Tokens written so far."""
+        return self._train.tokens + self._val.tokens
 
-    def append(self, split: str, ids: NDArray[Any], ends: NDArray[np.integer]) -> None:
-        """More tokens of "train" or "val", and where among them documents end."""
-        if not self._has_tokenizer:  # now, as workers encode what follows, and not when all wait for it
+    def append(self, encoded: Encoded) -> None:
+        """Write the tokens of a chunk."""
+        if not self.tokens:  # only now, when the worker processes have started on what follows
             self.tokenizer.save(self.folder, max_length=_NO_LIMIT)
-            self._has_tokenizer = True
-        self._streams[split].append(ids, ends)
+        self._train.append(*encoded.train)
+        self._val.append(*encoded.val)
+        self.text_bytes += encoded.text_bytes
 
     def balance(self, val_fraction: float) -> None:
-        """Hold out the last tokens instead where the documents drawn are far from val_fraction of them.
+        """Hold out the last tokens instead if the held-out documents are far from val_fraction of all tokens.
 
-        That is where documents are few or very unequal: less than half of the share, or more than twice.
+        That is, less than half of it or more than twice, as where documents are few or very unequal.
         """
         wanted = round(self.tokens * val_fraction)
-        train, val = self._streams["train"], self._streams["val"]
+        train, val = self._train, self._val
         if wanted / 2 <= val.tokens <= 2 * wanted:
             return
         for ids, ends in val.blocks():
             train.append(ids, ends)
         val.truncate(0)
-        val.abandon()
-        val = self._streams["val"] = self._new_stream("val")
         for ids, ends in train.blocks(train.tokens - wanted):
             val.append(ids, ends)
         train.truncate(train.tokens - wanted)
 
-    def close(self) -> Index:
-        """Write what is missing, the index last, and sync it all; something must have been appended."""
-        train, val = (self._streams[name].close() for name in SPLITS)
+    def finish(self) -> Index:
+        """Write the index; something must have been appended."""
         index = Index(
             dtype="uint16" if self.dtype.itemsize == 2 else "uint32",
             tokenizer=self.tokenizer.kind,
-            tokenizer_sha256=file_hash(self.folder / "tokenizer.json").hexdigest(),
+            tokenizer_sha256=file_hash(self.folder / "tokenizer.json"),
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             text_bytes=self.text_bytes,
-            train=train,
-            val=val,
+            train=self._train.entry(),
+            val=self._val.entry(),
         )
         (self.folder / INDEX).write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        for name in ("tokenizer.json", "tokenizer_config.json", INDEX, "."):
-            sync(self.folder / name)
         return index
-
-    def abandon(self) -> None:
-        """Close the files as they are."""
-        for stream in self._streams.values():
-            stream.abandon()
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` at the end of the block, or vanishes with an error.
+def new_set_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` to fill; renamed to `out` at the end of the block, removed on an error.
 
-    Raises OSError where `out` has something in it or cannot be written, or another process is making it. What
-    a killed process left is cleared away.
+    Raises OSError if `out` is not empty or cannot be written, or if another process is making it. The name is
+    fixed, so that what a killed process left is cleared away.
     """
     partial = out.absolute().parent / f".{out.absolute().name}.partial"
     _refuse_taken(out)
@@ -247,22 +193,12 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield partial
             _refuse_taken(out)
             (partial / ".lock").unlink(missing_ok=True)
-            partial.replace(out)  # onto nothing, or onto an empty folder
-            _sync_parent(out)
+            publish(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         lock.release()
-
-
-def _sync_parent(out: Path) -> None:
-    """Bring the new name of `out` down to the disk, or take it back."""
-    try:
-        sync(out.absolute().parent)
-    except OSError:
-        shutil.rmtree(out)
-        raise
 
 
 def _refuse_taken(out: Path) -> None:
@@ -271,7 +207,7 @@ def _refuse_taken(out: Path) -> None:
 
 
 def _clear(partial: Path) -> None:
-    """Remove what a killed process left in its folder, and nothing that a set does not have."""
+    """Remove the files of a token set that a killed process left; refuse if there are others."""
     ours = re.compile(r"(train|val)(-\d{5,}|\.documents)\.bin|tokenizer(_config)?\.json|index\.json")
     for file in partial.iterdir():
         if ours.fullmatch(file.name) and not file.is_dir():
@@ -282,7 +218,7 @@ def _clear(partial: Path) -> None:
 
 @contextmanager
 def _write_errors(out: Path) -> Iterator[None]:
-    """Say what could not be written, where it is the disk that refuses."""
+    """Name `out` in the operating system's errors."""
     try:
         yield
     except OSError as error:

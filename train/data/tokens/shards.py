@@ -1,35 +1,37 @@
 """The token set: a folder of raw token files with an index, read through memory maps.
 
-    index.json              what there is: format, tokenizer, dtype, and of each file its size and SHA-256
-    tokenizer.json          made the ids; tokenizer_config.json beside it
-    train-00000.bin ...     token ids, uint16 or uint32, little-endian, nothing else: what nanoGPT reads
+    index.json              format, tokenizer, dtype, and each file's size and SHA-256
+    tokenizer.json          the tokenizer of the ids; tokenizer_config.json beside it
+    train-00000.bin ...     raw token ids, uint16 or uint32, little-endian, as nanoGPT reads them
     train.documents.bin     where each document ends in the training stream, uint64, little-endian
-    val-00000.bin ...       the same for what was held out
+    val-00000.bin ...       the same for the held-out documents
     val.documents.bin
 
-shard_writer.py writes it, whole or not at all.
+shard_writer.py writes it atomically.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
 from fusedgpt.train.config import explain
 from fusedgpt.train.data.text.sources import DataError
 
 INDEX = "index.json"
 SPLITS = ("train", "val")
 _MAX_INDEX_BYTES = 64 << 20
-_HASHED_ON_OPENING = 256 << 20  # bytes; larger sets are checked for their sizes alone
-_CHECKED_ON_OPENING = 64 << 20  # tokens of a stream whose ids are looked at before training starts
-BLOCK = 4 << 20  # tokens or bytes that are in memory at once
+_HASHED_ON_OPENING = 256 << 20  # bytes; of larger sets only the file sizes are checked
+_CHECKED_ON_OPENING = 64 << 20  # tokens per stream whose ids are checked before training starts
+BLOCK = 4 << 20  # tokens or bytes in memory at once
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -41,7 +43,7 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    """A file of a set: how many tokens (or documents) it holds, and its SHA-256."""
+    """A file of a set: its number of tokens (or documents) and its SHA-256."""
 
     file: _Name
     count: _Count
@@ -72,50 +74,74 @@ class Index(_Strict):
     val: StreamEntry
 
 
+def shard_file(split: str, number: int) -> str:
+    """The name of a shard."""
+    return f"{split}-{number:05d}.bin"
+
+
+def ends_file(split: str) -> str:
+    """The name of the file that says where documents end."""
+    return f"{split}.documents.bin"
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype of a shard that holds every id."""
+    """The narrowest dtype that holds every id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class TokenStream:
-    """Token ids in memory-mapped pieces, read as one array: len(), and slices with a step of 1.
+class _Part(NamedTuple):
+    """Consecutive token ids of one file."""
 
-    Ids are looked at as they are read: one outside the vocabulary is a DataError that says where it is.
+    ids: NDArray[Any]
+    file: str = ""
+    offset: int = 0  # of the first id in the file
+    vocab_size: int | None = None
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The ids from start to stop. Raises DataError for one outside the vocabulary."""
+        ids = self.ids[start:stop]
+        if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
+            place = int(np.argmax(ids >= self.vocab_size))
+            raise DataError(
+                f"{self.file}: token {self.offset + start + place} is id {int(ids[place])}, outside the "
+                f"vocabulary of {self.vocab_size}; the file is damaged, or was made with another tokenizer"
+            )
+        return ids
+
+
+class TokenStream:
+    """Token ids in memory-mapped files, read as one array: len(), and slices with a step of 1.
+
+    Ids are checked as they are read: one outside the vocabulary raises a DataError that says where it is.
     """
 
     def __init__(
-        self, parts: Sequence[NDArray[Any]], *, names: Sequence[str] = (), vocab_size: int | None = None
+        self, arrays: Sequence[NDArray[Any]], *, files: Sequence[Path] = (), vocab_size: int | None = None
     ) -> None:
-        self._parts = list(parts)
-        self._names = list(names) or [""] * len(self._parts)
-        self._limits = [vocab_size] * len(self._parts)
-        self._offsets = [0] * len(self._parts)  # of each piece in its file
-        self._place()
+        names = list(map(str, files)) or [""] * len(arrays)
+        self._parts = [_Part(ids, name, 0, vocab_size) for ids, name in zip(arrays, names, strict=True)]
+        self._starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
         self.fingerprint = ""
 
-    def _place(self) -> None:
-        self._starts = np.cumsum([0, *map(len, self._parts)], dtype=np.int64)
+    @classmethod
+    def _of(cls, parts: list[_Part], fingerprint: str) -> Self:
+        stream = cls([part.ids for part in parts])
+        stream._parts, stream.fingerprint = parts, fingerprint
+        return stream
 
     @classmethod
     def join(cls, streams: Sequence[TokenStream]) -> Self:
         """`streams`, one after another."""
-        joined = cls([part for one in streams for part in one._parts])
-        joined._names = [name for one in streams for name in one._names]
-        joined._offsets = [offset for one in streams for offset in one._offsets]
-        joined._limits = [limit for one in streams for limit in one._limits]
-        joined.fingerprint = " ".join(one.fingerprint for one in streams)
-        return joined
+        parts = [part for stream in streams for part in stream._parts]
+        return cls._of(parts, " ".join(stream.fingerprint for stream in streams))
 
     def cut(self, start: int, stop: int) -> TokenStream:
-        """Tokens start .. stop - 1 as a stream of their own, with nothing read."""
-        part = TokenStream.join([self])
-        for i, begin in enumerate(self._starts[:-1].tolist()):
+        """Tokens start .. stop - 1 as a stream of their own; nothing is read."""
+        parts = []
+        for part, begin in zip(self._parts, self._starts.tolist(), strict=False):
             low, high = max(start - begin, 0), max(stop - begin, 0)
-            part._parts[i] = self._parts[i][low:high]
-            part._offsets[i] += low
-        part._place()
-        part.fingerprint = f"{self.fingerprint}[{start}:{stop}]"
-        return part
+            parts.append(part._replace(ids=part.ids[low:high], offset=part.offset + low))
+        return self._of(parts, f"{self.fingerprint}[{start}:{stop}]")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -124,68 +150,83 @@ class TokenStream:
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError(f"a token stream is read with a step of 1, not {step}")
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
         found = []
+        i = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
-            begin, end = int(self._starts[first]), int(self._starts[first + 1])
-            if start < end:
-                ids = self._parts[first][start - begin : stop - begin]
-                self._check(ids, first, self._offsets[first] + start - begin)
-                found.append(ids)
-                start += len(ids)
-            first += 1
+            begin = int(self._starts[i])
+            found.append(self._parts[i].read(start - begin, stop - begin))
+            start += len(found[-1])
+            i += 1
         return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, dtype=np.uint16)])
 
-    def _check(self, ids: NDArray[Any], part: int, offset: int) -> None:
-        limit = self._limits[part]
-        if limit is not None and int(ids.max()) >= limit:
-            place = int(np.argmax(ids >= limit))
-            raise DataError(
-                f"{self._names[part]}: token {offset + place} is id {int(ids[place])}, outside the "
-                f"vocabulary of {limit}; the file is damaged, or was made with another tokenizer"
-            )
-
     def hash_ends(self) -> None:
-        """Fingerprint, where no index has one, the length and the first and last ids of each piece."""
+        """Fingerprint the length and the first and last ids of each part, for files without an index."""
         digest = hashlib.sha256()
-        for part in self._parts:
-            digest.update(f"{len(part)} ".encode() + part[:BLOCK].tobytes() + part[-BLOCK:].tobytes())
+        for ids, *_ in self._parts:
+            digest.update(f"{len(ids)} ".encode() + ids[:BLOCK].tobytes() + ids[-BLOCK:].tobytes())
         self.fingerprint = digest.hexdigest()
 
     def check_ids(self, n_tokens: int = _CHECKED_ON_OPENING) -> None:
-        """Look at the first n_tokens ids. Raises DataError as reading them does."""
+        """Read the first n_tokens ids. Raises DataError for one outside the vocabulary."""
         for start in range(0, min(len(self), n_tokens), BLOCK):
             self[start : min(start + BLOCK, n_tokens)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """The streams of a token set, where their documents end (None: unknown), and the tokenizer of the ids."""
+
+    train: TokenStream
+    val: TokenStream
+    train_ends: NDArray[np.integer] | None
+    val_ends: NDArray[np.integer] | None
+    tokenizer: Tokenizer
+
+
+def open_token_set(folder: Path) -> TokenSet:
+    """A folder that `fusedgpt prepare` made, memory-mapped.
+
+    Raises DataError for a file that is missing, truncated, inconsistent or (in sets under 256 MiB) damaged.
+    """
+    index = read_index(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: {error}") from None
+    if (tokenizer.vocab_size, tokenizer.eot_id) != (index.vocab_size, index.eot_id):
+        raise DataError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the index says {index.vocab_size}: "
+            f"one of them belongs to another set"
+        )
+    train, train_ends = open_stream(folder, index, "train")
+    val, val_ends = open_stream(folder, index, "val")
+    return TokenSet(train=train, val=val, train_ends=train_ends, val_ends=val_ends, tokenizer=tokenizer)
+
+
 def read_index(folder: Path) -> Index:
-    """The index of a set. Raises DataError where it is missing, no index, or at odds with itself."""
+    """The index of a set. Raises DataError if it is missing, malformed or inconsistent."""
     path = folder / INDEX
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise DataError(f"{path} has over {_MAX_INDEX_BYTES} bytes, which no index needs")
         index = Index.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{folder} is no token set: cannot read {path}: {error.strerror}") from None
+        raise DataError(f"{folder} is not a token set: cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        raise DataError(f"{path} is no index of a token set: {explain(error)[:300]}") from None
+        raise DataError(f"{path} is not the index of a token set: {explain(error)[:300]}") from None
     for name, stream in (("train", index.train), ("val", index.val)):
-        names = [f"{name}-{i:05d}.bin" for i in range(len(stream.shards))]
-        agreed = [shard.file for shard in stream.shards] == names
-        agreed &= stream.tokens == sum(shard.count for shard in stream.shards)
-        agreed &= stream.document_ends.file == f"{name}.documents.bin"
-        if not agreed or stream.documents != stream.document_ends.count:
-            raise DataError(f"{path} is at odds with itself in {name!r}: prepare the set again")
+        files = [shard.file for shard in stream.shards], stream.document_ends.file
+        expected = [shard_file(name, i) for i in range(len(stream.shards))], ends_file(name)
+        counts = sum(shard.count for shard in stream.shards), stream.document_ends.count
+        if files != expected or counts != (stream.tokens, stream.documents):
+            raise DataError(f"{path} is inconsistent in {name!r}: prepare the set again")
     if index.dtype != token_dtype(index.vocab_size).name:
         raise DataError(f"{path}: {index.dtype} does not go with a vocabulary of {index.vocab_size}")
     return index
 
 
 def open_stream(folder: Path, index: Index, split: str) -> tuple[TokenStream, NDArray[np.integer]]:
-    """The "train" or "val" stream of a set, and where its documents end, memory-mapped.
-
-    Raises DataError for a file that is missing, truncated, or (in sets under 256 MiB) damaged.
-    """
+    """The "train" or "val" stream of a set, and where its documents end; raises as open_token_set does."""
     entry: StreamEntry = getattr(index, split)
     dtype = token_dtype(index.vocab_size)
     parts = [map_file(folder / shard.file, shard.count, dtype) for shard in entry.shards]
@@ -197,8 +238,8 @@ def open_stream(folder: Path, index: Index, split: str) -> tuple[TokenStream, ND
         int(ends[-1]) != entry.tokens or not (np.diff(ends[:BLOCK].astype(np.int64)) > 0).all()
     ):
         raise DataError(f"{folder / entry.document_ends.file} is damaged: prepare the set again")
-    names = [str(folder / shard.file) for shard in entry.shards]
-    stream = TokenStream(parts, names=names, vocab_size=index.vocab_size)
+    files = [folder / shard.file for shard in entry.shards]
+    stream = TokenStream(parts, files=files, vocab_size=index.vocab_size)
     stream.fingerprint = hashlib.sha256(entry.model_dump_json().encode()).hexdigest()
     stream.check_ids()
     return stream, ends
@@ -219,15 +260,12 @@ def map_file(path: Path, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raise DataError where the file is not the one that was hashed."""
-    if file_hash(path).hexdigest() != sha256:
+    """Raise DataError if a file has another SHA-256."""
+    if file_hash(path) != sha256:
         raise DataError(f"{path} is damaged, its SHA-256 is another: copy or prepare the set again")
 
 
-def file_hash(path: Path) -> hashlib._Hash:
-    """The SHA-256 of a file, which more may be added to."""
-    digest = hashlib.sha256()
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest
+        return hashlib.file_digest(file, "sha256").hexdigest()

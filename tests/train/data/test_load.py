@@ -15,7 +15,7 @@ from fusedgpt.train.config import RunConfig, build_config
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.data.text.sources import DataError
 from fusedgpt.train.data.tokens.dataset import build_dataset
-from fusedgpt.train.data.tokens.mixes import is_prepared, open_dataset, read_data, split_weight
+from fusedgpt.train.data.tokens.load import is_token_set, load_data, load_token_sets, split_weight
 
 TEXTS = [f"Document {i} says: the cat sat on the mat, {i * i} times. " * 3 for i in range(40)]
 
@@ -39,7 +39,7 @@ def write_bin(file: Path, ids: list[int]) -> Path:
 
 def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
     path = prepared(tmp_path, val_fraction=0.0)
-    dataset, tokenizer = open_dataset([path], config())
+    dataset, tokenizer = load_token_sets([path], config())
     ids = byte_tokenizer().encode_batch(TEXTS)
     memory = build_dataset(ids, eot_id=256, max_length=16, val_fraction=0.0, seed=0)
     assert (tokenizer.kind, dataset.windows_per_epoch) == ("byte", memory.windows_per_epoch)
@@ -50,7 +50,7 @@ def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
                 assert torch.equal(ours, theirs)
     assert str(dataset) == str(memory)
     assert dataset.token_bytes is not None
-    packed, _ = open_dataset([path], config(packing=True))
+    packed, _ = load_token_sets([path], config(packing=True))
     wanted = build_dataset(ids, eot_id=256, max_length=16, val_fraction=0.0, seed=0, packing=True)
     assert packed.borders is not None
     assert packed.borders.tolist() == wanted.borders.tolist()  # type: ignore[union-attr]
@@ -58,32 +58,32 @@ def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
 
 
 def test_what_was_held_out_is_validated_on(tmp_path: Path) -> None:
-    dataset, _ = open_dataset([prepared(tmp_path, val_fraction=0.3) / "index.json"], config())
+    dataset, _ = load_token_sets([prepared(tmp_path, val_fraction=0.3) / "index.json"], config())
     targets = torch.cat([y.flatten() for _, y in dataset.val_batches(7)])
     assert targets[targets >= 0].tolist() == dataset.val[1:].tolist()
     assert dataset.val_documents > 5
-    again, _ = open_dataset([tmp_path / "set"], config())
+    again, _ = load_token_sets([tmp_path / "set"], config())
     assert again.fingerprint == dataset.fingerprint
     assert prepared(tmp_path, "other", val_fraction=0.2) != tmp_path / "set"
-    assert open_dataset([tmp_path / "other"], config())[0].fingerprint != dataset.fingerprint
+    assert load_token_sets([tmp_path / "other"], config())[0].fingerprint != dataset.fingerprint
 
 
 def test_the_tokenizer_comes_with_the_set(tmp_path: Path) -> None:
     path = prepared(tmp_path, vocab_size=300)
-    dataset, tokenizer = open_dataset([path], config(tokenizer="gpt2"))
+    dataset, tokenizer = load_token_sets([path], config(tokenizer="gpt2"))
     assert (tokenizer.kind, tokenizer.vocab_size, dataset.eot_id) == ("custom", 300, 299)
     (path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"set: no tokenizer: .*tokenizer\.json does not exist"):
-        open_dataset([path], config())
+        load_token_sets([path], config())
     byte_tokenizer().save(path, max_length=8)
     with pytest.raises(DataError, match=r"tokenizer\.json has 257 ids, the index says 300"):
-        open_dataset([path], config())
+        load_token_sets([path], config())
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "a.bin", [1] * 17)
     with pytest.raises(ValueError, match="too few for one window of 16"):
-        open_dataset([path], config(val_fraction=0.1))
+        load_token_sets([path], config(val_fraction=0.1))
 
 
 # nanoGPT
@@ -94,15 +94,15 @@ def test_nanogpt_folders(tmp_path: Path) -> None:
     write_bin(tmp_path / "train.bin", ids[:-50])
     write_bin(tmp_path / "val.bin", ids[-50:])
     for path in (tmp_path, tmp_path / "train.bin"):
-        dataset, tokenizer = open_dataset([path], config(tokenizer="gpt2"))
+        dataset, tokenizer = load_token_sets([path], config(tokenizer="gpt2"))
         assert tokenizer is gpt2_tokenizer()
         assert (len(dataset.train), dataset.val[:].tolist()) == (len(ids) - 50, ids[-50:])
     (tmp_path / "val.bin").unlink()
-    dataset, _ = open_dataset([tmp_path], config(tokenizer="gpt2", val_fraction=0.2))
+    dataset, _ = load_token_sets([tmp_path], config(tokenizer="gpt2", val_fraction=0.2))
     assert len(dataset.val) == round(0.2 * (len(ids) - 50))
     assert [*dataset.train[:].tolist(), *dataset.val[:].tolist()] == ids[:-50]
     with pytest.raises(DataError, match="does not say where documents end"):
-        open_dataset([tmp_path], config(tokenizer="gpt2", packing=True))
+        load_token_sets([tmp_path], config(tokenizer="gpt2", packing=True))
 
 
 def test_nanogpt_characters(tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_nanogpt_characters(tmp_path: Path) -> None:
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
     write_bin(tmp_path / "train.bin", [stoi[c] for c in text])
     with pytest.raises(DataError, match=r"does not say which characters its ids are: put a meta\.json"):
-        open_dataset([tmp_path], config(tokenizer="char"))
+        load_token_sets([tmp_path], config(tokenizer="char"))
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x04.")
     with pytest.raises(DataError, match=r"meta\.pkl is a pickle, which may run any code.*meta\.json"):
-        open_dataset([tmp_path], config())
+        load_token_sets([tmp_path], config())
     (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {}}))
-    dataset, tokenizer = open_dataset([tmp_path], config())
+    dataset, tokenizer = load_token_sets([tmp_path], config())
     assert tokenizer.decode(dataset.train[:30].tolist()) == text[:30]
     (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2"}')
-    assert open_dataset([tmp_path], config())[1].kind == "gpt2"
+    assert load_token_sets([tmp_path], config())[1].kind == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,23 @@ def test_a_bad_meta_json_is_named(tmp_path: Path, content: str, message: str) ->
     write_bin(tmp_path / "train.bin", [0] * 99)
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
-        open_dataset([tmp_path], config())
+        load_token_sets([tmp_path], config())
     assert "\n" not in str(caught.value)
 
 
 def test_a_bad_bin_is_named(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"abc")
-    with pytest.raises(DataError, match=r"odd\.bin is truncated: 3 bytes are no whole number of uint16 ids"):
-        open_dataset([tmp_path / "odd.bin"], config())
+    with pytest.raises(
+        DataError, match=r"odd\.bin is truncated: 3 bytes are not a whole number of uint16 ids"
+    ):
+        load_token_sets([tmp_path / "odd.bin"], config())
     wrong = write_bin(tmp_path / "wrong.bin", [1] * 50 + [300] + [1] * 50)
     with pytest.raises(DataError, match=r"wrong\.bin: token 50 is id 300, outside the vocabulary of 257"):
-        open_dataset([wrong], config())
+        load_token_sets([wrong], config())
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent\.bin"):
-        open_dataset([tmp_path / "absent.bin"], config())
+        load_token_sets([tmp_path / "absent.bin"], config())
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
-        open_dataset([tmp_path / "absent:0.5"], config())
+        load_token_sets([tmp_path / "absent:0.5"], config())
 
 
 # Mixes
@@ -161,34 +163,34 @@ def test_a_bad_bin_is_named(tmp_path: Path) -> None:
 
 def test_sets_are_mixed_by_their_weights(tmp_path: Path) -> None:
     one, two = prepared(tmp_path, "one"), prepared(tmp_path, "two", shard_tokens=10_000)
-    dataset, _ = open_dataset([Path(f"{one}:3"), Path(f"{two}:1")], config())
+    dataset, _ = load_token_sets([Path(f"{one}:3"), Path(f"{two}:1")], config())
     assert "mixed 75.0%, 25.0%" in str(dataset)
-    dataset, _ = open_dataset([one, write_bin(tmp_path / "b.bin", [1] * 500)], config(val_fraction=0.0))
+    dataset, _ = load_token_sets([one, write_bin(tmp_path / "b.bin", [1] * 500)], config(val_fraction=0.0))
     assert ", mixed 9" in str(dataset)  # by their tokens
     with pytest.raises(DataError, match="give every --data a weight"):
-        open_dataset([Path(f"{one}:3"), two], config())
+        load_token_sets([Path(f"{one}:3"), two], config())
     for weight in ("0", "-1", "nan", "inf"):
         with pytest.raises(DataError, match="weights must be positive"):
-            open_dataset([Path(f"{one}:{weight}"), Path(f"{two}:1")], config())
+            load_token_sets([Path(f"{one}:{weight}"), Path(f"{two}:1")], config())
     other = prepared(tmp_path, "other", vocab_size=300)
     with pytest.raises(DataError, match=r"one and .*other were made with different tokenizers"):
-        open_dataset([one, other], config())
-    with pytest.raises(DataError, match=r"one\.jsonl is text: a mix, or what has a weight, is of token sets"):
-        open_dataset([one, tmp_path / "one.jsonl"], config())
+        load_token_sets([one, other], config())
+    with pytest.raises(DataError, match=r"one\.jsonl is text: only token sets can be mixed or weighted"):
+        load_token_sets([one, tmp_path / "one.jsonl"], config())
 
 
 def test_text_and_sets_are_read_alike(tmp_path: Path) -> None:
     path = prepared(tmp_path, val_fraction=0.0)
-    sets, _ = read_data([path], config())
-    text, tokenizer = read_data([tmp_path / "set.jsonl"], config(val_fraction=0.0))
+    sets, _ = load_data([path], config())
+    text, tokenizer = load_data([tmp_path / "set.jsonl"], config(val_fraction=0.0))
     assert sets.train[:].tolist() == text.train.tolist()  # type: ignore[union-attr]
     assert tokenizer.kind == "byte"
-    packed, _ = read_data([tmp_path / "set.jsonl"], config(packing=True))
+    packed, _ = load_data([tmp_path / "set.jsonl"], config(packing=True))
     assert packed.borders is not None
-    with pytest.raises(DataError, match=r"set\.jsonl is text: .* what has a weight"):
-        read_data([Path(f"{tmp_path / 'set.jsonl'}:0.5")], config())
+    with pytest.raises(DataError, match=r"set\.jsonl is text: only token sets can be mixed or weighted"):
+        load_data([Path(f"{tmp_path / 'set.jsonl'}:0.5")], config())
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
-        read_data([tmp_path / "absent"], config())
+        load_data([tmp_path / "absent"], config())
 
 
 def test_weights_are_told_from_names(tmp_path: Path) -> None:
@@ -201,10 +203,10 @@ def test_weights_are_told_from_names(tmp_path: Path) -> None:
 
 def test_prepared_data_is_told_from_text(tmp_path: Path) -> None:
     path = prepared(tmp_path)
-    assert is_prepared(path)
-    assert is_prepared(Path(f"{path}:0.5"))
-    assert is_prepared(tmp_path / "any.bin")
-    assert not is_prepared(tmp_path)
-    assert not is_prepared(tmp_path / "set.jsonl")
+    assert is_token_set(path)
+    assert is_token_set(Path(f"{path}:0.5"))
+    assert is_token_set(tmp_path / "any.bin")
+    assert not is_token_set(tmp_path)
+    assert not is_token_set(tmp_path / "set.jsonl")
     write_bin(tmp_path / "train.bin", [1])
-    assert is_prepared(tmp_path)
+    assert is_token_set(tmp_path)

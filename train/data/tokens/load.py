@@ -1,0 +1,160 @@
+"""What --data names, as datasets: text, token sets of `fusedgpt prepare`, nanoGPT's .bin files, mixes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
+from fusedgpt.train.config import RunConfig
+from fusedgpt.train.data.text.sources import DataError, read_documents
+from fusedgpt.train.data.tokens.dataset import (
+    TokenDataset,
+    build_dataset,
+    check_length,
+    mix_datasets,
+    token_bytes,
+)
+from fusedgpt.train.data.tokens.nanogpt import bin_tokenizer, open_bin, open_nanogpt_set
+from fusedgpt.train.data.tokens.shards import INDEX, TokenSet, TokenStream, open_token_set
+from fusedgpt.train.data.tokens.windows import pack_documents
+
+
+def split_weight(path: Path) -> tuple[Path, float | None]:
+    """`folder:0.3` as (folder, 0.3); (path, None) without a weight, or if a file has that whole name."""
+    name, colon, weight = str(path).rpartition(":")
+    if not colon or path.exists():
+        return path, None
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        return path, None
+
+
+def is_token_set(path: Path) -> bool:
+    """Whether `path`, with or without a weight, holds token ids rather than text."""
+    path = split_weight(path)[0]
+    if path.is_dir():
+        return (path / INDEX).is_file() or (path / "train.bin").is_file()
+    return path.name == INDEX or path.suffix == ".bin"
+
+
+def load_data(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
+    """The dataset of text files or token sets, and its tokenizer.
+
+    Raises as read_documents, tokenise and load_token_sets do.
+    """
+    if any(is_token_set(path) or split_weight(path)[1] is not None for path in paths):
+        return load_token_sets(paths, config)
+    documents = read_documents(paths)
+    tokenizer = build_tokenizer(config.data.tokenizer, text="".join(documents))
+    return tokenise(documents, tokenizer, config), tokenizer
+
+
+def tokenise(documents: Sequence[str], tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
+    """The dataset of `documents`. Raises ValueError if there is too little text for one window."""
+    dataset = build_dataset(
+        tokenizer.encode_batch(documents),
+        eot_id=tokenizer.eot_id,
+        max_length=config.max_length,
+        val_fraction=config.data.val_fraction,
+        seed=config.train.seed,
+        packing=config.data.packing,
+    )
+    return replace(dataset, token_bytes=token_bytes(tokenizer), document_masks=config.data.document_masks)
+
+
+def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
+    """The dataset of one or more token sets, memory-mapped, and their tokenizer.
+
+    paths: folders of `fusedgpt prepare` or nanoGPT (train.bin, val.bin), or .bin files of uint16 ids. Several
+    are mixed in proportion to their weights (`a:0.7`, `b:0.3`), or to their tokens if none has a weight. For
+    .bin files without a meta.json, config.data.tokenizer says what the ids mean; without a val.bin, the last
+    config.data.val_fraction is held out. Raises FileNotFoundError, DataError or ValueError for unusable data.
+    """
+    wanted = [split_weight(path) for path in paths]
+    opened = [_open(path, config) for path, _ in wanted]
+    for (path, _), one in zip(wanted, opened, strict=True):
+        if not _same_ids(one.tokenizer, opened[0].tokenizer):
+            raise DataError(
+                f"{wanted[0][0]} and {path} were made with different tokenizers: prepare one of them again"
+            )
+    datasets = [_dataset(one, config) for one in opened]
+    weights = _weights([weight for _, weight in wanted], datasets)
+    return mix_datasets(datasets, weights), opened[0].tokenizer
+
+
+def load_validation_tokens(path: Path, tokenizer: Tokenizer) -> TokenStream:
+    """The ids of a token set to evaluate on: its validation stream, or all of a .bin file.
+
+    Raises FileNotFoundError or DataError if there are none, or another tokenizer made them.
+    """
+    if folder := _set_folder(path):
+        opened = open_token_set(folder)
+        stream, made_by = opened.val, opened.tokenizer
+    else:
+        file = path / "val.bin" if path.is_dir() else path
+        made_by = bin_tokenizer(file, tokenizer)
+        stream = open_bin(file, made_by)
+    if not _same_ids(made_by, tokenizer):
+        raise DataError(f"{path} was made with another tokenizer than the model's: prepare its text again")
+    if not len(stream):
+        raise DataError(f"{path} holds nothing out to evaluate on: prepare it with --val-fraction")
+    return stream
+
+
+def _open(path: Path, config: RunConfig) -> TokenSet:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if not is_token_set(path):
+        raise DataError(
+            f"{path} is text: only token sets can be mixed or weighted; make one with `fusedgpt prepare`"
+        )
+    if folder := _set_folder(path):
+        return open_token_set(folder)
+    file = path / "train.bin" if path.is_dir() else path
+    return open_nanogpt_set(file, config.data.tokenizer, config.data.val_fraction)
+
+
+def _set_folder(path: Path) -> Path | None:
+    """The folder of a set of `fusedgpt prepare`, which its index may stand for; None if `path` is none."""
+    if path.name == INDEX:
+        return path.parent
+    return path if (path / INDEX).is_file() else None
+
+
+def _same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    return a is b or (a.kind == b.kind and a._definition() == b._definition())
+
+
+def _dataset(one: TokenSet, config: RunConfig) -> TokenDataset:
+    check_length(len(one.train), config.max_length)
+    borders = None
+    if config.data.packing:
+        if one.train_ends is None:
+            raise DataError("a .bin file does not say where documents end: packing needs `fusedgpt prepare`")
+        borders = pack_documents(one.train_ends, config.max_length)
+    return TokenDataset(
+        train=one.train,
+        val=one.val,
+        max_length=config.max_length,
+        train_documents=1 if one.train_ends is None else len(one.train_ends),
+        val_documents=int(len(one.val) > 0) if one.val_ends is None else len(one.val_ends),
+        eot_id=one.tokenizer.eot_id,
+        document_masks=config.data.document_masks,
+        borders=borders,
+        token_bytes=token_bytes(one.tokenizer),
+    )
+
+
+def _weights(given: list[float | None], datasets: list[TokenDataset]) -> list[float]:
+    weights = [weight for weight in given if weight is not None]
+    if not weights:
+        return [float(len(one.train)) for one in datasets]
+    if len(weights) < len(given):
+        raise DataError("give every --data a weight (folder:0.7), or none of them")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise DataError(f"weights must be positive numbers, got {', '.join(f'{w:g}' for w in weights)}")
+    return weights
