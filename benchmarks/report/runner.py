@@ -126,8 +126,9 @@ def run_part(part: Part, out: Path, seconds: float) -> Row:
                     command.finish()
             running = [command for command in running if not command.finished]
     finally:
-        for command in running:
-            command.finish()
+        for command in begun:
+            if not command.finished:
+                command.finish()
     return judge(part, begun, now - start, has_results=results.stat().st_size > before)
 
 
