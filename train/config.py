@@ -279,9 +279,7 @@ def settings_of(command: str) -> dict[str, FieldInfo]:
     if command in ("generate", "refine"):
         return LLMConfig.model_fields
     fields = {name: field for kind in _SECTIONS.values() for name, field in kind.model_fields.items()}
-    if command == "create":
-        return fields
-    return {name: field for name, field in fields.items() if panel_of(field)[0] != _TEXTS}
+    return {name: f for name, f in fields.items() if command == "create" or panel_of(f)[0] != _TEXTS}
 
 
 def panel_of(field: FieldInfo) -> tuple[str | None, str]:
@@ -325,7 +323,7 @@ def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -
 
 
 def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
-    """Makes init_from absolute, so that a resume finds it, and takes its tokenizer if none is given."""
+    """Make init_from absolute, so that a resume finds it, and use its tokenizer if none is given."""
     if options.get("preset"):
         raise ConfigError("--init-from sets the shape of the model: leave out --preset")
     folder = Path(merged["model"]["init_from"]).expanduser().resolve()

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from fusedgpt.kernels.cpu.process import spin_briefly
-from fusedgpt.train.cli.common import (
-    Debug,
-    Errors,
-    Json,
-    ModelFolder,
-    Quiet,
-    TextField,
-    print_json,
-)
+from fusedgpt.train.cli.common import Debug, Errors, Json, ModelFolder, Quiet, TextField, print_json
 from fusedgpt.train.cli.settings import all_settings
 from fusedgpt.train.report.terminal import ShowProgress, printable, progress_bar
 
@@ -37,11 +29,7 @@ def sample(
     model: ModelFolder,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text to continue; may be repeated.",
-            show_default="empty: start a new text",
-        ),
+        typer.Option(metavar="TEXT", help="Text to continue; may be repeated.", show_default="empty"),
     ] = None,
     n_samples: Annotated[int, typer.Option("--n-samples", "-n", help="Samples per prompt.")] = 1,
     stop: Stop = None,

@@ -7,14 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fusedgpt.train.cli.common import (
-    Debug,
-    Errors,
-    Json,
-    Quiet,
-    TextField,
-    print_json,
-)
+from fusedgpt.train.cli.common import Debug, Errors, Json, Quiet, TextField, print_json
 from fusedgpt.train.report.terminal import ShowProgress, progress_bar
 
 

@@ -52,7 +52,7 @@ class SettingsCommand(TyperCommand):
         return [*first, *self._settings, *(param for param in own if param not in first), help_option]
 
     def invoke(self, ctx: Any) -> Any:
-        """Calls the function without the settings, which `all_settings` and `given_settings` return."""
+        """Call the function without the settings: `all_settings` and `given_settings` return them."""
         settings = {param.name: ctx.params.pop(param.name) for param in self._settings}
         ctx.ensure_object(dict)["settings"] = settings
         return super().invoke(ctx)
