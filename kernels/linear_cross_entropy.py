@@ -1,163 +1,57 @@
-"""Linear + cross-entropy in chunks of rows: losses and d-logits from one kernel, in place over the logits.
+"""Linear + cross-entropy in chunks of rows: all logits never exist at once.
 
-For logits z = h W^T of a row, lse = log sum exp z, label smoothing s and z-loss c,
+For the logits z = h W^T of a row, lse = log sum exp z, label smoothing s and z-loss c,
 
     loss = lse - (1 - s) z[target] - s mean(z) + c lse^2
     dz   = (1 + 2 c lse) softmax(z) - (1 - s) onehot(target) - s / V,   dh = dz W,   dW = sum of dz^T h.
 
-Gradients are made along with the loss, before the next chunk takes the buffer over. So the upstream gradient
-and the mean's division are not known to them yet: both are applied in the backward, in fp32, by the pass
-that rounds dW to the weight's dtype anyway. That also keeps d-logits clear of fp16's underflow.
-linear_cross_entropy_torch.py is the same without Triton.
+The forward pass has all that the gradients need: a row kernel overwrites a chunk's logits with d-logits, and
+these give dh and their part of dW before the next chunk. The backward pass only scales both by the upstream
+gradient. The row kernel is all that differs between Triton (cross_entropy.py) and plain PyTorch
+(cpu/cross_entropy.py).
 
-Shape letters: N rows, n rows of a chunk, C channels, V vocabulary, P padded vocabulary (rows of the weight),
-S logits from row to row in the buffer.
+Shape letters: N rows, n rows of a chunk, C channels, V vocabulary, P padded vocabulary (rows of the weight).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fusedgpt.kernels.cpu.linear_cross_entropy import LossOptions, check_targets
+from fusedgpt.kernels.cpu.linear import matmul_nt
 
-_LOGITS_BYTES = 1 << 29  # of the buffer at most: 4096 rows of 50304 in bf16
-_ALIGNMENT = 128  # logits from row to row are a multiple of this, so that every row is read 16 bytes a load
-_BLOCK_V = (256, 8192)  # least and most columns at once, 8 a thread: 1 to 32 warps
-_SCALE_BLOCK = 4096
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e38)  # below any logit; -inf would give inf - inf
+CPU_ROWS = 512  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
+_LOGITS_BYTES = 1 << 29  # of a GPU's buffer at most: 4096 rows of 50304 in bf16
+_ALIGNMENT = 128  # the buffer's row stride is a multiple of this, so that every row is read 16 bytes per load
 
 
-@triton.jit
-def _columns(start, BLOCK_V: tl.constexpr):
-    """Column numbers (BLOCK_V // 8, 8) from `start` on: a group of 8 is one thread's 16 bytes of bf16."""
-    return start + tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+class LossOptions(NamedTuple):
+    """What turns a row of logits into its loss."""
+
+    vocab_size: int  # V: columns from here on are padding
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
 
 
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * _LOG2_E)  # tl.exp would spend two more instructions on denormal results
+# (logits (n, P), targets (n,), row_scale (n,) or None, losses (n,), options): writes the losses and, where
+# row_scale is given, overwrites the logits with d sum(row_scale * losses) / d logits, 0 in the padding.
+RowKernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, LossOptions], None]
 
 
-@triton.jit
-def _add_exponentials(z, peak, total):
-    """Each group's (max z, sum of exp(z - max z)) so far, with its next 8 logits."""
-    higher = tl.maximum(peak, tl.max(z, axis=1))
-    return higher, total * _exp(peak - higher) + tl.sum(_exp(z - higher[:, None]), axis=1)
-
-
-@triton.jit
-def _row_statistics(row_ptr, S, V, BLOCK_V: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
-    """(max z, sum of exp(z - max z), sum of z) of one row's V logits.
-
-    Groups of 8 columns keep statistics of their own until the end: no warp waits for another in the loop.
-    """
-    peak = tl.full((BLOCK_V // 8,), _LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_V // 8,), tl.float32)
-    z_sum = tl.zeros((BLOCK_V // 8,), tl.float32)
-    full = V // BLOCK_V * BLOCK_V  # so far no masks are needed: they would double the instructions
-    for start in range(0, full, BLOCK_V):
-        z = tl.load(row_ptr + _columns(start, BLOCK_V)).to(tl.float32)
-        peak, total = _add_exponentials(z, peak, total)
-        if HAS_SMOOTHING:
-            z_sum += tl.sum(z, axis=1)
-    for start in range(full, V, BLOCK_V):
-        offs_v = _columns(start, BLOCK_V)
-        z = tl.load(row_ptr + offs_v, mask=offs_v < S, other=0.0).to(tl.float32)  # < V would load singly
-        peak, total = _add_exponentials(tl.where(offs_v < V, z, float("-inf")), peak, total)
-        if HAS_SMOOTHING:
-            z_sum += tl.sum(tl.where(offs_v < V, z, 0.0), axis=1)
-    row_peak = tl.max(peak, axis=0)
-    return row_peak, tl.sum(total * _exp(peak - row_peak), axis=0), tl.sum(z_sum, axis=0)
-
-
-@triton.jit
-def _dlogits(z, offs_v, target, peak, factor, hot, smooth, HAS_SMOOTHING: tl.constexpr):
-    """The gradient of a block of logits: factor * exp(z - peak) - smooth, and - hot at the target."""
-    dz = _exp(z - peak) * factor
-    if HAS_SMOOTHING:
-        dz -= smooth
-    return tl.where(offs_v == target, dz - hot, dz)
-
-
-# debug=True keeps the assert in the kernel, where it costs no register and no launch of its own.
-@triton.jit(do_not_specialize=["ignore_index"], debug=True)
-def _linear_cross_entropy_kernel(
-    logits_ptr,  # (n, S), of a row V are logits; with HAS_GRADIENT overwritten with d-logits, 0 beyond V
-    targets_ptr,  # (n,) int64
-    row_scale_ptr,  # (n,) fp32 d total / d loss of each row, None without HAS_GRADIENT
-    losses_ptr,  # (n,) fp32
-    S,
-    V,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    BLOCK_V: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * S
-    target = tl.load(targets_ptr + row)
-    if target == ignore_index:
-        tl.store(losses_ptr + row, 0.0)
-        if HAS_GRADIENT:
-            zeros = tl.zeros((BLOCK_V // 8, 8), logits_ptr.dtype.element_ty)
-            for start in range(0, S, BLOCK_V):
-                offs_v = _columns(start, BLOCK_V)
-                tl.store(row_ptr + offs_v, zeros, mask=offs_v < S)
+def _row_kernel(backend: str) -> RowKernel:
+    if backend == "triton":
+        from fusedgpt.kernels.cross_entropy import cross_entropy
     else:
-        tl.device_assert((target >= 0) & (target < V), "targets: expected 0 to V-1 or ignore_index")
-        target_logit = tl.load(row_ptr + target).to(tl.float32)
-        peak, total, z_sum = _row_statistics(row_ptr, S, V, BLOCK_V, HAS_SMOOTHING)
-        log_total = tl.log(total)
-        lse = peak + log_total
-        wanted = target_logit
-        if HAS_SMOOTHING:
-            wanted += label_smoothing * (z_sum / V - target_logit)
-        # Not lse - wanted: with a large peak lse has lost the digits of a small loss.
-        tl.store(losses_ptr + row, log_total + (peak - wanted) + z_loss * lse * lse)
-        if HAS_GRADIENT:
-            row_scale = tl.load(row_scale_ptr + row)
-            factor = (1.0 + 2.0 * z_loss * lse) * row_scale / total
-            hot = (1.0 - label_smoothing) * row_scale
-            smooth = label_smoothing * row_scale / V
-            target_column = target.to(tl.int32)  # as the columns are
-            full = V // BLOCK_V * BLOCK_V
-            for start in range(0, full, BLOCK_V):  # just read, so most of it comes from the L2 cache
-                offs_v = _columns(start, BLOCK_V)
-                z = tl.load(row_ptr + offs_v).to(tl.float32)
-                dz = _dlogits(z, offs_v, target_column, peak, factor, hot, smooth, HAS_SMOOTHING)
-                tl.store(row_ptr + offs_v, dz)
-            for start in range(full, S, BLOCK_V):
-                offs_v = _columns(start, BLOCK_V)
-                z = tl.load(row_ptr + offs_v, mask=offs_v < S, other=0.0).to(tl.float32)
-                dz = _dlogits(z, offs_v, target_column, peak, factor, hot, smooth, HAS_SMOOTHING)
-                tl.store(row_ptr + offs_v, tl.where(offs_v < V, dz, 0.0), mask=offs_v < S)
-
-
-@triton.jit
-def _scale_kernel(
-    x_ptr,  # n elements
-    scale_ptr,  # fp32 scalar
-    out_ptr,  # n elements
-    n,
-    BLOCK: tl.constexpr,
-):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = tl.arange(0, BLOCK)
-    mask = offs < n - start
-    x = tl.load(x_ptr + start + offs, mask=mask).to(tl.float32)
-    tl.store(out_ptr + start + offs, x * tl.load(scale_ptr), mask=mask)
+        from fusedgpt.kernels.cpu.cross_entropy import cross_entropy
+    return cross_entropy
 
 
 def rows_per_chunk(P: int, dtype: torch.dtype) -> int:
-    """The largest power of two of rows whose logits fit the buffer."""
+    """The largest power of two of rows whose logits fit a GPU's buffer."""
     fitting = _LOGITS_BYTES // (_row_stride(P) * dtype.itemsize)
     return 1 << max(fitting.bit_length() - 1, 0)
 
@@ -169,9 +63,9 @@ def _row_stride(P: int) -> int:
 def extra_bytes(
     N: int, C: int, P: int, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int | None = None
 ) -> int:
-    """Memory that a forward and backward take beyond their inputs, at the worst moment, gradients included.
+    """Peak memory on a GPU of a forward and backward beyond their inputs, gradients included.
 
-    dtype: hidden's. rows: of a chunk. Not counted: a dozen bytes a row of ops.linear_cross_entropy, cuBLAS.
+    dtype: hidden's. rows: per chunk. Not counted: a dozen bytes per row of targets, cuBLAS's workspace.
     """
     rows = min(N, rows or rows_per_chunk(P, dtype))
     dhidden, dweight = N * C * dtype.itemsize, P * C * 4
@@ -188,148 +82,112 @@ def linear_cross_entropy_fwd(
     targets: Tensor,  # (N,) int64
     row_scale: Tensor | None,  # (N,) fp32, or None for the losses alone
     options: LossOptions,
-    rows: int | None = None,  # of a chunk; by rows_per_chunk if None
+    backend: str,  # "triton" or "reference"
+    rows: int | None = None,  # per chunk; chosen by device and vocabulary if None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch: losses (N,) in fp32 and, given row_scale, the gradients of sum(row_scale * losses).
+    """Losses (N,) and, given row_scale, the gradients of sum(row_scale * losses).
 
-    Returns (losses, dhidden (N, C) in hidden's dtype, dweight (P, C) in fp32); without row_scale the
-    gradients are empty. Targets are checked on a GPU only, by a device-side assert.
+    Returns (losses, dhidden (N, C) in hidden's dtype, dweight (P, C)); losses and dweight in fp32, in fp64
+    for fp64. Without row_scale the gradients are empty. Matrix products run in hidden's dtype.
     """
     N, C, P = *hidden.shape, len(weight)
-    rows = min(N, rows or rows_per_chunk(P, hidden.dtype))
-    compute_weight = weight.to(hidden.dtype)
-    buffer = hidden.new_empty(rows, _row_stride(P))
-    losses = hidden.new_empty(N, dtype=torch.float32)
+    cross_entropy, weight = _row_kernel(backend), weight.to(hidden.dtype)
+    into_buffer = _writes_in_place(hidden)
+    rows = min(N, rows or (rows_per_chunk(P, hidden.dtype) if into_buffer else CPU_ROWS))
+    buffer = hidden.new_empty((rows, _row_stride(P)) if into_buffer else 0)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(N, dtype=wide)
     dhidden = hidden.new_empty((N, C) if row_scale is not None else 0)
-    dweight = hidden.new_empty((P, C) if row_scale is not None else 0, dtype=torch.float32)
+    dweight: Tensor | None = None
     for start in range(0, N, max(rows, 1)):
         chunk = slice(start, min(start + rows, N))
-        x, logits = hidden[chunk], buffer[: chunk.stop - start, :P]
-        torch.mm(x, compute_weight.T, out=logits)
-        scale = None if row_scale is None else row_scale[chunk]
-        _softmax(logits, targets[chunk], scale, losses[chunk], options)
-        if row_scale is not None:
-            torch.mm(logits, compute_weight, out=dhidden[chunk])
-            _accumulate(dweight, logits, x, first=start == 0)
-    return losses, dhidden, dweight if N else dweight.zero_()
+        x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
+        out = buffer[: len(x), :P] if into_buffer else None
+        logits = matmul_nt(x, weight) if out is None else torch.mm(x, weight.T, out=out)
+        cross_entropy(logits, targets[chunk], scale, losses[chunk], options)
+        if scale is not None:
+            dweight = _add_gradients(logits, x, weight, dhidden[chunk], dweight)
+        del logits  # before the next chunk's are made
+    if dweight is None:
+        dweight = hidden.new_zeros((P, C) if row_scale is not None else 0, dtype=wide)
+    return losses, dhidden, dweight
 
 
-def _softmax(
-    logits: Tensor,  # (n, P) of a buffer (n, S), overwritten with d-logits if row_scale is given
-    targets: Tensor,  # (n,)
-    row_scale: Tensor | None,  # (n,) fp32
-    losses: Tensor,  # (n,) fp32, written
-    o: LossOptions,
-) -> None:
-    """Launch the kernel on one chunk, one program a row.
-
-    With 1024 threads a row, a multiprocessor works on 2 rows: the 264 rows of 100 KB that an H100 has in
-    flight stay in its L2 cache between the two passes. 2048 threads have 32 registers each; the kernel fits.
-    """
-    S = logits.stride(0)
-    BLOCK_V = min(max(triton.next_power_of_2(S), _BLOCK_V[0]), _BLOCK_V[1])
-    with torch.cuda.device_of(logits):
-        _linear_cross_entropy_kernel[(len(logits),)](
-            logits,
-            targets,
-            row_scale,
-            losses,
-            S,
-            o.vocab_size,
-            o.ignore_index,
-            o.label_smoothing,
-            o.z_loss,
-            BLOCK_V=BLOCK_V,
-            HAS_GRADIENT=row_scale is not None,
-            HAS_SMOOTHING=o.label_smoothing > 0.0,
-            num_warps=BLOCK_V // 256,
-            maxnreg=32 if logits.element_size() == 2 else None,
-            sanitize_overflow=False,  # of debug=True only the assert is wanted
-        )
+def _writes_in_place(x: Tensor) -> bool:
+    """Whether matrix products go to given memory; on a CPU oneDNN is faster, which makes its own."""
+    return x.device.type in ("cuda", "meta")  # meta tensors show what a GPU would do
 
 
-def _accumulate(dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """dweight (P, C) in fp32 = (0 if first, else dweight) + dlogits^T hidden, never rounded in between."""
-    beta = 0.0 if first else 1.0
-    if dweight.device.type == "cuda":
-        # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the least there is.
-        torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=torch.float32, out=dweight)
-    else:  # out_dtype is for CUDA only
-        dweight.addmm_(dlogits.T.float(), hidden.float(), beta=beta)
-
-
-def linear_cross_entropy_bwd(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Launch: x * scale (fp32 scalar) in fp32, rounded once to dtype. x: contiguous."""
-    out = torch.empty_like(x, dtype=dtype)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            grid = (triton.cdiv(x.numel(), _SCALE_BLOCK),)
-            _scale_kernel[grid](x, scale, out, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
-    return out
-
-
-@torch.library.custom_op("fusedgpt::linear_cross_entropy_rows", mutates_args=())
-def linear_cross_entropy_rows(
-    hidden: Tensor,  # (N, C)
+def _add_gradients(
+    dlogits: Tensor,  # (n, P)
+    hidden: Tensor,  # (n, C)
     weight: Tensor,  # (P, C)
-    targets: Tensor,  # (N,) int64
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    dhidden: Tensor,  # (n, C), written
+    dweight: Tensor | None,  # (P, C), updated; None before the first chunk
 ) -> Tensor:
-    """The loss of every row (N,); its backward makes the logits a second time."""
-    options = _options(targets, vocab_size, ignore_index, label_smoothing, z_loss)
-    return linear_cross_entropy_fwd(hidden, weight, targets.contiguous(), None, options)[0]
+    """dhidden = dlogits weight, dweight += dlogits^T hidden; returns dweight, in at least fp32."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if not _writes_in_place(hidden):
+        dhidden.copy_(matmul_nt(dlogits, weight.T))
+        part = matmul_nt(dlogits.T, hidden.T)
+        return part.to(wide) if dweight is None else dweight.add_(part)
+    torch.mm(dlogits, weight, out=dhidden)
+    beta = 0.0 if dweight is None else 1.0
+    dweight = hidden.new_empty(weight.shape, dtype=wide) if dweight is None else dweight
+    # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the minimum.
+    return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
 
 
-@torch.library.custom_op("fusedgpt::linear_cross_entropy_sum", mutates_args=())
-def linear_cross_entropy_sum(
+def check_targets(targets: Tensor, options: LossOptions) -> None:
+    """Raises ValueError for a target out of range; on a GPU a device-side assert, so that nothing waits."""
+    valid = (targets == options.ignore_index) | ((targets >= 0) & (targets < options.vocab_size))
+    expected = f"expected 0 to {options.vocab_size - 1} or ignore_index {options.ignore_index}"
+    if targets.device.type != "cpu":
+        torch._assert_async(valid.all(), f"targets: {expected}")
+    elif not valid.all():
+        raise ValueError(f"targets holds {int(targets[~valid][0])}, {expected}")
+
+
+@torch.library.custom_op("fusedgpt::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (P, C)
     targets: Tensor,  # (N,) int64
-    row_scale: Tensor,  # (N,) fp32
+    row_scale: Tensor | None,  # (N,)
+    backend: str,
     vocab_size: int,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum(row_scale * losses), its dhidden, its dweight in fp32): gradients are made along with the loss."""
-    options = _options(targets, vocab_size, ignore_index, label_smoothing, z_loss)
+    """(sum(row_scale * losses), its dhidden, its dweight), the gradients made along with the loss.
+
+    Without row_scale (losses (N,), empty, empty): the backward pass then makes the logits a second time.
+    """
+    options = LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
+    if backend != "triton" or targets.device.type == "cpu":  # on a GPU the Triton kernel asserts
+        check_targets(targets, options)
+    row_scale = None if row_scale is None else row_scale.contiguous()
     losses, dhidden, dweight = linear_cross_entropy_fwd(
-        hidden, weight, targets.contiguous(), row_scale.contiguous(), options
+        hidden, weight, targets.contiguous(), row_scale, options, backend
     )
-    return (losses * row_scale).sum(), dhidden, dweight
+    return losses if row_scale is None else losses @ row_scale, dhidden, dweight
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden: Tensor, weight: Tensor, _: Tensor, row_scale: Tensor | None, *__: object) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if row_scale is None:
+        return hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(0), hidden.new_empty(0, dtype=wide)
+    loss = hidden.new_empty((), dtype=wide)
+    return loss, hidden.new_empty(hidden.shape), hidden.new_empty(weight.shape, dtype=wide)
 
 
 @torch.library.custom_op("fusedgpt::linear_cross_entropy_scaled", mutates_args=())
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return linear_cross_entropy_bwd(x, scale, dtype)
-
-
-def _options(
-    targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float
-) -> LossOptions:
-    options = LossOptions(
-        vocab_size=vocab_size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
-    )
-    if targets.device.type == "cpu":  # on a GPU the kernel asserts
-        check_targets(targets, options)
-    return options
-
-
-@linear_cross_entropy_rows.register_fake
-def _(hidden: Tensor, *_: object) -> Tensor:
-    return hidden.new_empty(len(hidden), dtype=torch.float32)
-
-
-@linear_cross_entropy_sum.register_fake
-def _(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return (
-        hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape, dtype=torch.float32),
-    )
+    """x * scale (a scalar) in at least fp32, rounded once to dtype."""
+    # As a scalar, scale would be rounded to x's dtype first.
+    return torch.mul(x, scale.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
 @_scaled.register_fake
@@ -337,55 +195,48 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _rows_bwd(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets = ctx.saved_tensors
-    _, dhidden, dweight = linear_cross_entropy_sum(hidden, weight, targets, dlosses, *ctx.options)
-    return dhidden, dweight.to(weight.dtype), None, None, None, None, None
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, row_scale, *ctx.options = inputs
+    ctx.has_gradients, ctx.weight_dtype = row_scale is not None, weight.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*(output[1:] if ctx.has_gradients else (hidden, weight, targets)))
 
 
-def _sum_bwd(ctx: Any, dtotal: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not ctx.has_gradients:
+        _, dhidden, dweight = linear_cross_entropy_op(*ctx.saved_tensors, dloss, *ctx.options)
+        return dhidden, dweight.to(ctx.weight_dtype), *[None] * 7
     dhidden, dweight = ctx.saved_tensors
+    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1.0:
+        return dhidden, dweight.to(ctx.weight_dtype), *[None] * 7  # loss.backward() itself: nothing to scale
     # Out of place: after retain_graph=True another backward needs both as they are.
-    dhidden = _scaled(dhidden, dtotal, dhidden.dtype)
-    return dhidden, _scaled(dweight, dtotal, ctx.weight_dtype), *[None] * 6
+    return _scaled(dhidden, dloss, dhidden.dtype), _scaled(dweight, dloss, ctx.weight_dtype), *[None] * 7
 
 
-linear_cross_entropy_rows.register_autograd(_rows_bwd, setup_context=_save_rows)
-linear_cross_entropy_sum.register_autograd(_sum_bwd, setup_context=_save_sum)
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (P, C)
     targets: Tensor,  # (N,) int64
+    options: LossOptions,
     *,
-    vocab_size: int,
-    ignore_index: int,
     reduction: str,
-    label_smoothing: float,
-    z_loss: float,
+    backend: str,
 ) -> Tensor:
-    """The Triton path of ops.linear_cross_entropy."""
-    options = (vocab_size, ignore_index, label_smoothing, z_loss)
-    if reduction == "none":
-        losses: Tensor = linear_cross_entropy_rows(hidden, weight, targets, *options)
-        return losses
-    counted = (targets != ignore_index).float()
-    total: Tensor
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total, _, _ = linear_cross_entropy_sum(hidden, weight, targets, counted, *options)
-    else:
-        total = linear_cross_entropy_rows(hidden, weight, targets, *options).sum()
-    return total / counted.sum().clamp(min=1.0) if reduction == "mean" else total
+    """ops.linear_cross_entropy by the row kernel of `backend`, "triton" or "reference"."""
+    row_scale = (targets != options.ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
+    divisor: Tensor | None = None
+    if reduction == "mean":
+        divisor = row_scale.sum().clamp(min=1)
+        if hidden.dtype != torch.float16:  # whose d-logits / count would be denormal: it divides last
+            row_scale, divisor = row_scale / divisor, None
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with_gradients = needs_grad and reduction != "none"
+    op_scale = row_scale if with_gradients else None
+    loss: Tensor = linear_cross_entropy_op(hidden, weight, targets, op_scale, backend, *options)[0]
+    if reduction != "none" and not with_gradients:
+        loss = loss @ row_scale
+    return loss if divisor is None else loss / divisor

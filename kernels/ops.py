@@ -19,10 +19,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
 from fusedgpt.kernels import reference
 from fusedgpt.kernels.cpu import attention as attention_torch
 from fusedgpt.kernels.cpu import linear as linear_
-from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
 if HAS_TRITON:
@@ -31,7 +31,6 @@ if HAS_TRITON:
     from fusedgpt.kernels import decode_attention as decode_attention_
     from fusedgpt.kernels import dropout as dropout_
     from fusedgpt.kernels import layer_norm as layer_norm_
-    from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
     from fusedgpt.kernels.common import TRITON_DTYPES
 
 OPS = (
@@ -408,18 +407,10 @@ def linear_cross_entropy(
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if not 0 < vocab_size <= len(weight):
         raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
-    function = linear_cross_entropy_torch.linear_cross_entropy
-    if _takes_triton("linear_cross_entropy", hidden):
-        function = linear_cross_entropy_.linear_cross_entropy
-    return function(
-        hidden,
-        weight,
-        targets,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+    options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
+    path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
+    return linear_cross_entropy_.linear_cross_entropy(
+        hidden, weight, targets, options, reduction=reduction, backend=path
     )
 
 

@@ -31,7 +31,6 @@ from benchmarks.ceilings import CUDA, DEVICE, DTYPES
 from benchmarks.workloads.plain_gpt import PlainGPT
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
-from fusedgpt.kernels.cpu import linear_cross_entropy as linear_cross_entropy_torch
 from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import CHECKPOINTING, GPT
@@ -103,7 +102,7 @@ def undo(op: str) -> None:
 
     ops.backend = without
     if op == "linear_cross_entropy":
-        linear_cross_entropy_torch.linear_cross_entropy = reference.linear_cross_entropy
+        ops.linear_cross_entropy = reference.linear_cross_entropy
     if op == "linear":
         linear.HAS_ONEDNN = False
 

@@ -334,22 +334,18 @@ def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
             yield f"D {D}, {splits} splits", forward
 
 
-def _linear_cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import linear_cross_entropy
-    from fusedgpt.kernels.cpu.linear_cross_entropy import LossOptions
+def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy_fwd
 
     for V, P in ((50257, 50304), (65, 65), (256, 256)) if full else ((50257, 50304),):
         hidden, weight = _meta(1024, 768, dtype=dtype), _meta(P, 768)
         targets, row_scale = _meta(1024, dtype=torch.int64), _meta(1024)
         for smoothing in (0.0, 0.1):
-            options = LossOptions(vocab_size=V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
+            options = LossOptions(V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
             for name, scale in (("losses", None), ("gradients", row_scale)):
                 label = f"V {V}, {name}, smoothing {smoothing}"
-                forward = linear_cross_entropy.linear_cross_entropy_fwd
-                yield label, partial(forward, hidden, weight, targets, scale, options)
-        backward = linear_cross_entropy.linear_cross_entropy_bwd
-        yield f"V {V}", partial(backward, _meta(P, 768), _meta(), torch.float32)
-        yield f"V {V}", partial(backward, hidden, _meta(), dtype)
+                args = (hidden, weight, targets, scale, options, "triton")
+                yield label, partial(linear_cross_entropy_fwd, *args)
 
 
 def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
@@ -374,8 +370,8 @@ LAUNCHES: dict[str, Callable[[torch.dtype, bool], Iterator[Launch]]] = {
     "activation": _activation,
     "adamw": _adamw,
     "attention": _attention,
+    "cross_entropy": _cross_entropy,
     "decode_attention": _decode_attention,
     "dropout": _dropout,
     "layer_norm": _layer_norm,
-    "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -144,7 +144,7 @@ def test_attention_uses_each_architectures_tensor_cores(
 
 
 def test_half_precision_rows_are_loaded_16_bytes_at_once(shipped: list[dict[str, Any]]) -> None:
-    rows_of = ("_layer_norm_fwd", "_layer_norm_bwd", "_linear_cross_entropy", "_dropout", "_bias_gelu")
+    rows_of = ("_layer_norm_fwd", "_layer_norm_bwd", "_cross_entropy", "_dropout", "_bias_gelu")
     found = [row for row in shipped if row["kernel"].startswith(rows_of) and row["dtype"] == "bf16"]
     assert len(found) > 20
     for row in found:

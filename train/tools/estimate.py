@@ -46,14 +46,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedgpt.kernels import ops
+from fusedgpt.kernels.linear_cross_entropy import CPU_ROWS, extra_bytes
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import CHECKPOINTING
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.loop.precision import resolve_precision
 
 REACHED = 0.4  # share of the datasheet's rate that a whole step gets to
-_CPU_LOSS_ROWS = 512  # of a chunk of logits, see linear_cross_entropy_torch.py
 
 # Datasheet rates of dense bf16 matrix products in FLOP/s, accumulating in fp32; the first name that fits.
 _PEAK_FLOPS = {
@@ -189,11 +188,9 @@ class Shapes:
     def loss(self) -> int:
         """The loss's buffers and gradients."""
         N, C, P = self.B * self.T, self.config.n_embd, self.config.padded_vocab_size
-        if self.on_gpu and ops.HAS_TRITON:
-            from fusedgpt.kernels.linear_cross_entropy import extra_bytes
-
+        if self.on_gpu:
             return extra_bytes(N, C, P, self.dtype, self.weight_dtype)
-        logits = min(N, _CPU_LOSS_ROWS) * P * self.dtype.itemsize
+        logits = min(N, CPU_ROWS) * P * self.dtype.itemsize
         return logits + N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)
 
     def _cast(self, numel: int) -> int:
