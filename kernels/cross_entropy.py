@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedgpt.kernels.common import LOWEST, exp
 from fusedgpt.kernels.linear_cross_entropy import LossOptions
 
 _BLOCK_V = (256, 8192)  # fewest and most columns per iteration, 8 per thread: 1 to 32 warps
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e38)  # below any logit; -inf would give inf - inf
 
 
 @triton.jit
@@ -25,15 +24,10 @@ def _columns(start, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _exp(x):
-    return tl.exp2(x * _LOG2_E)  # tl.exp would spend two more instructions on denormal results
-
-
-@triton.jit
 def _add_exponentials(z, peak, total):
     """Each group's (max z, sum of exp(z - max z)) so far, with its next 8 logits."""
     higher = tl.maximum(peak, tl.max(z, axis=1))
-    return higher, total * _exp(peak - higher) + tl.sum(_exp(z - higher[:, None]), axis=1)
+    return higher, total * exp(peak - higher) + tl.sum(exp(z - higher[:, None]), axis=1)
 
 
 @triton.jit
@@ -42,7 +36,7 @@ def _row_statistics(row_ptr, S, V, BLOCK_V: tl.constexpr, HAS_SMOOTHING: tl.cons
 
     Groups of 8 columns keep statistics of their own until the end: no warp waits for another in the loop.
     """
-    peak = tl.full((BLOCK_V // 8,), _LOWEST, tl.float32)
+    peak = tl.full((BLOCK_V // 8,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_V // 8,), tl.float32)
     z_sum = tl.zeros((BLOCK_V // 8,), tl.float32)
     full = V // BLOCK_V * BLOCK_V  # so far no masks are needed: they would double the instructions
@@ -58,13 +52,13 @@ def _row_statistics(row_ptr, S, V, BLOCK_V: tl.constexpr, HAS_SMOOTHING: tl.cons
         if HAS_SMOOTHING:
             z_sum += tl.sum(tl.where(offs_v < V, z, 0.0), axis=1)
     row_peak = tl.max(peak, axis=0)
-    return row_peak, tl.sum(total * _exp(peak - row_peak), axis=0), tl.sum(z_sum, axis=0)
+    return row_peak, tl.sum(total * exp(peak - row_peak), axis=0), tl.sum(z_sum, axis=0)
 
 
 @triton.jit
 def _dlogits(z, offs_v, target, peak, factor, hot, smooth, HAS_SMOOTHING: tl.constexpr):
     """The gradient of a block of logits: factor * exp(z - peak) - smooth, and - hot at the target."""
-    dz = _exp(z - peak) * factor
+    dz = exp(z - peak) * factor
     if HAS_SMOOTHING:
         dz -= smooth
     return tl.where(offs_v == target, dz - hot, dz)

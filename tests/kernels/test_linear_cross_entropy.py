@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from fusedgpt.kernels import cross_entropy, ops, reference
 from fusedgpt.kernels import linear_cross_entropy as lce
-from fusedgpt.kernels import ops, reference
-from fusedgpt.kernels.cpu import linear_cross_entropy as plain
+from fusedgpt.kernels.cpu import cross_entropy as plain
 from fusedgpt.kernels.tools import cases, check
 
 # Of columns beyond the vocabulary, whose exponentials are thrown away.
@@ -70,15 +70,15 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
-def loss_options(V: int) -> plain.LossOptions:
-    return plain.LossOptions(vocab_size=V, ignore_index=-100, label_smoothing=0.0, z_loss=0.0)
+def loss_options(V: int) -> lce.LossOptions:
+    return lce.LossOptions(vocab_size=V, ignore_index=-100, label_smoothing=0.0, z_loss=0.0)
 
 
 def launched(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, rows: int) -> list[Tensor]:
     """[losses, dhidden, dweight] of the sum, in chunks of `rows`."""
     counted = (targets != -100).float()
     exact = hidden.detach(), weight.detach(), targets, counted
-    return list(lce.linear_cross_entropy_fwd(*exact, loss_options(V), rows))
+    return list(lce.linear_cross_entropy_fwd(*exact, loss_options(V), "triton", rows))
 
 
 # --- against float64
@@ -91,7 +91,7 @@ def launched(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, rows: int)
 def test_plain_equals_the_reference_in_float64(
     N: int, V: int, reduction: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "_ROWS_PER_MATMUL", 32)
+    monkeypatch.setattr(lce, "CPU_ROWS", 32)
     monkeypatch.setattr(plain, "_SOFTMAX_LOGITS", 5 * V)
     args = problem(N, 24, V, torch.float64)
     kwargs: dict[str, Any] = {"vocab_size": V, "reduction": reduction, **options}
@@ -115,7 +115,7 @@ def test_plain_equals_the_reference_in_float64(
 def test_plain_error_is_no_larger_than_pytorchs(
     dtype: torch.dtype, V: int, allowed: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "_ROWS_PER_MATMUL", 64)
+    monkeypatch.setattr(lce, "CPU_ROWS", 64)
     args = problem(200, 64, V, dtype)
     exact = [args[0].detach().double().requires_grad_(), args[1].detach().double().requires_grad_(), args[2]]
     truth = gradients(reference.linear_cross_entropy, *exact, vocab_size=V)
@@ -173,7 +173,7 @@ def test_the_plain_gradient_does_not_depend_on_the_chunks(monkeypatch: pytest.Mo
     args = problem(1024, 32, 300, torch.float32)
     truth = gradients(reference.linear_cross_entropy, *args, vocab_size=300)
     for rows in (1024, 64, 4, 1):
-        monkeypatch.setattr(plain, "_ROWS_PER_MATMUL", rows)
+        monkeypatch.setattr(lce, "CPU_ROWS", rows)
         for ours, true in zip(gradients(ops.linear_cross_entropy, *args, vocab_size=300), truth, strict=True):
             assert relative_error(ours, true.double()) < 1e-6  # fp32 sums of 1024 rows in another order
 
@@ -231,23 +231,19 @@ class NoKernel:
         return lambda *args, **kwargs: None
 
 
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They allocate nothing, but meta tensors have no elements, and the interpreter makes copies."""
-    monkeypatch.setattr(lce, "_linear_cross_entropy_kernel", NoKernel())
-    monkeypatch.setattr(lce, "_scale_kernel", NoKernel())
-
-
-def peak_of_a_step(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> int:
-    """What the launchers of one forward and backward allocate at the worst moment."""
-    row_scale, dtotal = (
-        hidden.new_ones(len(hidden), dtype=torch.float32),
-        hidden.new_ones((), dtype=torch.float32),
-    )
+def peak_of_a_step(
+    N: int, C: int, P: int, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int | None = None
+) -> int:
+    """What one forward and backward allocate at the worst moment, on the meta device."""
+    hidden = torch.empty(N, C, dtype=dtype, device="meta")
+    weight = torch.empty(P, C, dtype=weight_dtype, device="meta")
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    row_scale, dtotal = torch.empty(N, device="meta"), torch.empty((), device="meta")
     with PeakMemory() as memory:
-        options = loss_options(len(weight))
-        dhidden, dweight = lce.linear_cross_entropy_fwd(hidden, weight, targets, row_scale, options, rows)[1:]
-        outputs = lce.linear_cross_entropy_bwd(dhidden, dtotal, hidden.dtype)
-        outputs = outputs, lce.linear_cross_entropy_bwd(dweight, dtotal, weight.dtype)
+        args = hidden, weight, targets, row_scale, loss_options(P), "triton", rows
+        dhidden, dweight = lce.linear_cross_entropy_fwd(*args)[1:]
+        outputs = lce._scaled(dhidden, dtotal, dtype)
+        outputs = outputs, lce._scaled(dweight, dtotal, weight_dtype)
     return memory.peak
 
 
@@ -259,25 +255,20 @@ def peak_of_a_step(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | 
         (200, 64, 128, 8),  # the backward takes more than the forward
     ],
 )
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_what_the_shapes_say(
-    N: int, C: int, P: int, rows: int | None, monkeypatch: pytest.MonkeyPatch
+    N: int, C: int, P: int, rows: int | None, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_kernels(monkeypatch)
-    hidden, weight, targets = torch.randn(N, C), torch.randn(P, C), torch.randint(P, (N,))
-    expected = lce.extra_bytes(N, C, P, torch.float32, torch.float32, rows)
-    assert peak_of_a_step(hidden, weight, targets, rows) == expected
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_kernel", NoKernel())
+    expected = lce.extra_bytes(N, C, P, torch.bfloat16, weight_dtype, rows)
+    assert peak_of_a_step(N, C, P, torch.bfloat16, weight_dtype, rows) == expected
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_the_memory_bound(weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """65,536 x 768 x 50304 in bf16, allocated on the meta device by the launchers themselves."""
-    without_kernels(monkeypatch)
-    monkeypatch.setattr(lce, "_accumulate", lambda *args, **kwargs: None)  # off CUDA it makes copies
-    hidden = torch.empty(65536, 768, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(50304, 768, dtype=weight_dtype, device="meta")
-    targets = torch.empty(65536, dtype=torch.int64, device="meta")
-    expected = lce.extra_bytes(65536, 768, 50304, torch.bfloat16, weight_dtype)
-    assert peak_of_a_step(hidden, weight, targets) == expected < 2e9
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_kernel", NoKernel())
+    shape = 65536, 768, 50304, torch.bfloat16, weight_dtype
+    assert peak_of_a_step(*shape) == lce.extra_bytes(*shape) < 2e9
 
 
 @pytest.mark.gpu
@@ -387,7 +378,7 @@ def test_a_small_loss_keeps_its_digits_beside_large_logits(triton: None, device:
     assert relative_error(loss, true) < 1e-6
 
 
-def test_the_mean_of_many_rows_has_an_fp16_gradient(triton: None, device: torch.device) -> None:
+def test_the_mean_of_many_rows_has_an_fp16_gradient(path: str, device: torch.device) -> None:
     """softmax / rows is among fp16's denormals, so the division has to come after the matrix products."""
     hidden, weight, _ = problem(8, 16, 50257, torch.float16, device)
     weight = weight.detach().zero_().requires_grad_()  # every probability is 2e-5
@@ -462,31 +453,38 @@ def test_without_grad_no_gradient_is_made(
 ) -> None:
     args = problem(9, 16, 65, torch.float32, device)
     with_grad = ops.linear_cross_entropy(*args, vocab_size=65)
-    monkeypatch.setattr(lce if path == "triton" else plain, "linear_cross_entropy_sum", None)  # makes them
+    gradients_made = []
+
+    def row_kernel(logits: Tensor, targets: Tensor, row_scale: Tensor | None, *args: Any) -> None:
+        gradients_made.append(row_scale is not None)
+        kernel(logits, targets, row_scale, *args)
+
+    kernel = lce._row_kernel(path)
+    monkeypatch.setattr(lce, "_row_kernel", lambda backend: row_kernel)
     with torch.no_grad():
         assert torch.allclose(ops.linear_cross_entropy(*args, vocab_size=65), with_grad)
     detached = [x.detach() for x in args]
     assert torch.allclose(ops.linear_cross_entropy(*detached, vocab_size=65), with_grad)
+    assert gradients_made == [False, False]
 
 
 def test_losses_alone_write_no_gradient(device: torch.device) -> None:
     hidden, weight, targets = (x.detach() for x in problem(9, 16, 65, torch.float32, device))
-    losses, dhidden, dweight = lce.linear_cross_entropy_fwd(hidden, weight, targets, None, loss_options(65))
+    args = hidden, weight, targets, None, loss_options(65), "triton"
+    losses, dhidden, dweight = lce.linear_cross_entropy_fwd(*args)
     assert dhidden.numel() == dweight.numel() == 0
     logits = hidden @ weight.T
     kept = logits.clone()
-    lce._softmax(logits, targets, None, losses, loss_options(65))
+    cross_entropy.cross_entropy(logits, targets, None, losses, loss_options(65))
     assert torch.equal(logits, kept)
 
 
 def test_opcheck(path: str, device: torch.device) -> None:
-    hidden, weight, targets = problem(9, 16, 65, torch.float32, device)
-    options = (65, -100, 0.1, 1e-3)
-    module = lce if path == "triton" else plain
-    torch.library.opcheck(module.linear_cross_entropy_rows, (hidden, weight, targets, *options))
-    scale = torch.rand(9, device=device)
-    torch.library.opcheck(module.linear_cross_entropy_sum, (hidden, weight, targets, scale, *options))
-    scaled = hidden.detach(), torch.tensor(2.0, device=device), torch.float16
+    args = problem(9, 16, 65, torch.float32, device)
+    for row_scale in (None, torch.rand(9, device=device)):
+        everything = (*args, row_scale, path, 65, -100, 0.1, 1e-3)
+        torch.library.opcheck(lce.linear_cross_entropy_op, everything)
+    scaled = args[0].detach(), torch.tensor(2.0, device=device), torch.float16
     torch.library.opcheck(torch.ops.fusedgpt.linear_cross_entropy_scaled, scaled)
 
 
