@@ -2,16 +2,18 @@
 
 Shape letters: n tensors, K chunks, G parameter groups.
 
+The update is made on fp32 masters; bf16 and fp16 parameters are rounded copies, fp32 ones their own masters.
+
 Both kernels walk a table of addresses, so parameters, gradients and state stay where they are: gradients that
 autograd allocates anew every step, FSDP shards and loaded checkpoints all fit. A fixed number of programs
 share the chunks; every program of the second launch adds the first one's partial sums in the same order,
 so all agree on norm, clip coefficient and finiteness without atomics, a third launch or the host.
 
-Bytes a parameter (bf16 with fp32 master): the gradient is read twice (2 + 2), master, exp_avg and exp_avg_sq
-are read and written (3 x 8), the parameter is written (2): 30.
+Bytes per bf16 parameter: the gradient is read twice (2 + 2), master, exp_avg and exp_avg_sq are read and
+written (3 x 8), the parameter is written (2): 30.
 
-Every access of a full block is 16 bytes a thread and without gaps in a warp: 8 neighbours of a 16-bit tensor,
-4 of an fp32 one. So a warp takes rows of 256 elements, in fp32 as two halves of 128, one behind the other in
+Every access of a full block is 16 bytes per thread, without gaps in a warp: 8 neighbours of a 16-bit tensor,
+4 of an fp32 one. So a warp takes rows of 256 elements, in fp32 as two halves of 128, one after the other in
 its registers; between the two layouts elements change threads, but never warps, which needs no shared memory.
 """
 
@@ -27,22 +29,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgpt.kernels import tuning
-from fusedgpt.kernels.dropout import philox_lanes
+from fusedgpt.kernels.common import TRITON_DTYPES
 
-PARTIALS = 1024  # programs a launch at most; ranks that add their partial sums up need the same number
+PARTIALS = 1024  # programs per launch at most; ranks that add up their partial sums need the same number
+GRAD_COLUMN = 1  # of Batch.table
 _CHUNK = 8192  # elements one program takes at a time
 _NORM_BLOCK, _BLOCK = 8192, 1024
 _NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as their registers let run at once
-_REGISTERS = 72  # a thread of the update: 7 programs of 128 threads have 65,536
+_REGISTERS = 72  # per thread of the update: 7 programs of 128 threads have 65,536
 
 # The columns of a table's row, and of a row of scalars.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in range(4))
-_MASTER, _STEP, _KEY, _SIZE = (tl.constexpr(i) for i in range(4, 8))
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in (0, GRAD_COLUMN, 2, 3))
+_MASTER, _STEP, _SIZE = (tl.constexpr(i) for i in range(4, 7))
 _STEP_SIZE, _DECAY, _INV_SQRT_CORRECTION2, _EPS = (tl.constexpr(i) for i in range(4))
 _WEIGHT1, _WEIGHT2, _NEW_STEP = (tl.constexpr(i) for i in range(4, 7))
 _COLUMNS = tl.constexpr(8)  # of both, and of hyper
 _ROW = tl.constexpr(256)  # elements of a 16-bit tensor that a warp accesses at once
-_FIRST_BITS = tl.constexpr(40)  # each step owns 2^40 Philox blocks, of 8 roundings
 
 
 @triton.jit
@@ -78,12 +80,12 @@ def _base(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _grad_norm_kernel(
-    table_ptr,  # (n, 8) int64: addresses of parameter, gradient, exp_avg, exp_avg_sq, master, step; key; size
+    table_ptr,  # (n, 8) int64: addresses of parameter, gradient, exp_avg, exp_avg_sq, master, step; size
     chunks_ptr,  # (K, 2) int32: tensor, number of the chunk within it
     groups_ptr,  # (n,) int32
     hyper_ptr,  # (G, 8) fp64, see hyper_row
     scalars_ptr,  # (n, 8) fp32, written: for _adamw_kernel
-    partials_ptr,  # (PARTIALS,) fp32, written: sums of squares, one a program
+    partials_ptr,  # (PARTIALS,) fp32, written: sums of squares, one per program
     n_tensors,
     n_chunks,
     GRAD_DTYPE: tl.constexpr,
@@ -162,25 +164,14 @@ def _store(address_ptr, first, offs, mask, x, dtype: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _stochastic_bf16(x, key, step, first, BLOCK: tl.constexpr):
-    """fp32 -> the bits of bf16, up or down so that the mean is x; see reference.stochastic_round."""
-    blocks = (step.to(tl.int64) << _FIRST_BITS) + first // 8 + tl.arange(0, BLOCK // 8)
-    lanes = _to_halves(philox_lanes(key, blocks), BLOCK).to(tl.int32) & 0xFFFF
-    bits = (x.to(tl.int32, bitcast=True) + lanes) >> 16
-    return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
-
-
-@triton.jit
 def _update(
-    row_ptr,  # (8,) int64, of the table
+    row_ptr,  # (8,) int64: a row of the table
     scalars_ptr,  # (8,) fp32
     clip,
     first,
     size,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -195,27 +186,19 @@ def _update(
     mask_param = None if FULL else offs_param < size - first
     mask_grad = None if FULL else offs_grad < size - first
     grad = _load(row_ptr + _GRAD, first, offs_grad, mask_grad, GRAD_DTYPE, BLOCK) * clip
-    if MASTER:
-        wide = _load(row_ptr + _MASTER, first, offs, mask, tl.float32, BLOCK)
-    else:
-        wide = _load(row_ptr + _PARAM, first, offs_param, mask_param, PARAM_DTYPE, BLOCK)
+    master = _load(row_ptr + _MASTER, first, offs, mask, tl.float32, BLOCK)
     exp_avg = _load(row_ptr + _EXP_AVG, first, offs, mask, tl.float32, BLOCK)
     exp_avg_sq = _load(row_ptr + _EXP_AVG_SQ, first, offs, mask, tl.float32, BLOCK)
     exp_avg = _lerp(exp_avg, grad, tl.load(scalars_ptr + _WEIGHT1))
     exp_avg_sq = _lerp(exp_avg_sq, grad * grad, tl.load(scalars_ptr + _WEIGHT2))
     denominator = tl.sqrt(exp_avg_sq) * tl.load(scalars_ptr + _INV_SQRT_CORRECTION2)
     update = exp_avg / (denominator + tl.load(scalars_ptr + _EPS)) * tl.load(scalars_ptr + _STEP_SIZE)
-    wide -= wide * tl.load(scalars_ptr + _DECAY) + update
+    master -= master * tl.load(scalars_ptr + _DECAY) + update
     _store(row_ptr + _EXP_AVG, first, offs, mask, exp_avg, tl.float32, BLOCK)
     _store(row_ptr + _EXP_AVG_SQ, first, offs, mask, exp_avg_sq, tl.float32, BLOCK)
-    if MASTER:
-        _store(row_ptr + _MASTER, first, offs, mask, wide, tl.float32, BLOCK)
-    if STOCHASTIC:
-        key, step = tl.load(row_ptr + _KEY), tl.load(scalars_ptr + _NEW_STEP)
-        bits = _stochastic_bf16(wide, key, step, first, BLOCK)
-        _store(row_ptr + _PARAM, first, offs_param, mask_param, bits, tl.int16, BLOCK)
-    else:
-        _store(row_ptr + _PARAM, first, offs_param, mask_param, wide, PARAM_DTYPE, BLOCK)
+    _store(row_ptr + _MASTER, first, offs, mask, master, tl.float32, BLOCK)
+    if PARAM_DTYPE.primitive_bitwidth == 16:
+        _store(row_ptr + _PARAM, first, offs_param, mask_param, master, PARAM_DTYPE, BLOCK)
 
 
 @triton.jit
@@ -245,8 +228,6 @@ def _adamw_kernel(
     report,  # 1 in the one launch of a step that writes the three above
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
@@ -277,17 +258,14 @@ def _adamw_kernel(
             if aligned & (first + BLOCK <= size):
                 _update(
                     row_ptr, tensor_scalars_ptr, clip, first, size,
-                    PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, True, BLOCK,
+                    PARAM_DTYPE, GRAD_DTYPE, True, BLOCK,
                 )  # fmt: skip
             else:
                 for part in tl.range(first, tl.minimum(first + BLOCK, size), _ROW):
                     _update(
                         row_ptr, tensor_scalars_ptr, clip, part, size,
-                        PARAM_DTYPE, GRAD_DTYPE, MASTER, STOCHASTIC, False, _ROW,
+                        PARAM_DTYPE, GRAD_DTYPE, False, _ROW,
                     )  # fmt: skip
-
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,47 +275,38 @@ class Batch:
     table: Tensor  # (n, 8) int64, as the kernels document it
     chunks: Tensor  # (K, 2) int32
     groups: Tensor  # (n,) int32, rows of hyper
-    scalars: Tensor  # (n, 8) fp32, from one launch to the other
+    scalars: Tensor  # (n, 8) fp32, from the first launch to the second
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
-    master: bool
-    stochastic: bool
 
 
 def make_batch(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    masters: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    *,
-    masters: Sequence[Tensor] = (),
-    groups: Sequence[int] = (),
-    keys: Sequence[int] = (),
+    groups: Sequence[int],
 ) -> Batch:
-    """A batch of n >= 1 tensors on one device; each of params, grads, exp_avgs .. has n of the same shapes.
+    """A batch of n >= 1 tensors on one device, each list of n; contiguous tensors of the same n shapes.
 
-    params: fp32, fp16 or bf16, contiguous, all of one dtype, as are grads; exp_avgs, exp_avg_sqs and masters
-    (if any): fp32; steps: fp32 scalars. groups: rows of hyper (all 0 if none). keys: int64 Philox keys; where
-    given, bf16 parameters without masters are rounded stochastically. The batch does not keep them alive.
+    params: fp32, fp16 or bf16, all of one dtype, as are grads; masters: fp32, for fp32 params these
+    themselves; exp_avgs, exp_avg_sqs: fp32; steps: fp32 scalars; groups: rows of hyper.
+    The batch does not keep the tensors alive.
     """
-    device, n = params[0].device, len(params)
+    device = params[0].device
+    columns = (params, grads, exp_avgs, exp_avg_sqs, masters, steps)
+    rows = [[*(x.data_ptr() for x in row), row[0].numel(), 0] for row in zip(*columns, strict=True)]
     chunks = [(i, c) for i, p in enumerate(params) for c in range(triton.cdiv(p.numel(), _CHUNK))]
-    batch = Batch(
-        table=torch.zeros(n, 8, dtype=torch.int64, device=device),
+    return Batch(
+        table=torch.tensor(rows, dtype=torch.int64, device=device),
         chunks=torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 2),
-        groups=torch.tensor(list(groups) or [0] * n, dtype=torch.int32, device=device),
-        scalars=torch.zeros(n, 8, dtype=torch.float32, device=device),
+        groups=torch.tensor(groups, dtype=torch.int32, device=device),
+        scalars=torch.zeros(len(params), 8, dtype=torch.float32, device=device),
         param_dtype=params[0].dtype,
         grad_dtype=grads[0].dtype,
-        master=bool(masters),
-        stochastic=bool(keys) and params[0].dtype == torch.bfloat16 and not masters,
     )
-    columns = [[x.data_ptr() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs, masters, steps)]
-    columns += [list(keys), [p.numel() for p in params]]
-    columns = [column or [0] * n for column in columns]
-    batch.table.copy_(torch.tensor(columns, dtype=torch.int64).T)
-    return batch
 
 
 def hyper_row(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
@@ -363,7 +332,7 @@ def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
             partials,
             len(batch.table),
             n_chunks,
-            GRAD_DTYPE=_TRITON_DTYPES[batch.grad_dtype],
+            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
             CHUNK=_CHUNK,
             BLOCK=_NORM_BLOCK,
             PARTIALS=PARTIALS,
@@ -406,10 +375,8 @@ def adamw(
             partials.numel(),
             float(max_norm),
             int(report),
-            PARAM_DTYPE=_TRITON_DTYPES[batch.param_dtype],
-            GRAD_DTYPE=_TRITON_DTYPES[batch.grad_dtype],
-            MASTER=batch.master,
-            STOCHASTIC=batch.stochastic,
+            PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
+            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
             CHUNK=_CHUNK,
             BLOCK=_BLOCK,
             PARTIALS=PARTIALS,

@@ -65,7 +65,7 @@ def extra_bytes(
 ) -> int:
     """Peak memory on a GPU of a forward and backward beyond their inputs, gradients included.
 
-    dtype: hidden's. rows: per chunk. Not counted: a dozen bytes per row of targets, cuBLAS's workspace.
+    dtype: hidden's. rows: per chunk. Not counted: a dozen bytes per row of masks, cuBLAS's workspace.
     """
     rows = min(N, rows or rows_per_chunk(P, dtype))
     dhidden, dweight = N * C * dtype.itemsize, P * C * 4
@@ -114,7 +114,7 @@ def linear_cross_entropy_fwd(
 
 
 def _writes_in_place(x: Tensor) -> bool:
-    """Whether matrix products go to given memory; on a CPU oneDNN is faster, which makes its own."""
+    """Whether matrix products go to given memory; a CPU's oneDNN is faster, but allocates its own."""
     return x.device.type in ("cuda", "meta")  # meta tensors show what a GPU would do
 
 
@@ -231,12 +231,11 @@ def linear_cross_entropy(
     divisor: Tensor | None = None
     if reduction == "mean":
         divisor = row_scale.sum().clamp(min=1)
-        if hidden.dtype != torch.float16:  # whose d-logits / count would be denormal: it divides last
+        if hidden.dtype != torch.float16:  # fp16 divides last: its d-logits / count would be denormal
             row_scale, divisor = row_scale / divisor, None
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    with_gradients = needs_grad and reduction != "none"
-    op_scale = row_scale if with_gradients else None
-    loss: Tensor = linear_cross_entropy_op(hidden, weight, targets, op_scale, backend, *options)[0]
-    if reduction != "none" and not with_gradients:
+    in_op = row_scale if needs_grad and reduction != "none" else None
+    loss: Tensor = linear_cross_entropy_op(hidden, weight, targets, in_op, backend, *options)[0]
+    if in_op is None and reduction != "none":
         loss = loss @ row_scale
     return loss if divisor is None else loss / divisor

@@ -234,16 +234,3 @@ def adamw(
     mean, mean_sq = exp_avg / (1.0 - betas[0] ** step), exp_avg_sq / (1.0 - betas[1] ** step)
     wide = wide - lr * (mean / (mean_sq.sqrt() + eps) + weight_decay * wide)
     return wide.to(param.dtype), exp_avg, exp_avg_sq
-
-
-def stochastic_round(x: Tensor, key: int, step: Tensor) -> Tensor:
-    """fp32 x of any shape in bf16, rounded up or down at random so that the mean is x.
-
-    Element i takes lane i % 8 of Philox block step * 2^40 + i // 8 under `key`: the same bits for the same
-    (key, step), a scalar tensor. Values above bf16's largest may become infinite, as ever.
-    """
-    seed, offset = torch.tensor(key, device=x.device), step.to(torch.int64) << 40
-    lanes = (philox4x32((x.numel() + 7) // 8, seed, offset) - 2**31).to(torch.int32).view(torch.int16)
-    noise = lanes.flatten()[: x.numel()].view(x.shape).to(torch.int32) & 0xFFFF
-    bits = (x.contiguous().view(torch.int32) + noise) >> 16
-    return torch.where(x.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)

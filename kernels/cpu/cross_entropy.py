@@ -45,19 +45,17 @@ def cross_entropy(
     options: LossOptions,
 ) -> None:
     """The row kernel: losses and d-logits, a few rows at a time so that their fp32 copy stays in cache."""
-    counted = targets != options.ignore_index
+    V, counted = options.vocab_size, targets != options.ignore_index
     safe_targets = torch.where(counted, targets, 0)
     if row_scale is not None:
         row_scale = torch.where(counted, row_scale, 0.0)
-    step = max(1, _SOFTMAX_LOGITS // options.vocab_size)
+    step = max(1, _SOFTMAX_LOGITS // V)
     for i in range(0, len(logits), step):
         rows = slice(i, i + step)
-        wide = logits[rows, : options.vocab_size].to(
-            losses.dtype
-        )  # of fp32 logits a view, so written in place
+        wide = logits[rows, :V].to(losses.dtype)  # of fp32 logits a view, so written in place
         losses[rows], lse = _row_losses(wide, safe_targets[rows], counted[rows], options)
         if row_scale is not None:
             dlogits = _to_dlogits(wide, lse, safe_targets[rows], row_scale[rows], options)
             if dlogits.dtype != logits.dtype:
-                logits[rows, : options.vocab_size] = dlogits
-    logits[:, options.vocab_size :] = 0.0
+                logits[rows, :V] = dlogits
+    logits[:, V:] = 0.0

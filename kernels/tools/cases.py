@@ -190,7 +190,7 @@ def bias_gelu_case(N: int, C: int, *, fp32_bias: bool = False) -> Case:
 
 
 def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Case:
-    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C) with weight decay and fp32 moments.
+    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C) with weight decay and fp32 moments and masters.
 
     The learning rate is large: a step crosses many bf16 values, so that rounding does not look like a bias.
     """
@@ -206,8 +206,8 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Cas
         x = {name: tensor.detach().clone() for name, tensor in inputs.items()}
         norm, skipped = torch.zeros(2, device=x["grad"].device).unbind()
         step, counter = torch.full_like(norm, steps), torch.zeros_like(norm, dtype=torch.int64)
-        moments = ([x["exp_avg"]], [x["exp_avg_sq"]])
-        batch = adamw.make_batch([x["param"]], [x["grad"]], *moments, [step])
+        master, moments = x["param"].float(), ([x["exp_avg"]], [x["exp_avg_sq"]])
+        batch = adamw.make_batch([x["param"]], [x["grad"]], [master], *moments, [step], [0])
         partials = torch.empty(adamw.PARTIALS, device=norm.device)
         hyper = torch.tensor([adamw.hyper_row(**options)], dtype=torch.float64, device=norm.device)
         adamw.grad_norm(batch, hyper, partials)

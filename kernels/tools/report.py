@@ -351,19 +351,14 @@ def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import adamw
 
-    state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()])  # exp_avgs, exp_avg_sqs, steps
+    state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()], [0])  # exp_avgs, exp_avg_sqs, steps, groups
     scalars = (_meta(), _meta(), _meta(dtype=torch.int64))
     param, wide = [_meta(768, 768, dtype=dtype)], [_meta(768, 768)]
-    kinds: dict[str, dict[str, Any]] = {"": {}}
-    if dtype != torch.float32:
-        kinds = {"master": {"masters": wide}, "no master": {}, "stochastic rounding": {"keys": [1]}}
-    for label, options in kinds.items():
-        for grad in (param, wide) if full else (param,):
-            batch, hyper = adamw.make_batch(param, grad, *state, **options), _meta(1, 8, dtype=torch.float64)
-            partials = _meta(adamw.PARTIALS)
-            what = f"{label}, {grad[0].dtype} gradient".lstrip(", ").replace("torch.", "")
-            yield what, partial(adamw.grad_norm, batch, hyper, partials)
-            yield what, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
+    for grad in (param, wide) if full and dtype != torch.float32 else (param,):
+        batch, hyper = adamw.make_batch(param, grad, wide, *state), _meta(1, 8, dtype=torch.float64)
+        partials, label = _meta(adamw.PARTIALS), f"{grad[0].dtype} gradient".replace("torch.", "")
+        yield label, partial(adamw.grad_norm, batch, hyper, partials)
+        yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
 
 
 LAUNCHES: dict[str, Callable[[torch.dtype, bool], Iterator[Launch]]] = {

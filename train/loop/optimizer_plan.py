@@ -5,73 +5,64 @@ A plan holds what stays the same from step to step, so that a step costs the CPU
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels import ops
 
 if ops.HAS_TRITON:
     from fusedgpt.kernels import adamw as adamw_
 
-Results = tuple[Tensor, Tensor, Tensor]  # AdamW's grad_norm, skipped and skipped_steps, written by a step
-
 
 @dataclass(kw_only=True)
 class Bucket:
-    """Tensors that one launch can step: one dtype of parameters, one of gradients, one sharding."""
+    """Parameters of one dtype, gradients of one dtype and one sharding: what is stepped together."""
 
     process_groups: list[Any]  # over which the squared norm is summed
-    groups: list[int] = field(default_factory=list)  # the parameter group of each
-    grads: list[int] = field(default_factory=list)  # which of the gradients is whose
-    keys: list[int] = field(default_factory=list)  # Philox's
+    groups: list[int] = field(default_factory=list)  # index of each one's parameter group
+    grads: list[int] = field(default_factory=list)  # index of each one's gradient among those of a step
     params: list[Tensor] = field(default_factory=list)  # from here on the local shards
+    masters: list[Tensor] = field(default_factory=list)  # what is updated: the parameters themselves if fp32
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    masters: list[Tensor] = field(default_factory=list)
 
-    def add(self, *, group: int, grad: int, key: int, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Take in one parameter."""
+    def add(self, *, group: int, grad: int, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Append one parameter."""
         self.groups.append(group)
         self.grads.append(grad)
-        self.keys.append(key)
         self.params.append(local(param).detach())
+        self.masters.append(local(state["master"]) if "master" in state else self.params[-1])
         self.exp_avgs.append(local(state["exp_avg"]))
         self.exp_avg_sqs.append(local(state["exp_avg_sq"]))
         self.steps.append(state["step"])
-        if "master" in state:
-            self.masters.append(local(state["master"]))
-
-    def grads_of(self, grads: list[Tensor]) -> list[Tensor]:
-        """The bucket's among all local gradients, laid out in memory as their parameters."""
-        mine = (grads[i] for i in self.grads)
-        return [
-            g if same_layout(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
-            for g, p in zip(mine, self.params, strict=True)
-        ]
 
 
-class Plan:
+class Plan(ABC):
     """How the parameters that have gradients are stepped, for as long as they are the same ones."""
 
     def __init__(
         self,
         buckets: list[Bucket],
+        groups: list[dict[str, Any]],  # param_groups
+        results: tuple[
+            Tensor, Tensor, Tensor
+        ],  # AdamW's grad_norm, skipped, skipped_steps: written by a step
         parameters: list[Tensor],
-        layout: list[object],  # dtype of each parameter's gradient
-        stochastic: bool,
+        layout: list[Any],  # dtype of each parameter's gradient
     ) -> None:
-        self.buckets, self.parameters, self.layout, self.stochastic = buckets, parameters, layout, stochastic
+        self.buckets, self.groups, self.results = buckets, groups, results
+        self.parameters, self.layout = parameters, layout
         self.addresses = self._addresses()
 
     def _addresses(self) -> list[int]:
         return [local(p).data_ptr() for p in self.parameters]
 
-    def outdated(self, layout: list[object]) -> bool:
+    def outdated(self, layout: list[Any]) -> bool:
         """Whether other parameters have gradients now, or memory of the parameters has moved."""
         return layout != self.layout or self._addresses() != self.addresses
 
@@ -80,76 +71,63 @@ class Plan:
         """Whether a CUDA graph reads its memory at every replay."""
         return False
 
-    def step(
-        self,
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        max_norm: float,
-        grad_scale: Tensor | None,
-        results: Results,
-    ) -> None:
+    @abstractmethod
+    def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
         """One step of all buckets; grads: the local ones of the parameters that have any."""
-        raise NotImplementedError
 
 
 class TorchPlan(Plan):
-    """By torch's fused AdamW, which unscales and checks as it does for torch.amp.GradScaler."""
+    """By torch's fused AdamW, which unscales and checks as it does for torch.amp.GradScaler.
 
-    def step(
-        self,
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        max_norm: float,
-        grad_scale: Tensor | None,
-        results: Results,
-    ) -> None:
-        buckets = self.buckets
-        mine = [bucket.grads_of(grads) for bucket in buckets]
-        norm = _total_norm([(b.process_groups, g) for b, g in zip(buckets, mine, strict=True)])
+    Each bucket is of one parameter group.
+    """
+
+    def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
+        norm = self._norm(grads)
         if grad_scale is not None:
             norm = norm / grad_scale
         skipped = (~norm.isfinite()).float()
-        results[0].copy_(norm)
-        results[1].copy_(skipped)
-        results[2].add_(skipped.long())
-        on_cpu = norm.device.type == "cpu"  # where looking costs nothing, and what is found out saves work
+        self.results[0].copy_(norm)
+        self.results[1].copy_(skipped)
+        self.results[2].add_(skipped.long())
+        on_cpu = norm.device.type == "cpu"  # where reading a scalar is free, and may save work
         if on_cpu and skipped:
             return
         divisor = grad_scale
         if max_norm > 0.0:
             clip = (norm / max_norm).clamp(min=1.0)
             divisor = clip if divisor is None else clip * divisor
-        scales = {
-            "grad_scale": None if divisor is None or (on_cpu and divisor == 1.0) else divisor,
-            "found_inf": None if on_cpu else skipped,
-        }
-        for bucket, bucket_grads in zip(buckets, mine, strict=True):
-            for group, members in groupby(range(len(bucket.params)), bucket.groups.__getitem__):
-                self._step_group(bucket, bucket_grads, list(members), groups[group], scales)
+        if on_cpu and divisor == 1.0:
+            divisor = None
+        for bucket in self.buckets:
+            self._step_bucket(bucket, grads, divisor, None if on_cpu else skipped)
 
-    def _step_group(
-        self,
-        bucket: Bucket,
-        grads: list[Tensor],
-        members: list[int],
-        group: dict[str, Any],
-        scales: dict[str, Tensor | None],
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of all gradients, fp32."""
+        norms = []
+        for bucket in self.buckets:
+            mine = [grads[i] for i in bucket.grads]
+            dtype = bucket.exp_avgs[0].dtype
+            norm = torch.stack(torch._foreach_norm(mine, 2.0, dtype=dtype))  # of each gradient
+            for ranks in bucket.process_groups:
+                square = norm.square()
+                torch.distributed.all_reduce(square, group=ranks)
+                norm = square.sqrt()
+            norms.append(norm)
+        return torch.linalg.vector_norm(torch.cat(norms)).float() if norms else torch.zeros(())
+
+    def _step_bucket(
+        self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
     ) -> None:
-        params, exp_avgs, exp_avg_sqs, steps = (
-            [x[i] for i in members]
-            for x in (bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
-        )
-        dtype = exp_avgs[0].dtype
-        wide = [bucket.masters[i] for i in members] if bucket.masters else [p.to(dtype) for p in params]
-        wide_grads = [grads[i].to(dtype) for i in members]
-        torch._foreach_add_(steps, 1.0)
+        group, dtype = self.groups[bucket.groups[0]], bucket.exp_avgs[0].dtype
+        torch._foreach_add_(bucket.steps, 1.0)
         torch._fused_adamw_(
-            wide,
-            wide_grads,
-            exp_avgs,
-            exp_avg_sqs,
+            bucket.masters,
+            [grads[i].to(dtype) for i in bucket.grads],
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
             [],
-            steps,
+            bucket.steps,
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -157,111 +135,100 @@ class TorchPlan(Plan):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            **scales,
+            grad_scale=divisor,
+            found_inf=skipped,
         )
-        skipped = scales["found_inf"]
         if skipped is not None:
-            torch._foreach_sub_(steps, [skipped] * len(steps))
-        for i, p, x in zip(members, params, wide, strict=True):
-            if x is p:
-                continue
-            if self.stochastic and p.dtype == torch.bfloat16:
-                x = reference.stochastic_round(x, bucket.keys[i], bucket.steps[i])
-            p.copy_(x)
+            torch._foreach_sub_(bucket.steps, [skipped] * len(bucket.steps))
+        if bucket.masters[0] is not bucket.params[0]:
+            torch._foreach_copy_(bucket.params, bucket.masters)
 
 
 class TritonPlan(Plan):
-    """By kernels/adamw.py: a norm launch and an update launch a bucket, of which a model usually has one."""
+    """By kernels/adamw.py: a norm launch and an update launch per bucket, of which a model has one or two."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        n_groups = 1 + max(max(bucket.groups) for bucket in self.buckets)
         device = self.buckets[0].params[0].device
-        self.hyper = torch.zeros(n_groups, 8, dtype=torch.float64, device=device)
+        self.hyper = torch.zeros(len(self.groups), 8, dtype=torch.float64, device=device)
         self.rows: list[list[float]] = []  # what self.hyper holds
         self.partials = torch.zeros(len(self.buckets), adamw_.PARTIALS, device=device)
         self.one = torch.ones((), device=device)
-        self.tables = [_Table(bucket, self.stochastic) for bucket in self.buckets]
+        self.tables = [_Table(bucket) for bucket in self.buckets]
 
     @property
     def captured(self) -> bool:
         return any(table.captured for table in self.tables)
 
-    def step(
-        self,
-        grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        max_norm: float,
-        grad_scale: Tensor | None,
-        results: Results,
-    ) -> None:
-        self._upload_hyper(groups)
-        kept = [bucket.grads_of(grads) for bucket in self.buckets]
-        batches = [table.batch(g) for table, g in zip(self.tables, kept, strict=True)]
+    def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
+        self._upload_hyper()
+        scale = self.one if grad_scale is None else grad_scale
+        batches = [table.batch([grads[i] for i in table.bucket.grads]) for table in self.tables]
         for bucket, batch, partials in zip(self.buckets, batches, self.partials, strict=True):
             adamw_.grad_norm(batch, self.hyper, partials)
             for ranks in bucket.process_groups:
                 torch.distributed.all_reduce(partials, group=ranks)
         for i, batch in enumerate(batches):
-            scale = self.one if grad_scale is None else grad_scale
-            adamw_.adamw(batch, self.partials, *results, max_norm=max_norm, grad_scale=scale, report=i == 0)
+            adamw_.adamw(
+                batch, self.partials, *self.results, max_norm=max_norm, grad_scale=scale, report=i == 0
+            )
 
-    def _upload_hyper(self, groups: list[dict[str, Any]]) -> None:
+    def _upload_hyper(self) -> None:
         """Bring self.hyper up to date; a tensor lr is copied by the device, also at a graph's replay."""
-        groups = groups[: len(self.hyper)]  # behind them there are none with gradients
-        on_device = [isinstance(g["lr"], Tensor) and g["lr"].device == self.hyper.device for g in groups]
+        lrs = [group["lr"] for group in self.groups]
+        on_device = [isinstance(lr, Tensor) and lr.device == self.hyper.device for lr in lrs]
         rows = [
-            adamw_.hyper_row(0.0 if there else float(g["lr"]), g["betas"], g["eps"], g["weight_decay"])
-            for g, there in zip(groups, on_device, strict=True)
+            adamw_.hyper_row(0.0 if there else float(lr), g["betas"], g["eps"], g["weight_decay"])
+            for g, lr, there in zip(self.groups, lrs, on_device, strict=True)
         ]
         if rows != self.rows:
             expect_before_capture("the last change of a hyper-parameter (but of an lr on the device)")
             _upload(torch.tensor(rows, dtype=torch.float64), self.hyper)
             self.rows = rows
-        for row, g, there in zip(self.hyper, groups, on_device, strict=True):
+        for row, lr, there in zip(self.hyper, lrs, on_device, strict=True):
             if there:
-                row[0].copy_(g["lr"])
+                row[0].copy_(lr)
 
 
 class _Table:
     """A bucket's batch, kept pointing at the gradients of the moment."""
 
-    def __init__(self, bucket: Bucket, stochastic: bool) -> None:
-        self.bucket, self.keys = bucket, bucket.keys if stochastic else []
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
         self.addresses: list[int] = []  # the gradients' in self.current.table
         self.current: adamw_.Batch | None = None
-        self.spare: tuple[Tensor, Tensor] | None = None  # of the next capture, made before it
+        self.spare: tuple[Tensor, Tensor] | None = None  # for the next capture, made before it
         self.captured: list[tuple[Tensor, Tensor]] = []  # read by the graphs at every replay
 
     def batch(self, grads: list[Tensor]) -> adamw_.Batch:
         """The batch with these gradients; uploads their addresses where they have changed."""
         b, addresses = self.bucket, [g.data_ptr() for g in grads]
         if self.current is None:
-            lists = (b.params, grads, b.exp_avgs, b.exp_avg_sqs, b.steps)
-            self.current = adamw_.make_batch(*lists, masters=b.masters, groups=b.groups, keys=self.keys)
+            self.current = adamw_.make_batch(
+                b.params, grads, b.masters, b.exp_avgs, b.exp_avg_sqs, b.steps, b.groups
+            )
             self.host, self.addresses = self.current.table.cpu(), addresses
         if capturing():
-            return self._captured_batch(addresses)
+            return self._captured_batch(self.current, addresses)
         if addresses != self.addresses:
-            self.host[:, 1] = torch.tensor(addresses)
+            self.host[:, adamw_.GRAD_COLUMN] = torch.tensor(addresses)
             _upload(self.host, self.current.table)
             self.addresses = addresses
         if self.spare is None:
             self.spare = _pinned(self.host), torch.empty_like(self.current.table)
         return self.current
 
-    def _captured_batch(self, addresses: list[int]) -> adamw_.Batch:
+    def _captured_batch(self, current: adamw_.Batch, addresses: list[int]) -> adamw_.Batch:
         """A batch of the graph's own: its upload is part of the graph, so other steps cannot disturb it."""
         if self.spare is None:
             expect_before_capture("one step for every capture")
         assert self.spare is not None
-        assert self.current is not None
         source, table = self.spare
         self.captured.append(self.spare)
         self.spare = None
-        source[:, 1] = torch.tensor(addresses)
+        source[:, adamw_.GRAD_COLUMN] = torch.tensor(addresses)
         table.copy_(source, non_blocking=True)
-        return replace(self.current, table=table)
+        return replace(current, table=table)
 
 
 def _pinned(x: Tensor) -> Tensor:
@@ -274,39 +241,26 @@ def _upload(source: Tensor, target: Tensor) -> None:
     target.copy_(_pinned(source), non_blocking=True)
 
 
-def _total_norm(parts: list[tuple[list[Any], list[Tensor]]]) -> Tensor:
-    """The norm of all gradients in fp32; parts: (process groups whose shards add up, gradients)."""
-    norms: list[Tensor] = []
-    for process_groups, grads in parts:
-        dtype = torch.promote_types(grads[0].dtype, torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, dtype=dtype))).float()
-        for ranks in process_groups:
-            square = norm.square()
-            torch.distributed.all_reduce(square, group=ranks)
-            norm = square.sqrt()
-        norms.append(norm)
-    if len(norms) < 2:
-        return norms[0] if norms else torch.zeros(())
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
-
-
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor; x itself if it is none."""
-    if not is_sharded(x):
+    if not _is_sharded(x):
         return x
     shard: Tensor = x.to_local()  # type: ignore[attr-defined]
     return shard
 
 
-def is_sharded(x: Tensor) -> bool:
+def _is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor, without importing that: it takes most of a second."""
     return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
-def same_layout(x: Tensor, like: Tensor) -> bool:
-    """Whether the elements of x lie in memory in the order of those of `like`, dense and of its shape."""
-    return x.is_contiguous() if like.is_contiguous() else x.stride() == like.stride()
+def process_groups(p: Tensor) -> dict[str, Any]:
+    """Name -> process group, for each dimension of the mesh over which p is sharded."""
+    if not _is_sharded(p):
+        return {}
+    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]  # type: ignore[attr-defined]
+    groups = [p.device_mesh.get_group(i) for i in sharded]  # type: ignore[attr-defined]
+    return {group.group_name: group for group in groups}
 
 
 def capturing() -> bool:

@@ -99,7 +99,7 @@ def test_a_step_is_torchs_clip_and_adamw(
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, backend: str) -> None:
     params = parameters((5, 7), (3,))
-    optimizer = AdamW(params, master_weights=True)
+    optimizer = AdamW(params)
     for step in range(3):
         set_gradients(params, step)
         if step == 1:
@@ -134,6 +134,46 @@ def test_masters_make_low_precision_parameters_fp32s_rounded(dtype: torch.dtype)
             assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
+def test_fp32_vectors_beside_bf16_matrices_take_two_launches_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mixed-precision training keeps them: matrices with masters, 1-D parameters without, one norm."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
+    matrices, vectors = parameters((40, 3), (5, 7), dtype=torch.float16), parameters((9,), (4,))
+    plain = [nn.Parameter(p.detach().float()) for p in (*matrices, *vectors)]
+    ours = AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3
+    )
+    groups = [{"params": plain[:2], "weight_decay": 0.1}, {"params": plain[2:], "weight_decay": 0.0}]
+    expected = torch.optim.AdamW(groups, lr=1e-3)
+    launches = []
+
+    def counted(name: str) -> Any:
+        launch = getattr(optimizer_plan.adamw_, name)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            launches.append(name)
+            launch(*args, **kwargs)
+
+        return run
+
+    for name in ("grad_norm", "adamw"):
+        monkeypatch.setattr(optimizer_plan.adamw_, name, counted(name))
+    for step in range(3):
+        set_gradients([*matrices, *vectors], step)
+        for p, q in zip([*matrices, *vectors], plain, strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.float()
+        ours.step(max_norm=1.0)
+        norm = nn.utils.clip_grad_norm_(plain, 1.0)
+        torch.testing.assert_close(ours.grad_norm, norm)
+        expected.step()
+    assert launches == ["grad_norm", "grad_norm", "adamw", "adamw"] * 3
+    for p, q in zip([*matrices, *vectors], plain, strict=True):
+        master = ours.state[p].get("master", p)
+        torch.testing.assert_close(master, q, rtol=1e-6, atol=1e-7)
+        assert torch.equal(p, master.to(p.dtype))
+    assert ["master" in ours.state[p] for p in (*matrices, *vectors)] == [True, True, False, False]
+
+
 def test_masters_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [parameters((40, 3), (9,), dtype=torch.float16) for _ in range(2)]
     optimizers = [AdamW(p, lr=1e-3) for p in params]
@@ -146,37 +186,6 @@ def test_masters_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         states = [o.state[p] for o, p in zip(optimizers, (a, b), strict=True)]
         for name in ("master", "exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-6, atol=1e-8)
-
-
-def test_stochastic_rounding_learns_what_rounding_to_nearest_loses() -> None:
-    """400 steps of 1e-4 from 1.0, where bf16 numbers are 2^-8 = 40 steps apart."""
-    ends = {}
-    for stochastic in (False, True):
-        p = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16, device=DEVICE))
-        options: dict[str, Any] = {"master_weights": False, "stochastic_rounding": stochastic}
-        optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, **options)
-        for _ in range(400):
-            p.grad = torch.ones_like(p)
-            optimizer.step()
-        ends[stochastic] = p.detach().float()
-        assert "master" not in optimizer.state[p]
-    assert (ends[False] == 1.0).all()
-    assert ends[True].mean().item() == pytest.approx(0.96, abs=1e-3)  # ten standard errors
-
-
-def test_stochastic_rounding_is_a_function_of_the_seed() -> None:
-    results = []
-    for seed in (1, 1, 2):
-        params = parameters((100,), (100,), dtype=torch.bfloat16)
-        params[1].data.copy_(params[0].data)
-        optimizer = AdamW(params, lr=1e-3, master_weights=False, stochastic_rounding=True, seed=seed)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        results.append([p.detach().clone() for p in params])
-    assert all(map(torch.equal, results[0], results[1]))
-    assert not torch.equal(results[0][0], results[2][0])
-    assert not torch.equal(results[0][0], results[0][1])  # each parameter has noise of its own
 
 
 @pytest.mark.parametrize("direction", ["to torch", "from torch", "to itself"])
@@ -267,21 +276,9 @@ def test_parameters_without_gradients_stay_and_do_not_age(backend: str) -> None:
     assert not torch.equal(params[1], before)
 
 
-def test_tied_parameters_count_once(backend: str) -> None:
-    (p,), (q,) = parameters((8,)), parameters((8,))
-    tied, once = AdamW([p, p]), AdamW([q])
-    for optimizer, x in ((tied, p), (once, q)):
-        set_gradients([x], 0)
-        optimizer.step(max_norm=0.1)
-    assert torch.equal(p, q)
-    assert torch.equal(tied.grad_norm, once.grad_norm)
-
-
 def test_gradients_may_lie_anywhere_and_in_any_order(backend: str) -> None:
-    """Moved by zero_grad, or transposed; parameters transposed, or moved."""
+    """Moved by zero_grad, or transposed; parameters moved."""
     params, plain = (parameters((6, 4), (5, 3)) for _ in range(2))
-    for pair in (params, plain):
-        pair[1].data = pair[1].data.t().contiguous().t()
     optimizer, expected = AdamW(params, lr=0.1), torch.optim.AdamW(plain, lr=0.1, fused=False)
     kept = []
     for step in range(4):
@@ -302,20 +299,6 @@ def test_gradients_may_lie_anywhere_and_in_any_order(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_a_closure_is_evaluated_with_gradients(backend: str) -> None:
-    (p,) = parameters((8,))
-    optimizer = AdamW([p])
-
-    def closure() -> Tensor:
-        loss = p.square().sum()
-        loss.backward()
-        return loss
-
-    expected = p.detach().square().sum()
-    assert torch.equal(optimizer.step(closure), expected)
-    assert optimizer.grad_norm.item() == pytest.approx(2 * expected.sqrt().item())
-
-
 def test_micro_batches_add_up_in_fp32() -> None:
     """Ten gradients of 2^-9 on one of 1, where bf16 has steps of 2^-7 upwards, are lost in bf16."""
     (p,), (q,) = parameters((16,), dtype=torch.bfloat16), parameters((16,), dtype=torch.bfloat16)
@@ -331,11 +314,6 @@ def test_micro_batches_add_up_in_fp32() -> None:
         assert plain.grad_norm.item() == 4.0
         optimizer.zero_grad()
         plain.zero_grad()
-    step = copy.deepcopy(optimizer)  # watches the copy's parameters
-    (r,) = step.param_groups[0]["params"]
-    r.sum().backward()
-    assert r.grad is None
-    assert p.grad is None
     optimizer.step()  # nothing to do
     assert optimizer.state[p]["step"].item() == 2
 
@@ -370,7 +348,6 @@ def test_fp32_gradients_add_up_where_they_are(tiny_gpt: GPT) -> None:
         ({"eps": math.nan}, "eps: expected a number >= 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay: expected"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers, 0 <= beta < 1, got \(0.9, 1.0\)"),
-        ({"stochastic_rounding": True}, "stochastic_rounding: expected master_weights=False"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -391,7 +368,7 @@ def test_what_cannot_be_stepped_is_refused(backend: str) -> None:
         optimizer.step()
     gaps = nn.Parameter(torch.ones(4, 6, device=DEVICE)[:, :3])
     gaps.grad = torch.ones(4, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"memory without gaps or overlap, got strides \(6, 1\)"):
+    with pytest.raises(ValueError, match=r"contiguous memory, got strides \(6, 1\)"):
         AdamW([gaps]).step()
     with pytest.raises(ValueError, match="more than one parameter group"):
         AdamW([{"params": [gaps]}, {"params": [gaps]}])
