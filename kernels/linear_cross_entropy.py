@@ -92,9 +92,9 @@ def linear_cross_entropy_fwd(
     """
     N, C, P = *hidden.shape, len(weight)
     cross_entropy, weight = _row_kernel(backend), weight.to(hidden.dtype)
-    into_buffer = _writes_in_place(hidden)
-    rows = min(N, rows or (rows_per_chunk(P, hidden.dtype) if into_buffer else CPU_ROWS))
-    buffer = hidden.new_empty((rows, _row_stride(P)) if into_buffer else 0)
+    has_buffer = backend == "triton" or hidden.device.type == "cuda"  # a CPU's oneDNN allocates its products
+    rows = min(N, rows or (rows_per_chunk(P, hidden.dtype) if has_buffer else CPU_ROWS))
+    buffer = hidden.new_empty((rows, _row_stride(P)) if has_buffer else 0)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(N, dtype=wide)
     dhidden = hidden.new_empty((N, C) if row_scale is not None else 0)
@@ -102,40 +102,31 @@ def linear_cross_entropy_fwd(
     for start in range(0, N, max(rows, 1)):
         chunk = slice(start, min(start + rows, N))
         x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
-        out = buffer[: len(x), :P] if into_buffer else None
-        logits = matmul_nt(x, weight) if out is None else torch.mm(x, weight.T, out=out)
+        logits = torch.mm(x, weight.T, out=buffer[: len(x), :P]) if has_buffer else matmul_nt(x, weight)
         cross_entropy(logits, targets[chunk], scale, losses[chunk], options)
         if scale is not None:
-            dweight = _add_gradients(logits, x, weight, dhidden[chunk], dweight)
+            if has_buffer:
+                torch.mm(logits, weight, out=dhidden[chunk])
+            else:
+                dhidden[chunk] = matmul_nt(logits, weight.T)
+            dweight = _add_weight_gradient(dweight, logits, x)
         del logits  # before the next chunk's are made
     if dweight is None:
         dweight = hidden.new_zeros((P, C) if row_scale is not None else 0, dtype=wide)
     return losses, dhidden, dweight
 
 
-def _writes_in_place(x: Tensor) -> bool:
-    """Whether matrix products go to given memory; a CPU's oneDNN is faster, but allocates its own."""
-    return x.device.type in ("cuda", "meta")  # meta tensors show what a GPU would do
-
-
-def _add_gradients(
-    dlogits: Tensor,  # (n, P)
-    hidden: Tensor,  # (n, C)
-    weight: Tensor,  # (P, C)
-    dhidden: Tensor,  # (n, C), written
-    dweight: Tensor | None,  # (P, C), updated; None before the first chunk
-) -> Tensor:
-    """dhidden = dlogits weight, dweight += dlogits^T hidden; returns dweight, in at least fp32."""
+def _add_weight_gradient(dweight: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
+    """dweight (P, C), None before the first chunk, + dlogits^T (P, n) hidden (n, C), in at least fp32."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    if not _writes_in_place(hidden):
-        dhidden.copy_(matmul_nt(dlogits, weight.T))
-        part = matmul_nt(dlogits.T, hidden.T)
-        return part.to(wide) if dweight is None else dweight.add_(part)
-    torch.mm(dlogits, weight, out=dhidden)
-    beta = 0.0 if dweight is None else 1.0
-    dweight = hidden.new_empty(weight.shape, dtype=wide) if dweight is None else dweight
-    # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the minimum.
-    return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
+    if hidden.device.type in ("cuda", "meta"):
+        # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the minimum.
+        beta = 0.0 if dweight is None else 1.0
+        if dweight is None:
+            dweight = hidden.new_empty(dlogits.shape[1], hidden.shape[1], dtype=wide)
+        return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
+    part = matmul_nt(dlogits.T, hidden.T)
+    return part.to(wide) if dweight is None else dweight.add_(part)
 
 
 def check_targets(targets: Tensor, options: LossOptions) -> None:
