@@ -190,7 +190,7 @@ def bias_gelu_case(N: int, C: int, *, fp32_bias: bool = False) -> Case:
 
 
 def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Case:
-    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C) with weight decay and fp32 moments and masters.
+    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C): weight decay, fp32 moments and master.
 
     The learning rate is large: a step crosses many bf16 values, so that rounding does not look like a bias.
     """
