@@ -40,7 +40,7 @@ _REGISTERS = 72  # per thread of the update: 7 programs of 128 threads have 65,5
 
 # The columns of a table's row, and of a row of scalars.
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in (0, GRAD_COLUMN, 2, 3))
-_MASTER, _STEP, _SIZE = (tl.constexpr(i) for i in range(4, 7))
+_MASTER, _STEP, _SIZE, _GROUP = (tl.constexpr(i) for i in range(4, 8))
 _STEP_SIZE, _DECAY, _INV_SQRT_CORRECTION2, _EPS = (tl.constexpr(i) for i in range(4))
 _WEIGHT1, _WEIGHT2, _NEW_STEP = (tl.constexpr(i) for i in range(4, 7))
 _COLUMNS = tl.constexpr(8)  # of both, and of hyper
@@ -48,14 +48,14 @@ _ROW = tl.constexpr(256)  # elements of a 16-bit tensor that a warp accesses at 
 
 
 @triton.jit
-def _prepare(table_ptr, groups_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
-    """What this step needs to know of every tensor; 1 - beta^t in fp64, for fp32 loses it at small t."""
+def _prepare(table_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
+    """Each tensor's scalars of this step; 1 - beta^t in fp64: fp32 would lose its digits at small t."""
     for first in tl.range(0, n_tensors, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < n_tensors
         step_ptr = tl.load(table_ptr + offs * _COLUMNS + _STEP, mask=mask, other=0)
         step = tl.load(step_ptr.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0) + 1.0
-        hyper = hyper_ptr + tl.load(groups_ptr + offs, mask=mask, other=0) * _COLUMNS
+        hyper = hyper_ptr + tl.load(table_ptr + offs * _COLUMNS + _GROUP, mask=mask, other=0) * _COLUMNS
         lr = tl.load(hyper, mask=mask, other=0.0)
         correction1 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 1, mask=mask, other=-1.0))
         correction2 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 2, mask=mask, other=-1.0))
@@ -80,9 +80,8 @@ def _base(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _grad_norm_kernel(
-    table_ptr,  # (n, 8) int64: addresses of parameter, gradient, exp_avg, exp_avg_sq, master, step; size
+    table_ptr,  # (n, 8) int64: addresses of param, grad, exp_avg, exp_avg_sq, master, step; then size, group
     chunks_ptr,  # (K, 2) int32: tensor, number of the chunk within it
-    groups_ptr,  # (n,) int32
     hyper_ptr,  # (G, 8) fp64, see hyper_row
     scalars_ptr,  # (n, 8) fp32, written: for _adamw_kernel
     partials_ptr,  # (PARTIALS,) fp32, written: sums of squares, one per program
@@ -95,7 +94,7 @@ def _grad_norm_kernel(
 ):
     pid = tl.program_id(0)
     if pid == 0:
-        _prepare(table_ptr, groups_ptr, hyper_ptr, scalars_ptr, n_tensors, 128)
+        _prepare(table_ptr, hyper_ptr, scalars_ptr, n_tensors, 128)
     WIDE: tl.constexpr = 128 // GRAD_DTYPE.primitive_bitwidth  # elements in 16 bytes, summed by one thread
     PART: tl.constexpr = BLOCK // WIDE
     total = tl.zeros((PART,), tl.float32)
@@ -274,7 +273,6 @@ class Batch:
 
     table: Tensor  # (n, 8) int64, as the kernels document it
     chunks: Tensor  # (K, 2) int32
-    groups: Tensor  # (n,) int32, rows of hyper
     scalars: Tensor  # (n, 8) fp32, from the first launch to the second
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
@@ -296,13 +294,12 @@ def make_batch(
     The batch does not keep the tensors alive.
     """
     device = params[0].device
-    columns = (params, grads, exp_avgs, exp_avg_sqs, masters, steps)
-    rows = [[*(x.data_ptr() for x in row), row[0].numel(), 0] for row in zip(*columns, strict=True)]
+    columns = [[x.data_ptr() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs, masters, steps)]
+    columns += [[p.numel() for p in params], list(groups)]
     chunks = [(i, c) for i, p in enumerate(params) for c in range(triton.cdiv(p.numel(), _CHUNK))]
     return Batch(
-        table=torch.tensor(rows, dtype=torch.int64, device=device),
+        table=torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device),
         chunks=torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 2),
-        groups=torch.tensor(groups, dtype=torch.int32, device=device),
         scalars=torch.zeros(len(params), 8, dtype=torch.float32, device=device),
         param_dtype=params[0].dtype,
         grad_dtype=grads[0].dtype,
@@ -326,7 +323,6 @@ def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
         _grad_norm_kernel[(max(1, min(n_chunks, programs, PARTIALS)),)](
             batch.table,
             batch.chunks,
-            batch.groups,
             hyper,
             batch.scalars,
             partials,
