@@ -53,9 +53,10 @@ def _prepare(table_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
     for first in tl.range(0, n_tensors, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < n_tensors
-        step_ptr = tl.load(table_ptr + offs * _COLUMNS + _STEP, mask=mask, other=0)
-        step = tl.load(step_ptr.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0) + 1.0
-        hyper = hyper_ptr + tl.load(table_ptr + offs * _COLUMNS + _GROUP, mask=mask, other=0) * _COLUMNS
+        table = table_ptr + offs * _COLUMNS
+        step_ptr = tl.load(table + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
+        hyper = hyper_ptr + tl.load(table + _GROUP, mask=mask, other=0) * _COLUMNS
         lr = tl.load(hyper, mask=mask, other=0.0)
         correction1 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 1, mask=mask, other=-1.0))
         correction2 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 2, mask=mask, other=-1.0))
