@@ -1,7 +1,7 @@
-"""The logits after one more token, given a KV cache: what sampling asks for again and again.
+"""Decoding with a key-value cache: the prompt at once, then one token at a time.
 
-One sequence on a CPU has a way of its own, a few ops a layer without modules and checks between them. To read
-all weights of a 12M model takes two milliseconds; `GPT.hidden` needs a third one for what lies in between.
+A step reads its token, its position and the lengths of the caches from tensors on the device and writes into
+buffers that stay where they are. Nothing in it depends on a host value, so a CUDA graph can replay it.
 
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 """
@@ -15,71 +15,116 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt.kernels import ops
-from fusedgpt.kernels.cpu.linear import has_transposed_storage, one_row
-from fusedgpt.model.gpt import GPT, Block, KVCache, LayerNorm
+from fusedgpt.kernels.cpu.linear import inference_linear, transposed_storage
+from fusedgpt.model.gpt import GPT, Block, Linear
 
-Decoder = Callable[[Tensor], Tensor]
+_NO_DROPOUT = (0.0, None, None)
 
 
-def decoder(model: GPT, cache: KVCache) -> Decoder:
-    """token ids (B,) -> logits (B, V) of what follows them; it appends to `cache`, which must not be empty.
+def store_for_decoding(model: GPT) -> GPT:
+    """`model`, in eval mode, its matrices stored as decoding reads them fastest; it cannot be trained any more.
 
-    One sequence of a model that `GPT.for_sampling` stored differently takes the short way.
+    The values stay the same. Only fp32 on a CPU gains; see kernels/cpu/linear.py.
     """
-    weight = model.wte.weight
-    takes_short_way = (
-        len(cache.k[0]) == 1
-        and model.activation_dtype == torch.float32
-        and has_transposed_storage(weight)
-        and ops.backend("decode_attention", weight.device) == "reference"
-    )
-    if takes_short_way:
-        return _OneSequence(model, cache)
-    return lambda token: model.logits(model.hidden(token[:, None], cache=cache)[:, -1])
+    linears = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    for weight in (*linears, model.wte.weight):
+        weight.data = transposed_storage(weight.data)
+    return model.requires_grad_(False).eval()
 
 
-class _Norm:
-    """(C,) -> (C,)"""
+class Decoder:
+    """The logits of a batch's next tokens, given a prompt and then token after token.
 
-    def __init__(self, norm: LayerNorm) -> None:
-        self.arguments = norm.weight.shape, norm.weight, norm.bias, norm.eps
+    Use it under torch.no_grad or inference_mode, all of it under the same. The caches hold `window` tokens;
+    `length` of them are filled. On a GPU a step is a CUDA graph from the second on: the logits it returns are
+    overwritten by the next.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, *self.arguments)
+    def __init__(self, model: GPT, batch_size: int) -> None:
+        config, weight = model.config, model.wte.weight
+        shape = batch_size, config.window, config.n_head, config.head_dim
+        self.model, self.length, self.window = model, 0, config.window
+        self.layers = [_Layer(b, weight.new_empty(shape), weight.new_empty(shape)) for b in model.blocks()]
+        self.head = inference_linear(weight)
+        self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prefill(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T), T <= window, in place of what the caches hold -> the next tokens' logits (B, V)."""
+        T = idx.shape[1]
+        if T > self.window:
+            raise ValueError(f"idx: {T} tokens, but the caches hold {self.window}")
+        self.length = T
+        self.position.fill_(T)
+        self.lengths.fill_(T)
+        x = F.embedding(idx, self.model.wte.weight) + self.model.wpe.weight[:T]
+        return self._logits(x, _Layer.attend_to_prompt)
+
+    def step(self, token: Tensor) -> Tensor:
+        """One more token (B,) int64 -> logits (B, V). Raises ValueError where the caches are full."""
+        if self.length == self.window:
+            raise ValueError(f"the caches are full: {self.window} tokens")
+        self.length += 1
+        self.steps += 1
+        if not token.is_cuda or self.steps == 1:  # the first step compiles the kernels
+            return self._step(token)
+        if self.graph is None:
+            self.token, self.graph = token.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self._step(self.token)
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.result
+
+    def _step(self, token: Tensor) -> Tensor:
+        x = F.embedding(token, self.model.wte.weight) + F.embedding(self.position, self.model.wpe.weight)
+        self.lengths.add_(1)
+        logits = self._logits(x[:, None], self._attend_to_cache)
+        self.position.add_(1)
+        return logits
+
+    def _attend_to_cache(self, layer: _Layer, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(2)  # (B, 1, H, D)
+        layer.k.index_copy_(1, self.position, k)
+        layer.v.index_copy_(1, self.position, v)
+        return ops.decode_attention(q[:, 0], layer.k, layer.v, self.lengths)
+
+    def _logits(self, x: Tensor, attend: Callable[[_Layer, Tensor], Tensor]) -> Tensor:
+        """The embedding (B, T, C) of new tokens -> the logits (B, V) after the last of them."""
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, attend)
+        if residual is not None:
+            x, residual = x[:, -1], residual[:, -1]
+        x, _ = self.model.ln_f(x, residual, _NO_DROPOUT)
+        return self.head(x)[:, : self.model.config.vocab_size]
 
 
 class _Layer:
-    """The residual (C,) before a block and the number of tokens with this one -> the residual after it."""
+    """A block and its caches k and v (B, window, H, D)."""
 
     def __init__(self, block: Block, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k.transpose(1, 2), v.transpose(1, 2)  # (1, H, window, D)
-        self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
-        self.shape = 3, 1, k.shape[2], 1, k.shape[3]  # of q, k and v
-        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.qkv, self.project, self.widen, self.narrow = (one_row(x.weight, x.bias) for x in linears)
+        self.k, self.v = k, v
+        self.ln_1, self.ln_2, self.c_fc_bias = block.ln_1.forward, block.ln_2.forward, block.mlp.c_fc.bias
+        self.c_attn = inference_linear(block.attn.c_attn.weight, block.attn.c_attn.bias)
+        self.attn_proj = inference_linear(block.attn.c_proj.weight, block.attn.c_proj.bias)
+        self.c_fc = inference_linear(block.mlp.c_fc.weight)
+        self.mlp_proj = inference_linear(block.mlp.c_proj.weight, block.mlp.c_proj.bias)
 
-    def __call__(self, x: Tensor, length: int) -> Tensor:
-        q, k, v = self.qkv(self.ln_1(x)).view(self.shape).unbind()
-        self.k.narrow(2, length - 1, 1).copy_(k)
-        self.v.narrow(2, length - 1, 1).copy_(v)
-        y = F.scaled_dot_product_attention(q, self.k.narrow(2, 0, length), self.v.narrow(2, 0, length))
-        x = self.project(y.view(-1)).add_(x)
-        wide = self.widen(self.ln_2(x))
-        return self.narrow(F.gelu(wide, approximate="tanh")).add_(x)
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, attend: Callable[[_Layer, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Block.forward with another attention: attend(layer, qkv (B, T, 3, H, D)) -> (B, T, H, D)."""
+        x, residual = self.ln_1(x, residual, _NO_DROPOUT)
+        B, T, C = x.size()
+        y = attend(self, self.c_attn(x).view(B, T, 3, *self.k.shape[2:]))
+        x, residual = self.ln_2(self.attn_proj(y.reshape(B, T, C)), residual, _NO_DROPOUT)
+        return self.mlp_proj(ops.bias_gelu(self.c_fc(x), self.c_fc_bias)), residual
 
-
-class _OneSequence:
-    """A `Decoder`, B = 1."""
-
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
-        self.layers = [_Layer(b, k, v) for b, k, v in zip(model.blocks(), cache.k, cache.v, strict=True)]
-        self.ln_f, self.head = _Norm(model.ln_f), one_row(model.wte.weight)
-
-    def __call__(self, token: Tensor) -> Tensor:
-        model, position = self.model, self.cache.length
-        x = model.wte.weight[int(token)] + model.wpe.weight[position]
-        self.cache.length = position + 1
-        for layer in self.layers:
-            x = layer(x, position + 1)
-        return self.head(self.ln_f(x))[None, : model.config.vocab_size]
+    def attend_to_prompt(self, qkv: Tensor) -> Tensor:
+        """Fill the caches."""
+        T = qkv.shape[1]
+        self.k[:, :T], self.v[:, :T] = qkv[:, :, 1], qkv[:, :, 2]
+        return ops.qkv_attention(qkv)

@@ -11,8 +11,8 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fusedgpt.model.decode import decoder
-from fusedgpt.model.gpt import GPT, KVCache
+from fusedgpt.model.decode import Decoder
+from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer
 
@@ -34,9 +34,9 @@ def next_token(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    generator: torch.Generator,  # on the CPU
+    generator: torch.Generator,  # on the device of logits
 ) -> Tensor:
-    """Draw one token id a row, (B,) int64. temperature 0 takes the likeliest.
+    """Draw one token id per row, (B,) int64. temperature 0 takes the likeliest.
 
     top_k keeps the k likeliest, top_p then the smallest set of them whose probability reaches p
     (Holtzman et al. 2019).
@@ -50,7 +50,7 @@ def next_token(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
     return ids.gather(1, choice)[:, 0]
 
 
@@ -78,41 +78,40 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield up to max_new_tokens next tokens, (B,) each; the same arguments give the same tokens.
 
-    repetition_penalty: see `penalise`; it counts the prompt's tokens too.
-    When the context that training has seen is full, its older half is dropped and the rest read anew.
-    `GPT.for_sampling` makes it faster on a CPU.
+    repetition_penalty: see `penalise`; it counts the prompt's tokens too. Nothing waits for a GPU: the caller
+    decides when to read the tokens. When the context that training has seen is full, its older half is dropped
+    and the rest is read anew. `store_for_decoding` makes it faster on a CPU.
     Raises ValueError for an empty prompt or settings out of range.
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: expected (B, T) with T >= 1, got {tuple(prompt.shape)}")
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     model.eval()
-    window = model.config.window
-    generator = torch.Generator().manual_seed(seed)
-    context = prompt[:, -window:]
-    seen = torch.zeros(len(prompt), model.config.vocab_size, dtype=torch.bool, device=prompt.device)
+    B, T = prompt.shape
+    generator = torch.Generator(device=prompt.device).manual_seed(seed)
+    ids = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), dim=1)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=prompt.device)
     seen.scatter_(1, prompt, True)
-    cache: KVCache | None = None
-    token = prompt[:, -1]
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():  # cheaper an op than no_grad; what is yielded is made outside of it
-            if cache is None or cache.length == window:
-                context = context if cache is None else context[:, -(window // 2 + 1) :]
-                cache = KVCache(model.config, len(prompt), dtype=model.activation_dtype, device=prompt.device)
-                logits = model.logits(model.hidden(context, cache=cache)[:, -1])
-                decode = decoder(model, cache)
+    decoder, start = None, max(0, T - model.config.window)  # of the context
+    for end in range(T, T + max_new_tokens):
+        with torch.inference_mode():  # cheaper per op than no_grad; what is yielded is made outside of it
+            if decoder is not None and decoder.length < decoder.window:
+                logits = decoder.step(ids[:, end - 1])
             else:
-                logits = decode(token)
-        token = next_token(
+                if decoder is None:
+                    decoder = Decoder(model, B)
+                else:
+                    start = end - (decoder.window // 2 + 1)
+                logits = decoder.prefill(ids[:, start:end])
+        ids[:, end] = next_token(
             penalise(logits, seen, repetition_penalty),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             generator=generator,
         )
-        yield token
-        seen.scatter_(1, token[:, None], True)
-        context = torch.cat((context, token[:, None]), dim=1)
+        seen.scatter_(1, ids[:, end : end + 1], True)
+        yield ids[:, end]
 
 
 def check_settings(

@@ -2,62 +2,56 @@
 
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 
-Parameters may be fp32 while activations are bf16: every layer casts its weights to the dtype that comes in,
-and `GPT.compute_dtype` decides what goes in. Dropout is counter-based: its masks are a pure function of
-(dropout_seed, dropout_step, layer), so a resumed or recomputed step draws the same ones.
+Every layer computes in the dtype of its input and casts its weights to it, so one argument, `dtype`, decides the
+precision of all activations. Dropout is counter-based: its masks are a pure function of (dropout_seed,
+dropout_step, place in the network), so a resumed or recomputed step draws the same ones.
 
-Training has two switches that sampling and evaluation never see: `GPT.checkpointing` keeps less for the
-backward pass and computes it again there, `GPT.compile_blocks` compiles one block and runs them all with it.
+How the model is trained is not its business: the trainer adds gradient checkpointing and torch.compile from
+outside. Sampling with a key-value cache is in decode.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import ops
-from fusedgpt.kernels.cpu.linear import transposed_storage
 from fusedgpt.model.config import GPTConfig
 
-CHECKPOINTING = ("none", "selective", "full")
 _OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
-_BLOCK_SITES = 3  # places with dropout in a block; site 0 of the network is the embedding
-Dropout = tuple[float, Tensor | None, Tensor | None]  # p and, where it is not 0, seed and offset
+_SITES_PER_BLOCK = 3  # dropout on the block's input, the attention weights and attention's output
 
 
 @dataclass(frozen=True, kw_only=True)
-class DropoutState:
-    """Where a step's dropout masks come from, if from anywhere: every place in the network has its seed."""
+class Dropout:
+    """A step's dropout: every place (site) in the network has a seed of its own, all share the offset."""
 
     p: float = 0.0
     seeds: Tensor | None = None  # (sites, 2) int64, the second unused: Triton likes pointers 16 bytes apart
     offset: Tensor | None = None  # int64 scalar
 
-    def at(self, site: int) -> Dropout:
-        """(p, seed, offset) for one place in the network."""
+    def at(self, site: int) -> tuple[float, Tensor | None, Tensor | None]:
+        """The arguments (p, seed, offset) of an op with dropout."""
         return self.p, None if self.seeds is None else self.seeds[site, 0], self.offset
 
-    def of_block(self, layer: int) -> DropoutState:
-        """The block's own three sites, as 0 to 2: so every block looks the same to torch.compile."""
+    def of_block(self, layer: int) -> Dropout:
+        """The block's sites as 0, 1, 2: nothing in a block depends on its number, so blocks share one graph."""
         if self.seeds is None:
             return self
-        first = 1 + _BLOCK_SITES * layer
-        return DropoutState(p=self.p, seeds=self.seeds[first : first + _BLOCK_SITES], offset=self.offset)
+        first = _SITES_PER_BLOCK * layer
+        return Dropout(p=self.p, seeds=self.seeds[first : first + _SITES_PER_BLOCK], offset=self.offset)
 
 
 @torch.library.custom_op("fusedgpt::next_dropout_step", mutates_args={"step"})
 def _next_step(step: Tensor) -> Tensor:
     """step += 1, and a copy of it.
 
-    An opaque op: anything simpler inductor may compute again in the backward pass, from the step already
-    counted up, and so draw other masks than in the forward pass (seen in torch 2.13).
+    An opaque op: inductor may recompute anything simpler in the backward pass, from the step already counted
+    up, and so draw other masks than in the forward pass (seen in torch 2.13).
     """
     return step.add_(1).clone()
 
@@ -67,55 +61,25 @@ def _(step: Tensor) -> Tensor:
     return torch.empty_like(step)
 
 
-def _call(module: nn.Module, *args: Any, recompute: bool) -> Any:
-    """module(*args); with `recompute` only its inputs are kept, and the backward pass calls it again."""
-    if not recompute:
-        return module(*args)
-    # Dropout is counter-based: torch's random state, which checkpoint would save and restore, has no part.
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, `length` rows filled: for each layer (B, window, H, D).
-
-    The other rows are memory that nobody has written, and on a CPU takes none.
-    """
-
-    def __init__(
-        self, config: GPTConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (batch_size, config.window, config.n_head, config.head_dim)
-        self.k, self.v = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2)
-        )
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, H, D) behind what is there; returns the layer's whole cache (B, window, H, D)."""
-        k_cache, v_cache, end = self.k[layer], self.v[layer], self.length + k.shape[1]
-        k_cache[:, self.length : end], v_cache[:, self.length : end] = k, v
-        return k_cache, v_cache
-
-
 class Embedding(nn.Embedding):
-    """nn.Embedding whose weights are left to GPT to draw."""
+    """nn.Embedding; GPT draws its weights."""
 
     def reset_parameters(self) -> None:
-        """None are drawn twice."""
+        """Nothing: GPT._initialise draws all weights, once."""
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input; GPT draws its weights."""
+    """nn.Linear in the dtype of its input; GPT draws its weights."""
 
     def reset_parameters(self) -> None:
-        """None are drawn twice."""
+        """Nothing: GPT._initialise draws all weights, once."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):
-    """The parameters of a LayerNorm; fused with the residual add before it where there is one."""
+    """Dropout on a branch's output, its addition to the residual stream, and the norm of the sum, in one op."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -123,47 +87,45 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.layer_norm_epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
-        """(norm of the new residual, the new residual); new residual = residual + dropout(x)."""
+    def forward(
+        self,
+        x: Tensor,  # (..., C) the output of the branch before
+        residual: Tensor | None,  # (..., C); None where x begins the residual stream
+        dropout: tuple[float, Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of the new residual, the new residual), with new residual = residual + dropout(x)."""
+        if residual is None:
+            residual = ops.dropout(x, *dropout)
+            return ops.layer_norm(residual, self.weight, self.bias, self.eps), residual
         return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, *dropout)
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention over a fused qkv projection."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer, self.n_head = layer, config.n_head
+        self.n_head = config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        dropout: Dropout,
+        dropout: tuple[float, Tensor | None, Tensor | None],
         documents: Tensor | None,  # (B, T)
-        cache: KVCache | None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a filled cache, T is 1."""
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.size()
+        p, seed, offset = dropout
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if cache is not None:
-            q, k, v = qkv.unbind(2)  # (B, T, H, D)
-            k_cache, v_cache = cache.append(self.layer, k, v)
-        if cache is not None and cache.length:
-            y = ops.decode_attention(q[:, 0], k_cache, v_cache, cache.length + 1)  # (B, H, D)
-        else:
-            p, seed, offset = dropout
-            y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
-        out: Tensor = self.c_proj(y.reshape(B, T, C))
+        y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
+        out: Tensor = self.c_proj(y.reshape(B, T, C))  # from (B, T, H, D)
         return out
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between, with a tanh GELU."""
+    """Two linear layers with a tanh GELU between them, four times as wide there."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -171,61 +133,42 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = ops.linear(x, self.c_fc.weight)  # (B, T, 4C)
+        wide = ops.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias goes into the GELU's kernel
         out: Tensor = self.c_proj(ops.bias_gelu(wide, self.c_fc.bias))
         return out
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm block, ending in the norm of what follows it so that every residual add is fused."""
+    """Pre-LayerNorm block. It begins with the dropout and the addition that end the block before.
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    So every addition is fused with the norm that follows it, and a block uses no parameters but its own.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
     def forward(
         self,
-        x: Tensor,  # (B, T, C) ln_1 of the residual
-        residual: Tensor,  # (B, T, C)
-        next_norm: LayerNorm,
-        dropout: DropoutState,
-        documents: Tensor | None,
-        cache: KVCache | None = None,
-        recompute: bool = False,  # what attention and MLP would keep for the backward pass
+        x: Tensor,  # (B, T, C) the embedding, or the MLP's output of the block before
+        residual: Tensor | None,  # (B, T, C); None in the first block
+        dropout: Dropout,
+        documents: Tensor | None,  # (B, T)
     ) -> tuple[Tensor, Tensor]:
-        """(next_norm of the new residual, the new residual)."""
-        a = _call(self.attn, x, dropout.at(0), documents, cache, recompute=recompute)
-        x, residual = self.ln_2.add(a, residual, dropout.at(1))
-        return next_norm.add(_call(self.mlp, x, recompute=recompute), residual, dropout.at(2))
-
-
-def _train_block(
-    block: Block,
-    x: Tensor,  # (B, T, C)
-    residual: Tensor,  # (B, T, C)
-    next_norm: LayerNorm,
-    dropout: DropoutState,
-    documents: Tensor | None,
-    checkpointing: str,
-) -> tuple[Tensor, Tensor]:
-    """The block in training; nothing here depends on its number, so that one compiled graph serves all."""
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing: expected {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
-    args = (x, residual, next_norm, dropout, documents, None, checkpointing == "selective")
-    out: tuple[Tensor, Tensor] = _call(block, *args, recompute=checkpointing == "full")
-    return out
+        """(the MLP's output, the residual it is to be added to)."""
+        x, residual = self.ln_1(x, residual, dropout.at(0))
+        x = self.attn(x, dropout.at(1), documents)
+        x, residual = self.ln_2(x, residual, dropout.at(2))
+        return self.mlp(x), residual
 
 
 class GPT(nn.Module):
     """GPT-2 with learned positions and a head tied to the token embedding.
 
-    `compute_dtype` is the dtype of activations (None: that of the parameters). `seed` draws the initial
-    weights and starts the dropout stream. `checkpointing`, in training: "none" keeps all activations for the
-    backward pass; "selective" computes those within attention and MLP again there, "full" all but each
-    block's inputs. The gradients are the same; after inductor, which then fuses differently, up to rounding.
+    `seed` draws the initial weights and starts the dropout stream.
     """
 
     dropout_seed: Tensor
@@ -234,22 +177,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype: torch.dtype | None = None
-        self.checkpointing = "none"
-        self._train_block: Callable[..., tuple[Tensor, Tensor]] = _train_block
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.seed_dropout(seed)
         if not self.wte.weight.is_meta:
             self._initialise(torch.Generator().manual_seed(seed))
-
-    def seed_dropout(self, seed: int, step: int = 0) -> None:
-        """Start the dropout stream of `seed` behind its training step `step`."""
-        device = self.ln_f.weight.device
-        self.register_buffer("dropout_seed", torch.tensor(seed, device=device), persistent=False)
-        self.register_buffer("dropout_step", torch.tensor(step, device=device), persistent=False)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
@@ -264,64 +198,42 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.wte.weight[self.config.vocab_size :] = 0.0
 
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What the layers compute in."""
-        return self.compute_dtype or self.wte.weight.dtype
+    def seed_dropout(self, seed: int, step: int = 0) -> None:
+        """Start the dropout stream of `seed` behind its training step `step`."""
+        device = self.ln_f.weight.device
+        self.register_buffer("dropout_seed", torch.tensor(seed, device=device), persistent=False)
+        self.register_buffer("dropout_step", torch.tensor(step, device=device), persistent=False)
 
-    def _dropout_state(self) -> DropoutState:
+    def _next_dropout(self) -> Dropout:
+        """This step's dropout; none outside of training."""
         if not self.training or self.config.dropout == 0.0:
-            return DropoutState()
-        sites = 1 + _BLOCK_SITES * self.config.n_layer
+            return Dropout()
+        sites = _SITES_PER_BLOCK * self.config.n_layer + 1  # the last is ln_f's
         step = _next_step(self.dropout_step)
         seeds = self.dropout_seed + torch.arange(2 * sites, device=step.device) // 2
-        return DropoutState(p=self.config.dropout, seeds=seeds.view(sites, 2), offset=step << _OFFSET_BITS)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile one block, with torch.compile's `options`, and train all of them with it."""
-        self._train_block = torch.compile(_train_block, fullgraph=True, dynamic=False, **options)
-
-    def hidden(self, idx: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
-        T, start = idx.shape[1], cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"idx: {start + T} tokens, but block_size is {self.config.block_size}")
-        if start and T != 1:
-            raise ValueError(f"idx: a filled cache takes one token at a time, got {T}")
-        dropout = self._dropout_state()
-        positions = torch.arange(start, start + T, device=idx.device)
-        # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
-        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        embedded = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(positions)
-        embedded = embedded.to(self.activation_dtype)
-        residual = ops.dropout(embedded, *dropout.at(0))  # (B, T, C)
-        blocks = self.blocks()
-        next_norms = [*(block.ln_1 for block in blocks[1:]), self.ln_f]
-        x: Tensor = blocks[0].ln_1(residual)
-        trains = self.training and torch.is_grad_enabled() and cache is None
-        for layer, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            args = (x, residual, next_norm, dropout.of_block(layer), documents)
-            if trains:
-                x, residual = self._train_block(block, *args, self.checkpointing)
-            else:
-                x, residual = block(*args, cache)
-        if cache is not None:
-            cache.length += T
-        return x
+        return Dropout(p=self.config.dropout, seeds=seeds.view(sites, 2), offset=step << _OFFSET_BITS)
 
     def blocks(self) -> list[Block]:
         """The blocks, first to last."""
         return list(self.h)  # type: ignore[arg-type]  # ModuleList says nothing of what it holds
 
-    def for_sampling(self) -> GPT:
-        """This model, in eval mode, its matrices stored as sampling reads them fastest; not to be trained.
-
-        `generate` then runs one sequence on a CPU without the modules (model/decode.py) and their hooks.
-        """
-        linears = [module.weight for module in self.modules() if isinstance(module, Linear)]
-        for weight in (*linears, self.wte.weight):
-            weight.data = transposed_storage(weight.data)
-        return self.requires_grad_(False).eval()
+    def hidden(
+        self, idx: Tensor, *, documents: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"idx: {T} tokens, but block_size is {self.config.block_size}")
+        dropout = self._next_dropout()
+        # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
+        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))
+        x = x.to(dtype or x.dtype)  # (B, T, C)
+        residual = None
+        for layer, block in enumerate(self.h):
+            x, residual = block(x, residual, dropout.of_block(layer), documents)
+        x, _ = self.ln_f(x, residual, dropout.at(-1))
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
@@ -333,6 +245,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,  # (B, T) int64, -100 is ignored
         *,
         documents: Tensor | None = None,  # (B, T) int, see ops.attention
+        dtype: torch.dtype | None = None,  # of the activations; None: the parameters'
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -340,9 +253,9 @@ class GPT(nn.Module):
         """Without targets the logits (B, T, V); with them the loss, an fp32 scalar ("none": (B * T,)).
 
         label_smoothing, z_loss: see ops.linear_cross_entropy. Raises ValueError where idx is longer than
-        block_size or a target is no token.
+        block_size or a target is out of the vocabulary.
         """
-        hidden = self.hidden(idx, documents=documents)
+        hidden = self.hidden(idx, documents=documents, dtype=dtype)
         if targets is None:
             return self.logits(hidden)
         return ops.linear_cross_entropy(

@@ -36,18 +36,12 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
 
 def transposed_storage(weight: Tensor) -> Tensor:
-    """`weight` (K, C) stored as its transpose where that makes `one_row` faster: fp32 on a CPU.
+    """`weight` (K, C) stored as its transpose where that makes `inference_linear` of one row faster: fp32 on a CPU.
 
     oneDNN multiplies one row at little more than half of the memory bandwidth; embedding_bag's weighted sum
     of the rows of weight.T comes close to it (docs/experiments.md).
     """
     return weight.T.contiguous().T if _takes_onednn(weight) else weight
-
-
-def has_transposed_storage(weight: Tensor) -> bool:
-    """Whether weight (K, C) is stored as its transpose by `transposed_storage`."""
-    K, C = weight.shape
-    return _takes_onednn(weight) and weight.stride() == (1, K) and C > 1
 
 
 @lru_cache
@@ -58,17 +52,23 @@ def _bags(K: int, C: int, threads: int) -> tuple[int, Tensor, Tensor]:
     return n, rows.view(C, n).T.flatten(), rows[::C].contiguous()
 
 
-def one_row(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x (C,) -> weight x + bias (K,), no autograd, for a weight (K, C) of `transposed_storage`.
+def inference_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x (..., C) -> x weight^T + bias (..., K) without autograd, for weights that no longer change.
 
-    Everything possible is prepared here, so that a call is three or four small ops.
+    A single row times a weight (K, C) of `transposed_storage` goes through embedding_bag, prepared here so
+    that a call is three or four small ops.
     """
     K, C = weight.shape
+    if not _takes_onednn(weight) or weight.stride() != (1, K) or C == 1:
+        return lambda x: linear(x, weight, bias)
     n, rows, starts = _bags(K, C, torch.get_num_threads())
     table = weight.T.view(C * n, K // n)
 
     def product(x: Tensor) -> Tensor:
-        y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x,) * n))[0].view(K)
+        if x.numel() != C:
+            return linear(x, weight, bias)
+        y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x.view(-1),) * n))[0]
+        y = y.view(*x.shape[:-1], K)
         return y if bias is None else y.add_(bias)
 
     return product
