@@ -22,7 +22,7 @@ _NO_DROPOUT = (0.0, None, None)
 
 
 def store_for_decoding(model: GPT) -> GPT:
-    """`model`, in eval mode, its matrices stored as decoding reads them fastest; it cannot be trained any more.
+    """`model`, in eval mode and no longer to be trained, its matrices stored as decoding reads them fastest.
 
     The values stay the same. Only fp32 on a CPU gains; see kernels/cpu/linear.py.
     """
@@ -52,9 +52,9 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T), T <= window, in place of what the caches hold -> the next tokens' logits (B, V)."""
+        """Start anew with token ids (B, T), T <= window -> the next tokens' logits (B, V)."""
         T = idx.shape[1]
-        if T > self.window:
+        if self.window < T:
             raise ValueError(f"idx: {T} tokens, but the caches hold {self.window}")
         self.length = T
         self.position.fill_(T)

@@ -16,6 +16,8 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer
 
+_TOKENS_PER_READ = 8  # on a GPU, which computes ahead of the host until it is asked for tokens
+
 
 class Sampling(TypedDict, total=False):
     """The settings of `generate`, which has their defaults and meaning."""
@@ -79,8 +81,8 @@ def generate(
     """Yield up to max_new_tokens next tokens, (B,) each; the same arguments give the same tokens.
 
     repetition_penalty: see `penalise`; it counts the prompt's tokens too. Nothing waits for a GPU: the caller
-    decides when to read the tokens. When the context that training has seen is full, its older half is dropped
-    and the rest is read anew. `store_for_decoding` makes it faster on a CPU.
+    decides when to read the tokens. When the context that training has seen is full, its older half is
+    dropped and the rest is read anew. `store_for_decoding` makes it faster on a CPU.
     Raises ValueError for an empty prompt or settings out of range.
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
@@ -198,11 +200,22 @@ def continue_ids(
         if row == 0 and text and on_text is not None:
             on_text(text)
 
-    for token in generate(model, torch.tensor(rows, device=model.wte.weight.device), **sampling):
-        for row, (stream, value) in enumerate(zip(streams, token.tolist(), strict=True)):
-            take(row, stream.add(value))
+    def read(tokens: list[Tensor]) -> None:
+        for values in torch.stack(tokens).tolist() if tokens else ():
+            for row, (stream, value) in enumerate(zip(streams, values, strict=True)):
+                take(row, stream.add(value))
+        tokens.clear()
+
+    prompt = torch.tensor(rows, device=model.wte.weight.device)
+    unread: list[Tensor] = []
+    for token in generate(model, prompt, **sampling):
+        unread.append(token)
+        if len(unread) < (_TOKENS_PER_READ if prompt.is_cuda else 1):
+            continue
+        read(unread)
         if all(stream.ended for stream in streams):
             break
+    read(unread)
     for row, stream in enumerate(streams):
         take(row, stream.end())
     return texts

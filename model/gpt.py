@@ -2,8 +2,8 @@
 
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 
-Every layer computes in the dtype of its input and casts its weights to it, so one argument, `dtype`, decides the
-precision of all activations. Dropout is counter-based: its masks are a pure function of (dropout_seed,
+Every layer computes in the dtype of its input and casts its weights to it, so one argument, `dtype`, decides
+the precision of all activations. Dropout is counter-based: its masks are a pure function of (dropout_seed,
 dropout_step, place in the network), so a resumed or recomputed step draws the same ones.
 
 How the model is trained is not its business: the trainer adds gradient checkpointing and torch.compile from
@@ -39,7 +39,7 @@ class Dropout:
         return self.p, None if self.seeds is None else self.seeds[site, 0], self.offset
 
     def of_block(self, layer: int) -> Dropout:
-        """The block's sites as 0, 1, 2: nothing in a block depends on its number, so blocks share one graph."""
+        """The block's sites as 0, 1, 2, whatever its number: so that blocks can share a compiled graph."""
         if self.seeds is None:
             return self
         first = _SITES_PER_BLOCK * layer
@@ -79,7 +79,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.Module):
-    """Dropout on a branch's output, its addition to the residual stream, and the norm of the sum, in one op."""
+    """Dropout on a branch's output, its addition to the residual stream, the norm of the sum: one op."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -221,19 +221,19 @@ class GPT(nn.Module):
         self, idx: Tensor, *, documents: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
-        B, T = idx.size()
-        if T > self.config.block_size:
+        T = idx.shape[1]
+        if self.config.block_size < T:
             raise ValueError(f"idx: {T} tokens, but block_size is {self.config.block_size}")
         dropout = self._next_dropout()
         # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
         sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
         x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))
         x = x.to(dtype or x.dtype)  # (B, T, C)
-        residual = None
-        for layer, block in enumerate(self.h):
+        residual: Tensor | None = None
+        for layer, block in enumerate(self.blocks()):
             x, residual = block(x, residual, dropout.of_block(layer), documents)
-        x, _ = self.ln_f(x, residual, dropout.at(-1))
-        return x
+        y: Tensor = self.ln_f(x, residual, dropout.at(-1))[0]
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""

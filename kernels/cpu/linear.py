@@ -36,7 +36,7 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
 
 def transposed_storage(weight: Tensor) -> Tensor:
-    """`weight` (K, C) stored as its transpose where that makes `inference_linear` of one row faster: fp32 on a CPU.
+    """`weight` (K, C) stored as its transpose where `inference_linear` reads it faster so: fp32 on a CPU.
 
     oneDNN multiplies one row at little more than half of the memory bandwidth; embedding_bag's weighted sum
     of the rows of weight.T comes close to it (docs/experiments.md).

@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # <malloc.h>
 
@@ -47,26 +44,3 @@ def spin_briefly(count: int) -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(count))
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Keep torch's own CUDA ops deterministic for a while, if `wanted`; an op that cannot be raises.
-
-    Call before the process first multiplies matrices on a GPU: cuBLAS reads its setting then.
-    """
-    if not wanted:
-        yield
-        return
-    import torch  # here, for spin_briefly comes before it
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    filling: Any = torch.utils.deterministic  # whose settings its stub does not know
-    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    filling.fill_uninitialized_memory = False  # it finds bugs, and writes everything twice
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        filling.fill_uninitialized_memory = before[1]

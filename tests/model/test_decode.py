@@ -1,87 +1,165 @@
-"""One more token after a cache: which way it takes, and that both ways are the model's."""
+"""The decoder: its logits are the model's, and no host value changes from token to token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fusedgpt.kernels.cpu.linear import HAS_ONEDNN
-from fusedgpt.model import decode
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.decode import Decoder, store_for_decoding
 from fusedgpt.model.generate import generate
-from fusedgpt.model.gpt import GPT, KVCache
+from fusedgpt.model.gpt import GPT
 
-TEXT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+TEXT = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-def filled(gpt: GPT, text: Tensor) -> KVCache:
-    """The cache of a model that has read text (B, T)."""
-    cache = KVCache(gpt.config, len(text), dtype=gpt.activation_dtype, device=text.device)
-    for rows in cache.k + cache.v:  # memory that nobody has written
-        rows.fill_(float("nan"))
+def with_norms_that_matter(gpt: GPT) -> GPT:
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        gpt.hidden(text, cache=cache)
-    return cache
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return gpt.eval()
+
+
+def decode(gpt: GPT, text: Tensor, prompt: int) -> Tensor:
+    """The logits (B, T - prompt + 1, V) after the prompt and after every token behind it."""
+    decoder = Decoder(gpt, len(text))
+    for layer in decoder.layers:  # memory that nobody has written
+        layer.k.fill_(float("nan"))
+        layer.v.fill_(float("nan"))
+    first = decoder.prefill(text[:, :prompt])
+    return torch.stack([first, *(decoder.step(token) for token in text.T[prompt:])], dim=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("prompt", [1, 4])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("stored", [True, False])
+@torch.no_grad()
+def test_the_logits_are_those_of_the_whole_text(
+    tiny_gpt: GPT,
+    batch_size: int,
+    prompt: int,
+    kernels: str,
+    stored: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpt, text = with_norms_that_matter(tiny_gpt).to(device), TEXT[:batch_size].to(device)
+    whole = gpt(text)
+    if stored:
+        store_for_decoding(gpt)
+    monkeypatch.setenv("FUSEDGPT_KERNELS", kernels)
+    ours = decode(gpt, text, prompt)
+    torch.testing.assert_close(
+        ours, whole[:, prompt - 1 :], atol=3e-5, rtol=1e-5
+    )  # fp32, sums in another order
+
+
+@torch.no_grad()
+def test_bf16_weights(tiny_gpt: GPT) -> None:
+    gpt = tiny_gpt.bfloat16()
+    ours = decode(store_for_decoding(gpt), TEXT, 4)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, gpt(TEXT)[:, 3:], atol=0.02, rtol=0.02)  # bf16 keeps 8 bits
+
+
+@torch.no_grad()
+def test_a_decoder_can_start_anew(tiny_gpt: GPT) -> None:
+    decoder = Decoder(with_norms_that_matter(tiny_gpt), 3)
+    decoder.prefill(TEXT)
+    decoder.step(TEXT[:, 0])
+    decoder.prefill(TEXT[:, :3])
+    torch.testing.assert_close(decoder.step(TEXT[:, 3]), tiny_gpt(TEXT[:, :4])[:, -1])
+
+
+@torch.no_grad()
+def test_more_tokens_than_the_caches_hold_are_refused(tiny_gpt: GPT) -> None:
+    decoder = Decoder(tiny_gpt, 1)
+    with pytest.raises(ValueError, match="17 tokens, but the caches hold 16"):
+        decoder.prefill(torch.zeros(1, 17, dtype=torch.int64))
+    decoder.prefill(torch.zeros(1, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the caches are full: 16 tokens"):
+        decoder.step(torch.zeros(1, dtype=torch.int64))
+
+
+class Recorder(TorchDispatchMode):
+    """Every op with its host values, and where in memory its tensors lie and how."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+        self.known = {x.data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read from the device"
+        leaves = [self.describe(x) for x in tree_leaves((args, kwargs or {}))]
+        self.calls.append((str(func), *leaves))
+        return func(*args, **(kwargs or {}))
+
+    def describe(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        place = x.data_ptr() if x.data_ptr() in self.known else None  # else allocated within the step
+        return tuple(x.shape), x.stride(), x.dtype, place
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@torch.no_grad()
+def test_no_host_value_changes_between_tokens(tiny_gpt: GPT, device: torch.device) -> None:
+    """So a CUDA graph of one token is right for all others."""
+    decoder = Decoder(tiny_gpt.to(device), 3)
+    decoder.prefill(TEXT[:, :5].to(device))
+    token = TEXT[:, 5].to(device)
+    buffers = [token, decoder.position, decoder.lengths, *tiny_gpt.parameters()]
+    buffers += [x for layer in decoder.layers for x in (layer.k, layer.v)]
+    calls = []
+    for _ in range(3):
+        with Recorder(buffers) as recorder:
+            decoder._step(token)
+        calls.append(recorder.calls)
+    assert len(calls[0]) > 20
+    assert calls[0] == calls[1] == calls[2]
+    assert decoder.lengths.tolist() == [8, 8, 8]
+    assert decoder.position.tolist() == [8]
+
+
+@pytest.mark.gpu
+def test_a_captured_token_is_the_token(device: torch.device) -> None:
+    config = GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=64)
+    gpt = GPT(config, seed=1).to(device).eval()
+    prompt = torch.arange(8, device=device).view(2, 4)
+    ours = torch.stack(list(generate(gpt, prompt, max_new_tokens=100, temperature=0.0)))
+    plain, context = [], prompt
+    with torch.no_grad():
+        for token in ours:
+            plain.append(gpt(context)[:, -1].argmax(-1))
+            context = torch.cat((context, token[:, None]), dim=1)
+            context = context if context.shape[1] <= 64 else context[:, -33:]
+    assert torch.equal(ours, torch.stack(plain))
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
-@torch.no_grad()
-def test_one_sequence_gives_the_logits_of_the_whole_text(tiny_gpt: GPT) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in tiny_gpt.parameters():  # biases and norms that matter
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    text = TEXT[:1]
-    whole = tiny_gpt.eval()(text)[0]
-    cache = filled(tiny_gpt.for_sampling(), text[:, :4])
-    step = decode.decoder(tiny_gpt, cache)
-    assert isinstance(step, decode._OneSequence)
-    logits = torch.cat([step(token) for token in text.T[4:]])
-    torch.testing.assert_close(logits, whole[4:], atol=1e-5, rtol=1e-5)
-    assert cache.length == 12
-    for ours, read in zip(cache.k + cache.v, (c := filled(tiny_gpt, text)).k + c.v, strict=True):
-        torch.testing.assert_close(ours[:, :12], read[:, :12])
-
-
-def _in_bf16(gpt: GPT) -> None:
-    gpt.compute_dtype = torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("change", "rows"),
-    [
-        (GPT.for_sampling, 2),
-        (GPT.eval, 1),
-        (lambda gpt: gpt.for_sampling().bfloat16(), 1),
-        (lambda gpt: _in_bf16(gpt.for_sampling()), 1),
-    ],
-    ids=["two sequences", "plain storage", "bf16 parameters", "bf16 activations"],
-)
-@torch.no_grad()
-def test_all_else_takes_the_models_way(tiny_gpt: GPT, change: Callable[[GPT], object], rows: int) -> None:
-    change(tiny_gpt)
-    tiny_gpt.eval()
-    text = TEXT[:rows]
-    whole = tiny_gpt(text)
-    step = decode.decoder(tiny_gpt, filled(tiny_gpt, text[:, :4]))
-    assert not isinstance(step, decode._OneSequence)
-    logits = torch.stack([step(token) for token in text.T[4:]], dim=1)
-    assert logits.dtype == tiny_gpt.activation_dtype
-    tolerance = (
-        {"atol": 1e-5, "rtol": 1e-5} if logits.dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
-    )
-    torch.testing.assert_close(logits, whole[:, 4:], **tolerance)
-
-
-def test_kernels_that_are_asked_for_are_used(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_gpt.for_sampling()
-    cache = filled(tiny_gpt, TEXT[:1])
-    monkeypatch.setattr(decode.ops, "backend", lambda *_: "triton")
-    assert not isinstance(decode.decoder(tiny_gpt, cache), decode._OneSequence)
+def test_storing_changes_no_value(tiny_gpt: GPT) -> None:
+    plain = {name: value.clone() for name, value in tiny_gpt.state_dict().items()}
+    logits = tiny_gpt(TEXT)
+    assert store_for_decoding(tiny_gpt.train()) is tiny_gpt
+    assert not tiny_gpt.training
+    for name, value in tiny_gpt.state_dict().items():
+        assert torch.equal(value, plain[name])
+        matrix = value.ndim == 2 and name != "wpe.weight"
+        assert not matrix or value.T.is_contiguous()
+    assert not any(p.requires_grad for p in tiny_gpt.parameters())
+    torch.testing.assert_close(tiny_gpt(TEXT), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_full_context_is_begun_anew(tiny_gpt: GPT) -> None:
     options = {"max_new_tokens": 40, "temperature": 0.0}  # of 16
     plain = torch.cat(list(generate(tiny_gpt, TEXT[:1], **options)))
-    assert torch.equal(torch.cat(list(generate(tiny_gpt.for_sampling(), TEXT[:1], **options))), plain)
+    assert torch.equal(torch.cat(list(generate(store_for_decoding(tiny_gpt), TEXT[:1], **options))), plain)

@@ -10,10 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RepetitionPenaltyLogitsProcessor
 
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.decode import decoder
+from fusedgpt.model.decode import Decoder, store_for_decoding
 from fusedgpt.model.folder import load_model
 from fusedgpt.model.generate import generate, next_token, penalise, sample_batch, sample_texts
-from fusedgpt.model.gpt import GPT, KVCache
+from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
@@ -125,6 +125,25 @@ def test_a_row_that_ended_stays_ended(monkeypatch: pytest.MonkeyPatch, tiny_gpt:
     assert sample_texts(tiny_gpt, char_tokenizer("abc"), "", n_samples=2) == ["a", ""]
 
 
+def test_tokens_of_a_gpu_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_gpt: GPT) -> None:
+    """And what came after the end of the text is left out."""
+    taken: list[int] = []
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def tokens(*_: Any, **__: Any) -> Any:
+        for value in [0, 1, 2, 3, 0, 1, 2, 0, 1]:  # 3 is end-of-text
+            taken.append(value)
+            yield torch.tensor([value])
+
+    real = torch.tensor
+    monkeypatch.setattr("fusedgpt.model.generate.generate", tokens)
+    monkeypatch.setattr(torch, "tensor", lambda rows, device=None: real(rows).as_subclass(OnGPU))
+    assert sample_texts(tiny_gpt, char_tokenizer("abc"), "") == ["abc"]
+    assert len(taken) == 8
+
+
 def test_prompt_outside_the_vocabulary_is_refused(tiny_gpt: GPT) -> None:
     with pytest.raises(ValueError, match="character 'z'"):
         sample_texts(tiny_gpt, char_tokenizer("abc"), "z")
@@ -189,16 +208,14 @@ def test_200_steps_with_the_cache_equal_recomputing_the_prefix(
         for p in gpt.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
         if transposed:
-            gpt.for_sampling()
+            store_for_decoding(gpt)
         prompt = torch.tensor(prompts)
         tokens = list(generate(gpt, prompt, max_new_tokens=200, temperature=0.0))
         text = torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
         whole = gpt(text)
         assert torch.equal(whole[:, 2:-1].argmax(-1), text[:, 3:])
-        cache = KVCache(gpt.config, len(prompts), dtype=torch.float32, device=torch.device("cpu"))
-        first = gpt.logits(gpt.hidden(text[:, :1], cache=cache)[:, 0])
-        decode = decoder(gpt, cache)
-        steps = [first, *(decode(token) for token in text.T[1:])]
+        decoder = Decoder(gpt, len(prompts))
+        steps = [decoder.prefill(text[:, :1]), *(decoder.step(token) for token in text.T[1:])]
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=0, atol=1e-4)
     assert len(text[0].unique()) > 10
 

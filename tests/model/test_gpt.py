@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from functorch.compile import min_cut_rematerialization_partition, nop
+from compiling import INDUCTOR_GRAPHS
 from pydantic import ValidationError
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from fusedgpt.kernels import ops
-from fusedgpt.kernels.cpu.linear import HAS_ONEDNN
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.model.generate import generate
-from fusedgpt.model.gpt import GPT, DropoutState, KVCache
+from fusedgpt.model.gpt import GPT, Dropout
 
 IDS = torch.arange(24).view(2, 12)
 THREE_LAYERS = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=3, n_embd=24, dropout=0.1)
 TWO_LAYERS = THREE_LAYERS.model_copy(update={"n_layer": 2})
 ONE_LAYER = THREE_LAYERS.model_copy(update={"n_layer": 1})  # Triton's interpreter takes a second a block
-# inductor's graphs without its code generation, which takes a minute on a CPU
-INDUCTOR_GRAPHS = aot_autograd(
-    fw_compiler=nop,
-    bw_compiler=nop,
-    partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
-    keep_inference_input_mutations=True,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -124,29 +110,6 @@ def test_documents_do_not_see_each_other(tiny_gpt: GPT) -> None:
     assert not torch.allclose(tiny_gpt(IDS)[:, 5:], tiny_gpt(changed)[:, 5:])
 
 
-def test_cache_gives_the_logits_of_the_whole_text(tiny_gpt: GPT) -> None:
-    whole = tiny_gpt(IDS)
-    cache = KVCache(tiny_gpt.config, 2, dtype=torch.float32, device=IDS.device)
-    for rows in cache.k + cache.v:  # memory that nobody has written
-        rows.fill_(float("nan"))
-    steps = [tiny_gpt.hidden(IDS[:, :4], cache=cache)]
-    steps += [tiny_gpt.hidden(IDS[:, t : t + 1], cache=cache) for t in range(4, 12)]
-    torch.testing.assert_close(tiny_gpt.logits(torch.cat(steps, dim=1)), whole)
-
-
-@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
-def test_a_model_for_sampling_is_the_same_model(tiny_gpt: GPT) -> None:
-    plain = {name: value.clone() for name, value in tiny_gpt.state_dict().items()}
-    logits = tiny_gpt.eval()(IDS)
-    assert tiny_gpt.train().for_sampling() is tiny_gpt
-    for name, value in tiny_gpt.state_dict().items():
-        assert torch.equal(value, plain[name])
-        matrix = value.ndim == 2 and name != "wpe.weight"
-        assert not matrix or value.T.is_contiguous()
-    assert not any(p.requires_grad for p in tiny_gpt.parameters())
-    torch.testing.assert_close(tiny_gpt(IDS), logits, atol=1e-5, rtol=1e-5)
-
-
 def test_weights_are_drawn_once_and_by_the_seed_alone(tiny_config: GPTConfig) -> None:
     before = torch.get_rng_state()
     drawn = GPT(tiny_config, seed=5).state_dict()
@@ -176,16 +139,16 @@ def test_dropout_draws_anew_each_step_and_the_same_for_a_seed(tiny_gpt: GPT) -> 
 def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Site s takes seed + s at the step's counters, 16 bytes apart: Triton compiles one kernel for all."""
     asked = []
-    original = DropoutState.at
+    original = Dropout.at
 
-    def spy(state: DropoutState, site: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+    def spy(state: Dropout, site: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         asked.append(original(state, site))
         return asked[-1]
 
-    monkeypatch.setattr(DropoutState, "at", spy)
+    monkeypatch.setattr(Dropout, "at", spy)
     tiny_gpt.seed_dropout(70, step=4)
     tiny_gpt.train()(IDS)
-    assert [int(seed) for _, seed, _ in asked] == list(range(70, 77))  # embedding, 3 in each of 2 layers
+    assert [int(seed) for _, seed, _ in asked] == list(range(70, 77))  # 3 in each of 2 layers, the last norm
     assert {int(offset) for _, _, offset in asked} == {5 << 40}
     assert {p for p, _, _ in asked} == {0.1}
     assert len({seed.data_ptr() % 16 for _, seed, _ in asked}) == 1
@@ -193,8 +156,7 @@ def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.Monke
 
 def test_bf16_activations_leave_fp32_parameters_and_gradients(tiny_gpt: GPT) -> None:
     exact = tiny_gpt(IDS, IDS)
-    tiny_gpt.compute_dtype = torch.bfloat16
-    loss = tiny_gpt(IDS, IDS)
+    loss = tiny_gpt(IDS, IDS, dtype=torch.bfloat16)
     loss.backward()
     assert loss.dtype == torch.float32
     assert abs(loss.item() - exact.item()) < 0.01  # bf16 has 8 bits: 0.4% of a logit, averaged over 24 tokens
@@ -243,145 +205,11 @@ def loss_and_gradients(gpt: GPT, forward: Forward | None = None, steps: int = 1)
     return [loss.detach(), *(p.grad for p in gpt.parameters() if p.grad is not None)]
 
 
-def trained(checkpointing: str, dtype: torch.dtype, compiled: str = "", **options: Any) -> list[Tensor]:
-    """loss_and_gradients of the second step of a fresh model of two layers."""
-    gpt = GPT(TWO_LAYERS, seed=1).train()
-    gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
-    forward = torch.compile(gpt, fullgraph=True, **options) if compiled == "model" else gpt
-    if compiled == "block":
-        gpt.compile_blocks(**options)
-    return loss_and_gradients(gpt, forward, steps=2)
-
-
-def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
-    assert [i for i, (x, y) in enumerate(zip(ours, expected, strict=True)) if not torch.equal(x, y)] == []
-
-
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-@pytest.mark.parametrize(
-    ("compiled", "dtype"),
-    [
-        ("", torch.float32),
-        ("", torch.bfloat16),
-        ("block", torch.float32),
-        ("block", torch.bfloat16),
-        ("model", torch.bfloat16),
-    ],
-)
-def test_checkpointing_changes_no_gradient(checkpointing: str, dtype: torch.dtype, compiled: str) -> None:
-    plain = trained("none", dtype)
-    assert_same_bits(trained(checkpointing, dtype, compiled, backend="aot_eager"), plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.usefixtures("triton_kernels")
-def test_checkpointing_changes_no_gradient_of_the_kernels(dtype: torch.dtype) -> None:
-    results = []
-    for checkpointing, compiled in (("none", False), ("selective", False), ("full", True)):
-        gpt = GPT(ONE_LAYER, seed=1).train()
-        gpt.checkpointing, gpt.compute_dtype = checkpointing, dtype
-        if compiled:
-            gpt.compile_blocks(backend="aot_eager")
-        results.append(loss_and_gradients(gpt))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "attentions", "up_projections", "down_projections"),
-    [("none", 3, 3, 3), ("selective", 6, 6, 3), ("full", 6, 6, 6)],
-)
-def test_what_checkpointing_computes_twice(
-    checkpointing: str,
-    attentions: int,
-    up_projections: int,
-    down_projections: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """bf16: the fp32 matmul of a CPU (kernels/cpu/linear.py) keeps its inputs only once it has run."""
-    calls: list[str] = []
-
-    def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(*args: Any, **kwargs: Any) -> Tensor:
-            out = original(*args, **kwargs)  # early stop raises out of it
-            calls.append(f"{name} {tuple(out.shape)}")
-            return out
-
-        return counted
-
-    for name in ("qkv_attention", "linear"):
-        monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
-    gpt = GPT(THREE_LAYERS, seed=1).train()
-    gpt.checkpointing, gpt.compute_dtype = checkpointing, torch.bfloat16
-    loss_and_gradients(gpt)
-    assert calls.count("qkv_attention (2, 12, 3, 8)") == attentions
-    assert calls.count("linear (2, 12, 72)") == attentions
-    assert calls.count("linear (2, 12, 96)") == up_projections
-    assert calls.count("linear (2, 12, 24)") == 2 * down_projections  # attention's and the MLP's
-
-
-def test_nothing_is_recomputed_without_a_backward_pass(
-    tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("checkpoint was called")
-
-    monkeypatch.setattr("fusedgpt.model.gpt.checkpoint", refuse)
-    tiny_gpt.checkpointing = "full"
-    tiny_gpt(IDS, IDS)
-    list(generate(tiny_gpt, IDS, max_new_tokens=3))
-    with torch.no_grad():
-        tiny_gpt.train()(IDS, IDS)
-    with pytest.raises(AssertionError, match="checkpoint was called"):
-        tiny_gpt(IDS, IDS)
-
-
-def test_unknown_checkpointing_is_refused(tiny_gpt: GPT) -> None:
-    tiny_gpt.checkpointing = "some"
-    with pytest.raises(ValueError, match="checkpointing: expected none, selective, full, got 'some'"):
-        tiny_gpt.train()(IDS, IDS)
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("compiled", ["block", "model"])
-def test_one_graph_trains_all_layers(checkpointing: str, compiled: str) -> None:
-    """And evaluation, sampling and training without gradients in between compile nothing more."""
-    gpt = GPT(THREE_LAYERS, seed=1).train()
-    gpt.checkpointing = checkpointing
-    counter = CompileCounter()
-    forward: Forward = gpt
-    if compiled == "block":
-        gpt.compile_blocks(backend=counter)
-    else:
-        forward = torch.compile(gpt, backend=counter, fullgraph=True, dynamic=False)
-    for _ in range(2):
-        loss_and_gradients(gpt, forward)
-        gpt.eval()
-        gpt(IDS, IDS)
-        gpt(IDS[:, :5])
-        list(generate(gpt, IDS, max_new_tokens=6))
-        with torch.no_grad():
-            gpt.train()(IDS, IDS)
-    assert counter.frame_count == 1
-    gpt.train()
-    loss_and_gradients(gpt, lambda idx, targets: forward(idx[:, 1:], targets[:, 1:]))
-    assert counter.frame_count == 2  # another length is another graph: nothing is dynamic
-
-
-def test_compiled_blocks_serve_documents(tiny_gpt: GPT) -> None:
-    documents = (torch.arange(12) >= 5).long().expand(2, 12)
-    expected = loss_and_gradients(tiny_gpt.train(), partial(tiny_gpt, documents=documents))
-    tiny_gpt.seed_dropout(1)
-    tiny_gpt.compile_blocks(backend="aot_eager")
-    ours = loss_and_gradients(tiny_gpt, partial(tiny_gpt, documents=documents))
-    torch.testing.assert_close(ours, expected)
-
-
 def test_a_recomputed_step_draws_the_same_masks_under_inductor(tiny_gpt: GPT) -> None:
     """Its partitioner may read a counter in the backward pass that the forward pass has advanced."""
 
     def loss(x: Tensor) -> Tensor:
-        offset = tiny_gpt._dropout_state().offset
+        offset = tiny_gpt._next_dropout().offset
 
         def wave(x: Tensor) -> Tensor:
             return (x * (offset >> 40)).sin().exp()
@@ -397,12 +225,6 @@ def test_a_recomputed_step_draws_the_same_masks_under_inductor(tiny_gpt: GPT) ->
         function(x).backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("compiled", ["block", "model"])
-def test_inductors_graphs_give_the_gradients_of_eager_training(compiled: str) -> None:
-    plain = trained("none", torch.float32)
-    torch.testing.assert_close(trained("full", torch.float32, compiled, backend=INDUCTOR_GRAPHS), plain)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def sample(
 ) -> None:
     """Generate text; with --json, one line per prompt."""
     spin_briefly(_SPINS)
+    from fusedgpt.model.decode import store_for_decoding
     from fusedgpt.model.folder import load_folder
     from fusedgpt.model.generate import sample_batch
     from fusedgpt.train.loop.precision import resolve_device
@@ -57,7 +58,7 @@ def sample(
         begun = True
 
     texts = sample_batch(
-        gpt.to(resolve_device(device)).for_sampling(),
+        store_for_decoding(gpt.to(resolve_device(device))),
         tokenizer,
         prompts,
         n_samples=n_samples,
@@ -90,6 +91,7 @@ def chat(
     The model sees at most the last half of its context length.
     """
     spin_briefly(_SPINS)
+    from fusedgpt.model.decode import store_for_decoding
     from fusedgpt.model.folder import load_folder
     from fusedgpt.train.loop.precision import resolve_device
     from fusedgpt.train.report.terminal import TerminalWriter, read_line, read_lines_from
@@ -97,7 +99,7 @@ def chat(
 
     gpt, tokenizer = load_folder(model)
     sampling = _sampling(ctx)
-    gpt = gpt.to(resolve_device(device)).for_sampling()
+    gpt = store_for_decoding(gpt.to(resolve_device(device)))
     talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
     if not sys.stdin.isatty():
         converse(talk, read_lines_from(sys.stdin), TerminalWriter(sys.stdout))
@@ -151,14 +153,15 @@ def eval_model(
     from fusedgpt.train.config import ConfigError
     from fusedgpt.train.data.text.sources import Source
     from fusedgpt.train.data.tokens.load import is_token_set, load_validation_tokens
-    from fusedgpt.train.loop.precision import resolve_device, resolve_precision, set_precision
+    from fusedgpt.train.loop.precision import cast_parameters, resolve_device, resolve_precision
     from fusedgpt.train.tools.evaluate import evaluate_text, evaluate_tokens
 
     gpt, tokenizer = load_folder(model)
     where = resolve_device(device)
-    set_precision(gpt.to(where), resolve_precision(precision, where))
+    dtype = resolve_precision(precision, where)
+    cast_parameters(gpt.to(where), dtype)
     with progress_bar("evaluating", quiet=quiet) as show:
-        options: dict[str, Any] = {"window": window, "stride": stride}
+        options: dict[str, Any] = {"window": window, "stride": stride, "dtype": dtype}
         if not any(map(is_token_set, data)):
             source = Source(inputs=tuple(data), text_field=text_field, errors=errors, cut=tokenizer.safe_cut)
             result = evaluate_text(gpt, tokenizer, _counted(source, show), **options)

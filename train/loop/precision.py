@@ -1,8 +1,19 @@
-"""Where a model is trained and in which numbers: device, compute dtype, fp16's loss scale."""
+"""Where a model is trained and in which numbers: device, dtypes, fp16's loss scale, deterministic ops.
+
+The compute dtype is that of all activations, the residual stream among them; the trainer hands it to the
+model with every batch. Always fp32, whatever the compute dtype: softmax, the statistics of LayerNorm, the
+loss, the gradient norm, AdamW's moments, sums of gradients over micro-batches, and one copy of every
+parameter: on a CPU the parameters themselves, on a GPU biases and norms, and the optimizer's masters of the
+matrices.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,15 +51,16 @@ def cpu_has_bf16() -> bool:
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def set_precision(model: GPT, dtype: torch.dtype) -> None:
-    """Let `model` compute in dtype; on a GPU its parameters become dtype too, and AdamW keeps fp32 masters.
+def cast_parameters(model: GPT, dtype: torch.dtype) -> None:
+    """On a GPU, matrices become `dtype`, and AdamW keeps fp32 masters of them; biases and norms stay fp32.
 
-    On a CPU the parameters stay fp32: casting them step by step costs the same there, and a small batch 5%
-    less (docs/experiments.md, "Low-precision parameters on a CPU").
+    On a CPU all parameters stay fp32: casting them in every forward pass costs the same there, and 5% less
+    with a small batch (docs/experiments.md, "Low-precision parameters on a CPU").
     """
-    model.compute_dtype = dtype
     if model.wte.weight.device.type == "cuda":
-        model.to(dtype)
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.data = parameter.data.to(dtype)
 
 
 class LossScale:
@@ -76,3 +88,24 @@ class LossScale:
         """From a checkpoint."""
         self.scale.fill_(state["scale"])
         self.good_steps.fill_(state["good_steps"])
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Keep torch's own CUDA ops deterministic for a while, if `wanted`; an op that cannot be raises.
+
+    Call before the process first multiplies matrices on a GPU: cuBLAS reads its setting then.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filling: Any = torch.utils.deterministic  # whose settings its stub does not know
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False  # it finds bugs, and writes everything twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        filling.fill_uninitialized_memory = before[1]

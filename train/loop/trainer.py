@@ -7,15 +7,22 @@ from functools import partial
 
 import torch
 
-from fusedgpt.kernels.cpu.process import deterministic, keep_freed_memory
+from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.batches import Loader
-from fusedgpt.train.loop.compilation import build_step, choose_compile, choose_cuda_graphs
+from fusedgpt.train.loop.execution import choose_compile, choose_cuda_graphs, executed
 from fusedgpt.train.loop.optimizer import build_optimizer
-from fusedgpt.train.loop.precision import LossScale, resolve_device, resolve_precision, set_precision
+from fusedgpt.train.loop.precision import (
+    LossScale,
+    cast_parameters,
+    deterministic,
+    resolve_device,
+    resolve_precision,
+)
 from fusedgpt.train.loop.schedule import learning_rate
+from fusedgpt.train.loop.step import GraphedStep, Step
 from fusedgpt.train.loop.validation import Validation
 from fusedgpt.train.report.progress import Monitor
 from fusedgpt.train.report.step_log import TrainingDiverged, TrainingLog
@@ -83,15 +90,14 @@ def train(
             progress = training.progress
     compile_mode = choose_compile(config, model, steps - progress.step, dataset.max_length)
     cuda_graphs = choose_cuda_graphs(config, model, dataset.max_length)
-    step = build_step(
-        training, config, dataset.document_ids, compile_mode=compile_mode, cuda_graphs=cuda_graphs
-    )
+    step = _build_step(training, config, dataset, compile_mode=compile_mode, cuda_graphs=cuda_graphs)
     slow_start = compile_mode != "off" or cuda_graphs
     validation = Validation(dataset, config, steps, progress.validation)
     log = TrainingLog(training, config, monitor, run, profile=profile)
     log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
     with (
         deterministic(config.deterministic and device.type == "cuda"),
+        executed(model, checkpointing=config.checkpointing, compile_blocks=compile_mode == "block"),
         StopSignals() as stop,
         Loader(dataset, config, device, progress.cursor) as batches,
         log,
@@ -154,16 +160,31 @@ def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training
         keep_freed_memory()
     model.to(device).train()
     model.seed_dropout(config.seed)
-    model.checkpointing = config.checkpointing
     dtype = resolve_precision(config.precision, device)
-    set_precision(model, dtype)
+    cast_parameters(model, dtype)
     micro_batches = -(-windows_per_step(config, dataset.max_length) // config.batch_size)
     return Training(
         model=model,
+        dtype=dtype,
         optimizer=build_optimizer(model, config, micro_batches=micro_batches),
         loss_scale=LossScale(device) if dtype == torch.float16 else None,
         fingerprint=fingerprint(dataset, config),
     )
+
+
+def _build_step(
+    training: Training, config: TrainConfig, dataset: TokenDataset, *, compile_mode: str, cuda_graphs: bool
+) -> Step | GraphedStep:
+    model = training.model
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compile_mode == "model" else model
+    step = Step(
+        partial(forward, dtype=training.dtype),
+        training.optimizer,
+        config,
+        training.loss_scale,
+        dataset.document_ids,
+    )
+    return GraphedStep(step) if cuda_graphs else step
 
 
 def _n_parameters(model: GPT) -> int:

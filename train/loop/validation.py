@@ -53,12 +53,15 @@ class Validation:
         wanted = step > 0 and (step % self.every == 0 or step == self.steps)
         return wanted and len(self.dataset.val) > 1 and self.state.evaluated_step < step
 
-    def run(self, model: GPT, step: int, cancelled: Callable[[], bool] = _NEVER) -> Evaluation | None:
+    def run(
+        self, model: GPT, step: int, dtype: torch.dtype, cancelled: Callable[[], bool] = _NEVER
+    ) -> Evaluation | None:
         """Validate and take the result in; None where cancelled() turned true in between."""
         batches = capped(self.dataset.val_batches(self.batch_size), self.config.eval_tokens)
         evaluation = evaluate(
             model,
             batches,
+            dtype=dtype,
             token_bytes=self.dataset.token_bytes,
             document_ids=self.dataset.document_ids,
             cancelled=cancelled,
@@ -107,6 +110,7 @@ def evaluate(
     model: GPT,
     batches: Iterable[Batch],
     *,
+    dtype: torch.dtype | None = None,  # of the activations
     token_bytes: Tensor | None = None,  # (V,) int64, on the CPU
     document_ids: DocumentIds = lambda _: None,
     cancelled: Callable[[], bool] = _NEVER,
@@ -124,7 +128,8 @@ def evaluate(
             if cancelled():
                 return None
             inputs = inputs.to(device)
-            total += model(inputs, targets.to(device), documents=document_ids(inputs), reduction="sum")
+            documents = document_ids(inputs)
+            total += model(inputs, targets.to(device), documents=documents, dtype=dtype, reduction="sum")
             counted = targets[targets != IGNORE_INDEX]
             count += len(counted)
             n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0

@@ -55,7 +55,7 @@ class TrainingLog:
                 self.monitor.note(note)
             if self.run.resumed is not None:
                 self.monitor.note(f"resuming after step {progress.step} of {steps} from {self.run.path}")
-        if why := fallback(device, model.activation_dtype):
+        if why := fallback(device, self.training.dtype):
             self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
         on_gpu = device.type == "cuda"
         self.monitor.begin(
@@ -153,7 +153,7 @@ class TrainingLog:
         """Validate, show it, keep the weights if they are the best; a signal cuts it short."""
         with self._paused():
             step = self.training.progress.step
-            evaluation = validation.run(self.training.model, step, stop.requested)
+            evaluation = validation.run(self.training.model, step, self.training.dtype, stop.requested)
             if evaluation is None:
                 return
             if validation.improved:

@@ -52,6 +52,7 @@ class Training:
     """Everything that changes while a model is trained."""
 
     model: GPT
+    dtype: torch.dtype  # of activations
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16's
     fingerprint: dict[str, Any]  # of what must not change between a checkpoint and its resume
@@ -113,7 +114,6 @@ class Training:
     def finish(self) -> None:
         """Leave the model in fp32 and eval mode, with the best validated weights if there are any."""
         values = self.best or _on_host(self.parameters())
-        self.model.compute_dtype = self.model.activation_dtype
         self.model.float().eval()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

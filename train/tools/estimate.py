@@ -3,9 +3,10 @@
 Shape letters: B windows of a forward pass, T tokens a window, M = B T, C channels, H heads, L blocks,
 P padded vocabulary; e bytes of an activation, w bytes of a parameter.
 
-Activations. What each op keeps for its backward pass, bytes a token and block, in the order of Block.forward
-(what two ops keep counts once; each op's file has its save_for_backward):
+Activations. What each op keeps for its backward pass, bytes per token and block, in the order of
+Block.forward (what two ops keep counts once; each op's file has its save_for_backward):
 
+    dropout_add_layer_norm    new residual, mean, rstd       C e + 8
     c_attn                    its input                      C e
     qkv_attention             q, k, v, output, log-sum-exp   4 C e + 4 H
     c_proj                    its input: attention's output
@@ -13,15 +14,14 @@ Activations. What each op keeps for its backward pass, bytes a token and block, 
     c_fc                      its input                      C e
     bias_gelu                 its input                      4 C e
     c_proj                    its input                      4 C e
-    dropout_add_layer_norm    new residual, mean, rstd       C e + 8
                                                              ------------------
     none                                                     16 C e + 4 H + 16
     selective: the inputs of attention and MLP, both norms    4 C e + 16
     full: the block's two inputs                              2 C e
 
-The residual in front of the first block adds C e + 8 ("full" counts it among the inputs: 8). Where parameters
-are wider than activations (w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too. The loss
-keeps the gradients it made in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
+The final norm adds C e + 8; the first block has one input only. Where matrices are wider than activations
+(w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too. The loss keeps the gradients it made
+in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
 
 A CPU runs plain PyTorch. There every dropout keeps an fp32 mask, every norm of low-precision rows their fp32
 copy, and attention, unless it is SDPA's, its fp32 weights, their mask and product, B H T^2 (8 + e), and q and
@@ -43,15 +43,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from fusedgpt.kernels.linear_cross_entropy import CPU_ROWS, extra_bytes
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.gpt import CHECKPOINTING
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.loop.precision import resolve_precision
 
+CHECKPOINTING: tuple[str, ...] = get_args(TrainConfig.model_fields["checkpointing"].annotation)
 REACHED = 0.4  # share of the datasheet's rate that a whole step gets to
 
 # Datasheet rates of dense bf16 matrix products in FLOP/s, accumulating in fp32; the first name that fits.
@@ -108,7 +109,8 @@ def flops_per_token(gpt_config: GPTConfig, max_length: int) -> float:
 def recomputed_flops_per_token(gpt_config: GPTConfig, max_length: int, checkpointing: str) -> float:
     """What the backward pass computes a second time, counted as in flops_per_token."""
     C = gpt_config.n_embd
-    weights = {"none": 0, "selective": 7 * C * C, "full": 12 * C * C}[checkpointing]  # 7: c_attn and c_fc
+    # c_attn and c_fc; full: attention's c_proj too. The MLP's output is no input of another op's backward pass.
+    weights = {"none": 0, "selective": 7 * C * C, "full": 8 * C * C}[checkpointing]
     attention = 4.0 * C * max_length if weights else 0.0
     return gpt_config.n_layer * (2.0 * weights + attention)
 
@@ -135,25 +137,25 @@ class Shapes:
 
     def kept(self, checkpointing: str) -> int:
         """Activations kept from the forward to the backward pass, the loss's not counted."""
-        M, L = self.B * self.T, self.config.n_layer
-        first = M * 8 + self._mask_on_cpu()
+        L = self.config.n_layer
         if checkpointing == "full":
-            copied = self._fp32_row if self._copies_on_cpu() else 0
-            return L * 2 * self._row + first + copied
+            return (2 * L - 1) * self._row + self._norm()
         inner = self._attention() + self._mlp() if checkpointing == "none" else 0
-        norm = self._row + M * 8 + self._copies_on_cpu()
-        return L * (2 * self._row + 2 * norm + 2 * self._mask_on_cpu() + inner) + norm + self._mask_on_cpu()
+        return L * (2 * self._row + 2 * self._norm() + inner) + self._norm()
 
     def recomputed(self, checkpointing: str) -> int:
         """What the backward pass holds of the block it is in, besides what was kept."""
         if checkpointing == "selective":
             return max(self._attention(), self._mlp())
-        return self.block() - 2 * self._row if checkpointing == "full" else 0
+        return self.block() if checkpointing == "full" else 0
 
     def block(self) -> int:
         """What one block keeps without checkpointing."""
-        norm = self._row + self.B * self.T * 8 + self._copies_on_cpu()
-        return 2 * self._row + 2 * norm + 2 * self._mask_on_cpu() + self._attention() + self._mlp()
+        return 2 * self._row + 2 * self._norm() + self._attention() + self._mlp()
+
+    def _norm(self) -> int:
+        """What dropout + add + norm keeps."""
+        return self._row + self.B * self.T * 8 + self._copies_on_cpu() + self._mask_on_cpu()
 
     def _attention(self) -> int:
         """What attention keeps besides its input."""
@@ -210,7 +212,7 @@ def estimate(gpt_config: GPTConfig, train: TrainConfig, max_length: int, device_
         B=min(train.batch_size, windows),
         T=max_length,
         dtype=dtype,
-        weight_dtype=dtype if on_gpu else torch.float32,  # as precision.set_precision leaves them
+        weight_dtype=dtype if on_gpu else torch.float32,  # as precision.cast_parameters leaves them
         on_gpu=on_gpu,
     )
     peak = peak_flops(device_name) if dtype.itemsize == 2 else 0.0
@@ -221,9 +223,10 @@ def estimate(gpt_config: GPTConfig, train: TrainConfig, max_length: int, device_
 def _row(checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, peak: float) -> Row:
     config, w = shapes.config, shapes.weight_dtype.itemsize
     embedding = config.padded_vocab_size * config.n_embd
-    n = config.parameter_counts()[0] + embedding - config.vocab_size * config.n_embd
-    gradients = n * (4 if accumulates else w)  # sums over forward passes are fp32
-    optimizer = n * (8 if w == 4 else 12)  # two moments, and low precision's fp32 masters
+    vectors = (13 * config.n_layer + 2) * config.n_embd  # biases and norms, always fp32
+    matrices = config.parameter_counts()[0] + embedding - config.vocab_size * config.n_embd - vectors
+    gradients = matrices * (4 if accumulates else w) + vectors * 4  # sums over micro-batches are fp32
+    optimizer = matrices * (8 if w == 4 else 12) + vectors * 8  # two moments, low precision's fp32 masters
     kept, recomputed = shapes.kept(checkpointing), shapes.recomputed(checkpointing)
     entering = kept + max(shapes.loss(), recomputed + shapes.passing() + embedding * w)
     entering += gradients if accumulates else 0
@@ -232,12 +235,12 @@ def _row(checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, pea
     again = recomputed_flops_per_token(config, shapes.T, checkpointing)
     return Row(
         checkpointing=checkpointing,
-        parameters=n * w,
+        parameters=matrices * w + vectors * 4,
         gradients=gradients,
         optimizer=optimizer,
         activations=kept,
         loss=shapes.loss(),
-        total=n * w + optimizer + max(entering, leaving),
+        total=matrices * w + vectors * 4 + optimizer + max(entering, leaving),
         flops_per_token=flops,
         recomputed_flops_per_token=again,
         seconds_per_step=tokens * (flops + again) / (REACHED * peak) if peak else None,

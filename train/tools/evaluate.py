@@ -68,6 +68,7 @@ def evaluate_text(
     *,
     window: int | None = None,
     stride: int | None = None,
+    dtype: torch.dtype | None = None,  # of the activations
     report: Callable[[int], None] = lambda _: None,
 ) -> TextEvaluation:
     """Loss, perplexity and bits per byte of `pieces`, in constant memory.
@@ -76,7 +77,7 @@ def evaluate_text(
     how many tokens were scored so far. Raises ValueError for settings out of range or text that the
     tokenizer cannot encode, DataError where there is no text.
     """
-    return _evaluate(model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, report)
+    return _evaluate(model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, dtype, report)
 
 
 def evaluate_tokens(
@@ -86,11 +87,12 @@ def evaluate_tokens(
     *,
     window: int | None = None,
     stride: int | None = None,
+    dtype: torch.dtype | None = None,  # of the activations
     report: Callable[[int], None] = lambda _: None,
 ) -> TextEvaluation:
     """The same over ids whose documents end-of-text separates; they are mapped, not loaded."""
     parts = (part for stream in streams for part in _documents(stream, tokenizer))
-    return _evaluate(model, parts, tokenizer.eot_id, window, stride, report)
+    return _evaluate(model, parts, tokenizer.eot_id, window, stride, dtype, report)
 
 
 def _evaluate(
@@ -99,6 +101,7 @@ def _evaluate(
     eot_id: int,
     window: int | None,
     stride: int | None,
+    dtype: torch.dtype | None,
     report: Callable[[int], None],
 ) -> TextEvaluation:
     window = model.config.window if window is None else window
@@ -111,7 +114,7 @@ def _evaluate(
     start = time.perf_counter()
     windows = _windows(parts, eot_id, window, stride, counts)
     batches = _batches(windows, max(1, _BATCH_TOKENS // window), eot_id, report)
-    result = evaluate(model, batches)
+    result = evaluate(model, batches, dtype=dtype)
     if result is None or not counts.tokens:
         raise DataError("there is no text to evaluate: the data is empty")
     if not math.isfinite(result.loss):

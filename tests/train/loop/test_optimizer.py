@@ -330,12 +330,12 @@ def test_zero_grad_clears_the_sums(set_to_none: bool) -> None:
 
 
 def test_fp32_gradients_add_up_where_they_are(tiny_gpt: GPT) -> None:
-    tiny_gpt.to(DEVICE).compute_dtype = torch.bfloat16
-    tiny_gpt(IDS, IDS.flip(1)).backward()
+    tiny_gpt.to(DEVICE)
+    tiny_gpt(IDS, IDS.flip(1), dtype=torch.bfloat16).backward()
     p = tiny_gpt.wpe.weight
     assert p.grad is not None
     first, address = p.grad.clone(), p.grad.data_ptr()
-    tiny_gpt(IDS, IDS.flip(1)).backward()
+    tiny_gpt(IDS, IDS.flip(1), dtype=torch.bfloat16).backward()
     assert p.grad.dtype == torch.float32
     assert p.grad.data_ptr() == address
     torch.testing.assert_close(p.grad, 2 * first, rtol=0.05, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,9 +30,8 @@ def windows(rows: int, *, ignored: int = 0, seed: int = 0) -> Batch:
     return ids[:, :-1].contiguous(), targets
 
 
-def make(dtype: torch.dtype | None = None) -> tuple[GPT, AdamW]:
+def make() -> tuple[GPT, AdamW]:
     model = GPT(CONFIG, seed=1).train()
-    model.compute_dtype = dtype
     return model, build_optimizer(model, TRAIN)
 
 
@@ -93,8 +93,9 @@ def test_label_smoothing_and_z_loss_reach_the_loss() -> None:
 def test_fp16_is_scaled_and_unscaled() -> None:
     """Clipping, norm and update see true gradients; without the scale the small ones would be zero."""
     batch = StepBatch.collect([windows(4)], Cursor())
-    model, optimizer = make(torch.float16)
-    scaled = Step(model, optimizer, TRAIN, LossScale(torch.device("cpu")))(batch, 1e-2)
+    model, optimizer = make()
+    forward = partial(model, dtype=torch.float16)
+    scaled = Step(forward, optimizer, TRAIN, LossScale(torch.device("cpu")))(batch, 1e-2)
     reference, reference_optimizer = make()
     expected = Step(reference, reference_optimizer, TRAIN)(batch, 1e-2)
     torch.testing.assert_close(scaled, expected, rtol=5e-3, atol=0.0)  # fp16 keeps 11 bits
@@ -121,10 +122,10 @@ def test_the_loss_scale_halves_on_overflow_and_grows_again() -> None:
 
 def test_an_overflow_costs_a_step_and_half_the_scale() -> None:
     batch = StepBatch.collect([windows(4)], Cursor())
-    model, optimizer = make(torch.float16)
+    model, optimizer = make()
     scale = LossScale(torch.device("cpu"))
     scale.scale.fill_(2.0**40)
-    step = Step(model, optimizer, TRAIN, scale)
+    step = Step(partial(model, dtype=torch.float16), optimizer, TRAIN, scale)
     before = parameters(model)
     assert step(batch, 1e-2)[2] == 1.0
     assert torch.equal(parameters(model), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import Cursor, StepBatch
 from fusedgpt.train.loop.optimizer import build_optimizer
-from fusedgpt.train.loop.precision import set_precision
+from fusedgpt.train.loop.precision import cast_parameters
 from fusedgpt.train.loop.step import Step
 
 
@@ -49,9 +50,10 @@ def byte_losses(
     shape = GPTConfig(vocab_size=256, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
     model = GPT(shape, seed=1).to(device).train()
     model.seed_dropout(seed)
-    set_precision(model, torch.bfloat16)
+    cast_parameters(model, torch.bfloat16)
     config = TrainConfig(learning_rate=1e-3)
-    step = Step(model, build_optimizer(model, config), config)
+    forward = partial(model, dtype=torch.bfloat16)
+    step = Step(forward, build_optimizer(model, config), config)
     generator = torch.Generator().manual_seed(0)
     history = []
     for _ in range(2000):

@@ -50,7 +50,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_targets() -> None:
 def test_validation_masks_documents_as_training_does() -> None:
     dataset = replace(counting(), eot_id=7, document_masks=True)
     model, config = GPT(CONFIG), TrainConfig(batch_size=2)
-    result = Validation(dataset, config, 10, ValidationState()).run(model, 1)
+    result = Validation(dataset, config, 10, ValidationState()).run(model, 1, torch.float32)
     masked = evaluate(model, dataset.val_batches(2), document_ids=lambda x: document_ids(x, 7))
     plain = evaluate(model, dataset.val_batches(2))
     assert result is not None
