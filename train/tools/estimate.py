@@ -109,7 +109,7 @@ def flops_per_token(gpt_config: GPTConfig, max_length: int) -> float:
 def recomputed_flops_per_token(gpt_config: GPTConfig, max_length: int, checkpointing: str) -> float:
     """What the backward pass computes a second time, counted as in flops_per_token."""
     C = gpt_config.n_embd
-    # c_attn and c_fc; full: attention's c_proj too. The MLP's output is no input of another op's backward pass.
+    # c_attn and c_fc; full: attention's c_proj too. No op's backward pass needs the MLP's output.
     weights = {"none": 0, "selective": 7 * C * C, "full": 8 * C * C}[checkpointing]
     attention = 4.0 * C * max_length if weights else 0.0
     return gpt_config.n_layer * (2.0 * weights + attention)
