@@ -20,6 +20,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
 from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.gpt import CHECKPOINTING, GPT
+from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import Cursor, StepBatch
-from fusedgpt.train.loop.compilation import choose_compile, choose_cuda_graphs
+from fusedgpt.train.loop.execution import (
+    checkpoint_activations,
+    choose_compile,
+    choose_cuda_graphs,
+    compile_each_block,
+)
 from fusedgpt.train.loop.optimizer import build_optimizer
-from fusedgpt.train.loop.precision import set_precision
+from fusedgpt.train.loop.precision import cast_parameters
 from fusedgpt.train.loop.step import GraphedStep, Step
+from fusedgpt.train.tools.estimate import CHECKPOINTING
 
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of a loss near 10.9; bf16 keeps 8 bits of each logit
 GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
@@ -80,17 +87,18 @@ def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: 
     if device.type == "cpu" and undone != "kept_memory":
         keep_freed_memory()
     model = GPT(config, seed=0).to(device)
-    set_precision(model, DTYPES[precision])
+    cast_parameters(model, DTYPES[precision])
+    forward = partial(model, dtype=DTYPES[precision])
     train_config = TrainConfig(batch_size=len(batch[0]), learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
-    model.checkpointing = checkpointing(name)
+    checkpoint_activations(model, checkpointing(name))
     eager = name == "ours-eager"
     if not eager and choose_compile(train_config, model, LONG_RUN, length) == "block":
-        model.compile_blocks()
-    train_step: Step | GraphedStep = Step(model, build_optimizer(model, train_config), train_config)
+        compile_each_block(model)
+    train_step: Step | GraphedStep = Step(forward, build_optimizer(model, train_config), train_config)
     if not eager and choose_cuda_graphs(train_config, model, length):
         train_step = GraphedStep(train_step)
     step_batch = StepBatch.collect([batch], Cursor())
-    return lambda: model(*batch), lambda: train_step(step_batch, LEARNING_RATE), model
+    return lambda: forward(*batch), lambda: train_step(step_batch, LEARNING_RATE), model
 
 
 def undo(op: str) -> None:

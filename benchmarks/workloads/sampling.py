@@ -26,6 +26,7 @@ from benchmarks.ceilings import DEVICE
 from benchmarks.report import record
 from benchmarks.workloads.contenders import peer_model
 from benchmarks.workloads.training_step import SHAPES
+from fusedgpt.model.decode import store_for_decoding
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT
@@ -36,7 +37,7 @@ Sampler = Callable[[Tensor, int], Tensor]  # (prompt (B, T), new tokens) -> (B, 
 
 
 def ours(gpt: GPT) -> Sampler:
-    gpt = copy.deepcopy(gpt).for_sampling()
+    gpt = store_for_decoding(copy.deepcopy(gpt))
     return lambda prompt, n: torch.stack(
         list(generate(gpt, prompt, max_new_tokens=n, temperature=0.0)), dim=1
     )

@@ -113,7 +113,7 @@ def test_bad_input_is_named(weight: Tensor, bias: Tensor | None, message: str) -
 @needs_onednn
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("K", "threads", "bags"), [(4, 4, 4), (301, 2, 1), (300, 7, 6)])
-def test_one_row_sums_the_rows_of_transposed_storage(
+def test_inference_linear_of_one_row(
     K: int, threads: int, bags: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(K)
@@ -121,25 +121,34 @@ def test_one_row_sums_the_rows_of_transposed_storage(
     weight, used = kernel.transposed_storage(plain), bias.clone() if with_bias else None
     assert torch.equal(weight, plain)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    product = kernel.one_row(weight, used)
+    product = kernel.inference_linear(weight, used)
     assert kernel._bags(K, 97, threads)[0] == bags
     for times in (1.0, 2.0):
         expected = plain.double() @ (x * times).double() + (bias if with_bias else 0.0)
         torch.testing.assert_close(product(x * times).double(), expected, atol=1e-4, rtol=1e-5)
+        rows = torch.stack([x, x * times])  # more than one row takes another way
+        torch.testing.assert_close(product(rows)[1], expected.float(), atol=1e-4, rtol=1e-5)
+    assert product(x.view(1, 1, 97)).shape == (1, 1, K)
     assert used is None or torch.equal(used, bias)
     weight.zero_()
     assert torch.equal(product(x), torch.zeros(K) if used is None else used)  # a view, no copy
 
 
 @needs_onednn
-def test_transposed_storage_is_told_from_plain() -> None:
-    plain = torch.randn(16, 8)
-    assert kernel.has_transposed_storage(kernel.transposed_storage(plain))
-    assert not kernel.has_transposed_storage(plain)
-    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain.bfloat16()))
-    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain).bfloat16())
-    assert not kernel.has_transposed_storage(kernel.transposed_storage(plain).to("meta"))
-    weight = kernel.transposed_storage(plain).requires_grad_()
-    x = torch.randn(1, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_fp32_is_stored_transposed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    real = torch.embedding_bag
+    monkeypatch.setattr(torch, "embedding_bag", lambda *a: used.append("bag") or real(*a))
+    plain, x = torch.randn(16, 8).to(dtype), torch.randn(1, 8).to(dtype)
+    for weight, bags in ((plain, 0), (kernel.transposed_storage(plain), int(dtype == torch.float32))):
+        used.clear()
+        torch.testing.assert_close(kernel.inference_linear(weight)(x), x @ plain.T)
+        assert len(used) == bags
+
+
+@needs_onednn
+def test_transposed_storage_can_be_trained() -> None:
+    weight, x = kernel.transposed_storage(torch.randn(16, 8)).requires_grad_(), torch.randn(1, 8)
     ops.linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.expand(16, 8))
