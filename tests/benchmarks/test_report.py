@@ -215,7 +215,8 @@ def test_checkpointing_is_a_contender_with_the_same_step(mode: str) -> None:
         loss, step, model = contenders.build(name, training_step.TOY, batch, "fp32", None)
         step()
         losses.append(loss().item())
-        assert (model.checkpointing == mode) is (name != "ours")
+        recomputes = any("forward" in vars(module) for module in model.modules())
+        assert recomputes is (name != "ours")
     assert losses[0] == losses[1]
 
 
