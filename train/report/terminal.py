@@ -13,14 +13,20 @@ from typing import Protocol, TextIO
 _SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
 _SECONDS_BETWEEN_LINES = 10.0  # elsewhere
 
-_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])?")
-_OPEN_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")  # a sequence that may go on in the next piece
+# ECMA-48: control sequences, control strings (titles, links), and two-character sequences
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?")
+_OPEN_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)?\Z")  # may go on
 _MAX_HELD = 64
+
+
+def strip_escapes(text: str) -> str:
+    """`text` without terminal escape sequences."""
+    return _ESCAPE.sub("", text)
 
 
 def printable(text: str) -> str:
     """`text` without control characters and escape sequences."""
-    return "".join(c for c in _ESCAPE.sub("", text) if c in "\n\t" or c.isprintable())
+    return "".join(c for c in strip_escapes(text) if c in "\n\t" or c.isprintable())
 
 
 class TerminalWriter:

@@ -346,7 +346,7 @@ def test_every_refused_write_is_one_line_and_leaves_nothing(
 ) -> None:
     """The disk fills at the nth write, sync or rename, for every n."""
     source = many_documents(tmp_path, n=20)
-    allowed, real = 0, {"write": shard_writer.append, "fsync": os.fsync, "replace": Path.replace}
+    allowed, real = 0, {"write": shard_writer.append_array, "fsync": os.fsync, "replace": Path.replace}
     calls = 0
 
     def refusing(name: str) -> Callable[..., Any]:
@@ -359,7 +359,7 @@ def test_every_refused_write_is_one_line_and_leaves_nothing(
 
         return call
 
-    monkeypatch.setattr(shard_writer, "append", refusing("write"))
+    monkeypatch.setattr(shard_writer, "append_array", refusing("write"))
     monkeypatch.setattr(os, "fsync", refusing("fsync"))
     monkeypatch.setattr(Path, "replace", refusing("replace"))
     run = partial(prepare, [source], tmp_path / "out", tokenizer="byte", workers=1, shard_tokens=20_000)

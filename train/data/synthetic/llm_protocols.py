@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from fusedgpt.train.data.synthetic.jsonl import parse_json
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.report.terminal import strip_escapes
 
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?")
 _INVISIBLE = dict.fromkeys(  # C1 controls, bidirectional overrides, byte order mark, lone surrogates
     [0x7F, *range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000)]
 )
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
 
 def plain_text(text: str) -> str:
     """`text` without control characters, escape sequences and bidirectional overrides; \\n and \\t stay."""
-    text = _ESCAPE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = strip_escapes(text.replace("\r\n", "\n").replace("\r", "\n"))
     return "".join(c for c in text if c >= " " or c in "\n\t").translate(_INVISIBLE)
 
 

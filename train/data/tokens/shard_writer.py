@@ -55,12 +55,12 @@ class _StreamWriter:
         while len(ids):
             number, used = divmod(self.tokens, self.shard_tokens)
             fitting = ids[: self.shard_tokens - used]
-            append(self.folder / shard_file(self.split, number), fitting.astype(self.dtype, copy=False))
+            append_array(self.folder / shard_file(self.split, number), fitting.astype(self.dtype, copy=False))
             self.tokens += len(fitting)
             ids = ids[len(fitting) :]
 
     def _append_ends(self, ends: NDArray[np.integer]) -> None:
-        append(self._ends_file, ends.astype("<u8"))
+        append_array(self._ends_file, ends.astype("<u8"))
         self.documents += len(ends)
 
     def _ends(self) -> NDArray[Any]:
@@ -105,7 +105,7 @@ class _StreamWriter:
         )
 
 
-def append(file: Path, data: NDArray[Any]) -> None:
+def append_array(file: Path, data: NDArray[Any]) -> None:
     """Add the bytes of an array to a file."""
     with file.open("ab") as opened:
         opened.write(data.tobytes())
