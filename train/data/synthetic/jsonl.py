@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,27 +25,23 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OSError(f"another process is writing {path}; wait for it or choose another file") from None
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            no_follow = getattr(os, "O_NOFOLLOW", 0)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | no_follow, 0o644)
-        except OSError as error:
-            self._lock.release()
-            raise OSError(f"cannot write {path}: {error.strerror}") from None
-        try:
+        with ExitStack() as opened:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                opened.enter_context(FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0))
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+                self._file = os.open(path, flags, 0o644)
+            except Timeout:
+                raise OSError(
+                    f"another process is writing {path}; wait for it or choose another file"
+                ) from None
+            except OSError as error:
+                raise OSError(f"cannot write {path}: {error.strerror}") from None
+            opened.callback(os.close, self._file)
             self._repair()
             sync(path.parent)
             self.records = list(read_objects(path))
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
 
     def _repair(self) -> None:
         """Complete or remove a last line that an interrupted write left."""
@@ -65,8 +62,7 @@ class JsonLines:
         os.fsync(self._file)
 
     def close(self) -> None:
-        os.close(self._file)
-        self._lock.release()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, Literal, NamedTuple
 
 STANDARD_INPUT = Path("-")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -29,6 +29,7 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSIONS = (".gz", ".zst")
 Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]
+_Bytes = IO[bytes] | io.BufferedIOBase
 
 _BLOCK_BYTES = 1 << 18
 _BINARY_BYTES = 8192  # a zero byte among the first means binary, as for git
@@ -181,7 +182,7 @@ def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def _decoded(stream: IO[bytes], path: Path, errors: Errors) -> Iterator[str]:
+def _decoded(stream: _Bytes, path: Path, errors: Errors) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     block = stream.read(_BLOCK_BYTES)
     _refuse_binary(block, path)
@@ -356,7 +357,7 @@ class _CountingFile(io.FileIO):
 
 
 @contextmanager
-def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
+def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[_Bytes]:
     """The bytes of a file, or of standard input, decompressed."""
     if path == STANDARD_INPUT:  # not counted: its size is not known either
         yield sys.stdin.buffer
@@ -364,10 +365,10 @@ def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
     with io.BufferedReader(_CountingFile(path, on_bytes), _BLOCK_BYTES) as stream:
         suffix = path.suffix.lower()
         if suffix == ".gz":
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=stream))
+            yield gzip.GzipFile(fileobj=stream)
         elif suffix == ".zst":
             pa = _pyarrow(path)
-            yield cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _BLOCK_BYTES))
+            yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _BLOCK_BYTES)
         else:
             yield stream
 
