@@ -32,6 +32,7 @@ from fusedgpt.train.data.text.sources import DataError, read_documents
 from fusedgpt.train.data.text.tokenizer_training import train_tokenizer
 from fusedgpt.train.data.tokens import shard_writer, shards
 from fusedgpt.train.data.tokens.load import tokenise
+from fusedgpt.train.report import terminal
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
 SHAKESPEARE = Path(__file__).parents[4] / "shared" / "data" / "tinyshakespeare.txt"
@@ -527,9 +528,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_progress_is_lines_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_prepare, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LINES", -1.0)
     for quiet in (False, True):
-        with cli_prepare._progress(quiet) as report:
+        with terminal.progress_bar("reading", quiet=quiet) as show:
+            report = cli_prepare._with_speed(show)
             report("training the tokenizer", 1, 4, 0)
             report("tokenising", 2, 4, 1000)
             report("tokenising", 2, 0, 0)
