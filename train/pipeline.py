@@ -1,4 +1,4 @@
-"""From a prompt, or from text files, to a model folder."""
+"""From a prompt, or from text files, to a model folder: the steps in order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusedgpt.model.files import write_file
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
@@ -25,8 +26,9 @@ from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.data.tokens.load import is_token_set, load_data, tokenise
 from fusedgpt.train.loop.precision import resolve_device
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
+from fusedgpt.train.report.model_card import model_card
 from fusedgpt.train.report.progress import Monitor
-from fusedgpt.train.run.directory import Run, directory_of, new_run_path, open_run, versions
+from fusedgpt.train.run.directory import Run, open_run, run_path, versions
 from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.tools.estimate import estimate, table
 
@@ -35,12 +37,12 @@ TEST_PROMPTS = ("", "The", "Today")
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
 # GPT-2 tokens to generate and to keep, by preset; larger presets take the last.
 _TOKEN_TARGETS = {"12M": (30_000, 15_000), "33M": (50_000, 25_000), "117M": (100_000, 50_000)}
-_DATA_DIR = ".data"  # in the output directory: what a model wrote and graded, so that it goes on from there
+_DATA_DIR = ".data"  # in the output directory: what a language model wrote and graded, kept for a restart
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a pipeline made: the folder, how training went, and what the model says to the test prompts."""
+    """The model folder, how training went, and what the model writes after the test prompts."""
 
     model_path: Path
     run_path: Path
@@ -53,48 +55,25 @@ class TrainingResult:
         return {**paths, **self.summary.as_dict(), "samples": self.samples}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where a run keeps its checkpoints, and whether it goes on with an older one."""
-
-    run_dir: Path | None = None  # None: a new one below runs/
-    resume: Path | None = None  # see run.find_run
-    profile: bool = False
-
-    def path(self, name: str) -> Path:
-        """The run's directory; `name` names a new one."""
-        if self.resume is not None:
-            return directory_of(self.resume)
-        return self.run_dir or new_run_path(name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Material:
-    """What a model is made of."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    dataset: TokenDataset
-    name: str  # of the model folder
-    provenance: dict[str, Any]  # for generation_info.json
-    files: dict[str, str]  # for the model folder, name -> text
-
-
 def run_full_pipeline(
     prompt: str,
     config: RunConfig | None = None,
     output_dir: Path = Path("models"),
     generation_method: str | None = None,
     monitor: Monitor | None = None,
-    options: RunOptions = RunOptions(),
+    *,
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    profile: bool = False,
     bar: Bar = no_bar,
 ) -> TrainingResult:
-    """Prompt -> tokenizer, data, refinement, dataset, GPT, training, test samples, model folder.
+    """Prompt -> data, refinement, tokenizer, dataset, GPT, training, test samples, model folder.
 
-    generation_method: "template", "ollama" or "openai" in place of config.llm.data_source, which must be a
-    server's already where config.llm has settings of one. Returns where the
-    model is and how it did. Raises ValueError for options at odds, OSError where output_dir cannot be written
-    (before training), LLMError where a language model's server gives out, and what train raises.
+    generation_method: "template", "ollama" or "openai", in place of config.llm.data_source. run_dir: where
+    checkpoints and metrics go, by default a new folder in runs/. resume: a run directory or checkpoint, see
+    find_run. profile: trace a few steps. Raises ValueError for options that exclude each other, OSError where
+    output_dir cannot be written (before training), LLMError where the language model's server fails, and what
+    train raises.
     """
     config = config or create_config({})
     if generation_method is not None:
@@ -102,38 +81,43 @@ def run_full_pipeline(
     monitor = monitor or Monitor(quiet=True)
     check_writable(output_dir)
     domain = choose_domain(prompt)
-    told = {"command": "create", "prompt": prompt}
-    with open_run(options.path(domain), config, told, resume=options.resume) as run:
+    command = {"command": "create", "prompt": prompt}
+    with open_run(run_path(domain, run_dir, resume), config, command, resume=resume) as run:
         monitor.note(f"domain: {domain}")
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
         texts, provenance = _texts_of_run(run, task, config, output_dir / _DATA_DIR)
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
-        files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
-        (run.path / "dataset.json").write_text(dataset_json, encoding="utf-8")
-        dataset = tokenise(texts, tokenizer, config)
-        material = _Material(
-            model=_begin_model(config, tokenizer, monitor),
-            tokenizer=tokenizer,
-            dataset=dataset,
-            name=domain,
+        write_file(run.path / "dataset.json", dataset_json)
+        return _train_and_save(
+            _new_model(config, tokenizer, monitor),
+            tokenizer,
+            tokenise(texts, tokenizer, config),
+            config,
+            run,
+            monitor,
+            profile=profile,
+            folder=output_dir / domain,
             provenance=provenance,
-            files=files,
+            files={"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"},
         )
-        return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
 
 
 def _texts_of_run(
     run: Run, task: Task, config: RunConfig, work_dir: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """The refined texts and where they are from: those the run was begun with, or new ones."""
+    """The refined texts and how they were made; a resumed run keeps those it began with."""
     kept = run.path / "dataset.json"
     if run.resumed is not None and kept.is_file():
         provenance = json.loads(kept.read_text(encoding="utf-8"))
         return provenance.pop("samples"), provenance
-    raw_tokens, refined_tokens = _token_targets(config)
+    raw, refined = _TOKEN_TARGETS.get(config.model.preset, _TOKEN_TARGETS["117M"])
     texts, made = collect(
-        task, config.llm, raw_tokens=raw_tokens, refined_tokens=refined_tokens, work_dir=work_dir
+        task,
+        config.llm,
+        raw_tokens=config.data.raw_tokens or raw,
+        refined_tokens=config.data.refined_tokens or refined,
+        work_dir=work_dir,
     )
     return texts, {"prompt": task.prompt, "domain": task.domain, **made}
 
@@ -149,44 +133,61 @@ def train_on_files(
     config: RunConfig,
     output_dir: Path = Path("models"),
     monitor: Monitor | None = None,
-    options: RunOptions = RunOptions(),
+    *,
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    profile: bool = False,
 ) -> TrainingResult:
     """Text files, folders of them, or token sets -> dataset, GPT, training, test samples, model folder.
 
-    Raises FileNotFoundError or ValueError for unusable text, OSError where output_dir cannot be written, and
-    what train raises.
+    run_dir, resume, profile: as in run_full_pipeline. Raises FileNotFoundError or ValueError for unusable
+    text, OSError where output_dir cannot be written, and what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
     dataset, tokenizer = load_data(paths, config)
     check_writable(output_dir)
     name = config.model.name
     documents = dataset.train_documents + dataset.val_documents
-    provenance = {"data": [str(path) for path in paths], "documents": documents}
-    told = {"command": "train", "data": [str(path.resolve()) for path in paths]}
-    count_steps(dataset, config.train)  # before anything is written or allocated
-    material = _Material(
-        model=_begin_model(config, tokenizer, monitor),
-        tokenizer=tokenizer,
-        dataset=dataset,
-        name=name,
-        provenance=provenance,
-        files={},
-    )
-    with open_run(options.path(name), config, told, resume=options.resume) as run:
-        return _train_and_save(material, config, output_dir, run, monitor, profile=options.profile)
+    command = {"command": "train", "data": [str(path.resolve()) for path in paths]}
+    count_steps(dataset, config.train)  # raises before anything is written or allocated
+    model = _new_model(config, tokenizer, monitor)
+    with open_run(run_path(name, run_dir, resume), config, command, resume=resume) as run:
+        return _train_and_save(
+            model,
+            tokenizer,
+            dataset,
+            config,
+            run,
+            monitor,
+            profile=profile,
+            folder=output_dir / name,
+            provenance={"data": [str(path) for path in paths], "documents": documents},
+            files={},
+        )
+
+
+def _new_model(config: RunConfig, tokenizer: Tokenizer, monitor: Monitor) -> GPT:
+    """A model with random weights, or with those of --init-from."""
+    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
+    if config.model.init_from is None:
+        return GPT(gpt_config, seed=config.train.seed)
+    return init_from(Path(config.model.init_from), gpt_config, tokenizer, note=monitor.note)
 
 
 def _train_and_save(
-    material: _Material,
+    model: GPT,
+    tokenizer: Tokenizer,
+    dataset: TokenDataset,
     config: RunConfig,
-    output_dir: Path,
     run: Run,
     monitor: Monitor,
     *,
     profile: bool,
+    folder: Path,  # of the model, without the time
+    provenance: dict[str, Any],  # for generation_info.json
+    files: dict[str, str],  # further files for the model folder: name -> text
 ) -> TrainingResult:
     started = datetime.now(UTC)
-    model, dataset, tokenizer, seed = material.model, material.dataset, material.tokenizer, config.train.seed
     monitor.note(f"run directory: {run.path}")
     monitor.note(f"dataset: {dataset}")
     total, without_embeddings = model.config.parameter_counts()
@@ -195,9 +196,9 @@ def _train_and_save(
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model
-        samples = _test_samples(model, tokenizer, seed, stop)
+        samples = _test_samples(model, tokenizer, config.train.seed, stop)
         info = {
-            **material.provenance,
+            **provenance,
             "created": started.isoformat(timespec="seconds"),
             "config": config.model_dump(),
             "parameters": {"total": total, "without_embeddings": without_embeddings},
@@ -206,37 +207,31 @@ def _train_and_save(
             "samples": samples,
             "versions": versions(),
         }
-        files = {
-            **material.files,
-            "generation_info.json": json.dumps(info, ensure_ascii=False, indent=2) + "\n",
-            "README.md": model_card(info, config),
-        }
-        folder_name = f"{safe_name(material.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
-        path = save_folder(model, tokenizer, output_dir, folder_name, extra=files)
+        generation_info = json.dumps(info, ensure_ascii=False, indent=2) + "\n"
+        files = {**files, "generation_info.json": generation_info, "README.md": model_card(info, config)}
+        name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
+        path = save_folder(model, tokenizer, folder.parent, name, extra=files)
         run.finish()
     if stop.received is not None:
         raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
     return TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
 
 
-def _begin_model(config: RunConfig, tokenizer: Tokenizer, monitor: Monitor) -> GPT:
-    """A new model, or that of --init-from."""
-    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
-    if config.model.init_from is None:
-        return GPT(gpt_config, seed=config.train.seed)
-    return init_from(Path(config.model.init_from), gpt_config, tokenizer, note=monitor.note)
-
-
 def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals) -> dict[str, str]:
+    """Continuations of the test prompts, by prompt, until a signal comes."""
     samples: dict[str, str] = {}
-    for prompt in _encodable(TEST_PROMPTS, tokenizer):
+    for prompt in TEST_PROMPTS:
+        try:
+            tokenizer.encode(prompt)
+        except ValueError:  # a character vocabulary may lack a letter
+            continue
         if not stop.requested():
             samples[prompt] = sample_texts(model, tokenizer, prompt, seed=seed, **_TEST_SAMPLING)[0]
     return samples
 
 
 def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
-    """The learning rate over the run, drawn into `png`. Raises ConfigError where its length is not known."""
+    """Plot a run's learning rates into `png`. Raises ConfigError where the number of steps is unknown."""
     from fusedgpt.train.report.plots import plot_schedule
 
     steps = config.train.steps
@@ -248,7 +243,7 @@ def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
 
 
 def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, str]]:
-    """What `train --estimate` prints. Raises ConfigError for a vocabulary that needs text and has none."""
+    """What `train --estimate` prints. Raises ConfigError for a character vocabulary without text."""
     if config.data.tokenizer == "char" and not paths:
         raise ConfigError("how many characters are there? give --data")
     from_data = config.data.tokenizer == "char" or any(map(is_token_set, paths))
@@ -258,66 +253,3 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpt_config = config.model.gpt_config(vocab_size, trained_length=config.max_length)
     return table(estimate(gpt_config, config.train, config.max_length, name))
-
-
-def _token_targets(config: RunConfig) -> tuple[int, int]:
-    raw, refined = _TOKEN_TARGETS.get(config.model.preset, _TOKEN_TARGETS["117M"])
-    return config.data.raw_tokens or raw, config.data.refined_tokens or refined
-
-
-def _encodable(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """The prompts that the tokenizer has ids for: a character vocabulary may lack a letter."""
-    usable = []
-    for prompt in prompts:
-        try:
-            tokenizer.encode(prompt)
-        except ValueError:
-            continue
-        usable.append(prompt)
-    return usable
-
-
-def loss_text(loss: float | None) -> str:
-    """A validation loss for people, who may have held nothing out."""
-    return "none held out" if loss is None else f"{loss:.4f} nats a token"
-
-
-def _source(info: dict[str, Any]) -> str:
-    """What a model was trained on, in words."""
-    if "prompt" not in info:
-        return f"{info['documents']:,} document(s) of its maker's"
-    made = info["generation"]
-    writers = [f"`{made['model']}`"] if "model" in made else []
-    writers += ["templates"] if "fallback" in made or not writers else []
-    return f"text that {' and '.join(writers)} wrote for the prompt `{info['prompt'][:200]!r}`"
-
-
-def model_card(info: dict[str, Any], config: RunConfig) -> str:
-    """The README.md of a model folder."""
-    training, tokens, parameters = info["training"], info["tokens"], info["parameters"]
-    folder = config.model.init_from
-    beginning = "from scratch" if folder is None else f"on from the weights of `{Path(folder).name}`"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, fusedgpt]
----
-# A small GPT-2 made with fusedgpt
-
-Trained {beginning} on {_source(info)}.
-
-| | |
-|---|---|
-| parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
-| training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
-| validation loss | {loss_text(training["best_val_loss"])} |
-| window | {config.max_length} tokens; positions past it were never trained |
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (kind.from_pretrained("PATH") for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer("The", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True, temperature=0.8, top_k=40)[0]))
-```
-"""

@@ -75,12 +75,20 @@ def create(
     prompt = recorded.get("prompt", prompt)
     if prompt is None:
         raise ConfigError('no prompt: say what the GPT should write, fusedgpt create "PROMPT"')
-    from fusedgpt.train.pipeline import RunOptions, run_full_pipeline
+    from fusedgpt.train.pipeline import run_full_pipeline
     from fusedgpt.train.report.progress import Monitor
 
-    options = RunOptions(run_dir=run_dir, resume=found, profile=profile)
-    monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
-    _report(run_full_pipeline(prompt, resolved, output_dir, None, monitor, options, bar), as_json)
+    result = run_full_pipeline(
+        prompt,
+        resolved,
+        output_dir,
+        monitor=Monitor(quiet=quiet),
+        run_dir=run_dir,
+        resume=found,
+        profile=profile,
+        bar=partial(progress_bar, quiet=quiet),
+    )
+    _report(result, as_json)
 
 
 def train(
@@ -132,13 +140,16 @@ def train(
     elif estimate:
         print_table(pipeline.estimate_rows(resolved, data))
     else:
-        options = pipeline.RunOptions(run_dir=run_dir, resume=found, profile=profile)
-        _report(pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), options), as_json)
+        monitor = Monitor(quiet=quiet)
+        result = pipeline.train_on_files(
+            data, resolved, output_dir, monitor, run_dir=run_dir, resume=found, profile=profile
+        )
+        _report(result, as_json)
 
 
 def _report(result: "TrainingResult", as_json: bool) -> None:
     """The outcome, for a person or a program."""
-    from fusedgpt.train.pipeline import loss_text
+    from fusedgpt.train.report.model_card import loss_text
 
     if as_json:
         print_json(result.as_dict())

@@ -1,7 +1,7 @@
-"""Checkpoints: a run's resumable state on disk, which no kill, full disk or flipped bit may take away.
+"""Checkpoints: a run's resumable state on disk, which survives kills, full disks and flipped bits.
 
 A checkpoint is a directory `step-00001000` of safetensors files, `state.json` and `manifest.json`, which has
-the size and SHA-256 of each of them and of itself. It is written under a hidden name, synced, then renamed.
+the size and SHA-256 of each file and of itself. It is written under a hidden name, synced, then renamed.
 docs/reliability.md says what is tested and how.
 """
 
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import stat
 from collections.abc import Iterator
 from concurrent import futures
@@ -21,14 +20,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusedgpt.model.files import sync
+from fusedgpt.model.files import sync, sync_all
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -37,16 +36,15 @@ _MAX_STEP = 10**8 - 1
 _MAX_MANIFEST_BYTES = 1 << 16
 _MAX_STATE_BYTES = 1 << 24
 _STEP = re.compile(r"step-([0-9]{8})")
-# What a save or removal leaves behind when it dies; "replaced" is a checkpoint whose step is saved again.
+# What a killed save or removal leaves behind; "replaced" is a checkpoint whose step is saved again.
 _TEMPORARY = re.compile(r"\.(saving|replaced|removing)-(step-[0-9]{8})")
 _STEM = re.compile(r"[a-z0-9_]{1,50}")
-_FILE = re.compile(r"[a-z0-9_]{1,50}\.safetensors|state\.json")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE = r"^([a-z0-9_]{1,50}\.safetensors|state\.json)$"
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(ValueError):
-    """A directory that is no checkpoint, or one that is damaged."""
+    """A directory that is not a checkpoint, or a damaged one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,16 @@ class Checkpoint:
     state: dict[str, Any]  # JSON: cursor, dropout, best loss, config ...
 
 
+class _FileEntry(BaseModel, frozen=True, strict=True, extra="forbid"):
+    size: int
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel, frozen=True, strict=True):
+    step: int = Field(ge=0, le=_MAX_STEP)
+    files: dict[Annotated[str, StringConstraints(pattern=_FILE)], _FileEntry]
+
+
 class CheckpointStore:
     """The checkpoints of one run, in `root`. Only the holder of the run's lock may save or remove."""
 
@@ -65,8 +73,8 @@ class CheckpointStore:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; a run needs at least 1 checkpoint")
         self.root, self.keep_last = root, keep_last
-        self._whole: dict[int, bool] = {}  # what was found out or written since this store was made
-        # A future, for Thread.join of Python 3.11 takes a thread for finished when Ctrl-C interrupts it. The
+        self._whole: dict[int, bool] = {}  # by step: verified or written since this store was made
+        # A future, since Thread.join of Python 3.11 believes a thread finished when Ctrl-C interrupts it. The
         # interpreter finishes a save in flight before it exits.
         self._executor = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: futures.Future[Path] | None = None
@@ -74,77 +82,73 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write it to disk, all or nothing; then remove all but the newest `keep_last` whole ones.
 
-        Waits for the save in flight first, whose failure this newer one makes up for. Raises OSError where it
-        cannot be written: what was there before is still there.
+        Waits for the save in flight first and ignores its failure, as this one is newer. Raises OSError where
+        it cannot be written: what was there before is still there.
         """
-        if self._saving is not None:
-            futures.wait([self._saving])
-        self._saving = None
+        self._finish_saving()
         return self._save(checkpoint)
 
     def save_in_background(self, checkpoint: Checkpoint) -> None:
-        """`save` in a thread; nobody may change the checkpoint until it is done.
+        """`save` in a thread; the caller must not change the checkpoint until it is done.
 
-        Waits for the save in flight first, and raises what that one failed with.
+        Waits for the save in flight first and raises its error.
         """
         self.wait()
         self._saving = self._executor.submit(self._save, checkpoint)
 
     def wait(self) -> None:
-        """Until the save in flight is done; raises what it failed with, once."""
-        if self._saving is None:
-            return
-        futures.wait([self._saving])  # where Ctrl-C interrupts this, it stays the save in flight
+        """Wait for the save in flight and raise its error, once."""
+        saving = self._finish_saving()
+        if saving is not None:
+            saving.result()
+
+    def _finish_saving(self) -> futures.Future[Path] | None:
+        if self._saving is not None:
+            futures.wait([self._saving])  # if Ctrl-C interrupts this, it stays the save in flight
         saving, self._saving = self._saving, None
-        saving.result()
+        return saving
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint that looks complete, ascending; nothing is hashed."""
+        """The steps with a checkpoint that looks complete, ascending; nothing is hashed."""
         found = self._checkpoints().items()
         return sorted(step for step, path in found if _is_directory(path) and (path / MANIFEST).is_file())
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole, and one line for each newer one: why it was skipped."""
-        skipped = []
+        """The newest undamaged checkpoint, and for each newer one a line that says why it was skipped."""
+        skipped: list[str] = []
         for step, path in sorted(self._checkpoints().items(), reverse=True):
             try:
                 checkpoint = load_checkpoint(path)
+                self._whole[step] = True
+                return checkpoint, skipped
             except CheckpointError as error:
                 self._whole[step] = False
                 skipped.append(str(error))
-                continue
-            self._whole[step] = True
-            return checkpoint, skipped
         return None, skipped
 
     def remove_all(self) -> None:
-        """Remove every checkpoint, whole or not, and what dead saves left; nothing else in `root`."""
-        if self._saving is not None:
-            futures.wait([self._saving])
-        self._saving = None
+        """Remove every checkpoint, damaged or not, and what killed saves left; nothing else in `root`."""
+        self._finish_saving()
         if not self.root.exists():
             return
-        with _explained(f"cannot remove the checkpoints in {self.root}"):
+        with explained(f"cannot remove the checkpoints in {self.root}"):
             self._clean_up()
-            for _, path in sorted(_named(self.root, _STEP).items()):
-                if _is_directory(path):
-                    self._remove(path)
+            for path in filter(_is_directory, _matching(self.root, _STEP)):
+                self._remove(path)
             sync(self.root)
         self._whole.clear()
 
     def _checkpoints(self) -> dict[int, Path]:
-        """By step, whatever has a checkpoint's name; a replaced one where its replacement is missing."""
-        replaced = {
-            int(path.name[-8:]): path for path in _leftovers(self.root) if path.name.startswith(".replaced")
-        }
-        return replaced | _named(self.root, _STEP)
+        """By step, what has a checkpoint's name; a replaced one where its replacement is missing."""
+        replaced = [path for path in _leftovers(self.root) if path.name.startswith(".replaced")]
+        return {_step(path): path for path in (*replaced, *_matching(self.root, _STEP))}
 
     def _save(self, checkpoint: Checkpoint) -> Path:
         _check(checkpoint)
         target = self.root / f"step-{checkpoint.step:08d}"
-        with _explained(f"cannot save {target}"):
-            _make_directory(self.root)
-            self._clean_up()  # before it is needed: the space
+        with explained(f"cannot save {target}"):
+            make_directory(self.root)
+            self._clean_up()  # first, for its space
             try:
                 self._publish(checkpoint, target)
             except BaseException:
@@ -152,13 +156,13 @@ class CheckpointStore:
                     self._clean_up()
                 raise
         self._whole[checkpoint.step] = True
-        with _explained(f"saved {target}, but cannot remove older checkpoints"):
+        with explained(f"saved {target}, but cannot remove older checkpoints"):
             self._clean_up()
             self._rotate(checkpoint.step)
         return target
 
     def _publish(self, checkpoint: Checkpoint, target: Path) -> None:
-        """Write it under a temporary name and rename it, so that at any moment a whole one can be found."""
+        """Write it under a temporary name and rename it: at any moment a whole one can be found."""
         saving, replaced = (target.with_name(f".{state}-{target.name}") for state in ("saving", "replaced"))
         _write_checkpoint(checkpoint, saving)
         if _is_directory(target):
@@ -167,10 +171,10 @@ class CheckpointStore:
         sync(self.root)
 
     def _clean_up(self) -> None:
-        """Remove what a dead save or removal left; put back a replaced checkpoint without a replacement."""
+        """Remove what a killed save or removal left; put back a replaced checkpoint without replacement."""
         leftovers = _leftovers(self.root)
         if leftovers:
-            sync(self.root)  # nothing is deleted on the strength of a rename that a power cut could undo
+            sync(self.root)  # else a power cut could undo the renames that made these superfluous
         for path in leftovers:
             target = path.with_name(path.name[-len("step-00000000") :])
             if path.name.startswith(".replaced") and not target.exists():
@@ -179,48 +183,47 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
     def _rotate(self, just_saved: int) -> None:
-        """Remove what is older than the newest `keep_last` whole ones, damaged or not."""
+        """Remove what is older than the newest `keep_last` undamaged checkpoints."""
         n_whole = 0
-        for step, path in sorted(_named(self.root, _STEP).items(), reverse=True):
-            if n_whole >= self.keep_last and step != just_saved and _is_directory(path):
+        for path in reversed(_matching(self.root, _STEP)):
+            if n_whole >= self.keep_last and _step(path) != just_saved and _is_directory(path):
                 self._remove(path)
-            elif self._is_whole(step, path):
+            elif self._is_whole(_step(path), path):
                 n_whole += 1
 
     def _is_whole(self, step: int, path: Path) -> bool:
-        """Whether its hashes hold; looked up once, for that reads all of it."""
+        """Whether its hashes match; computed once, since that reads every file."""
         if step not in self._whole:
-            try:
+            self._whole[step] = False
+            with suppress(CheckpointError):
                 _verify(path)
                 self._whole[step] = True
-            except CheckpointError:
-                self._whole[step] = False
         return self._whole[step]
 
     def _remove(self, path: Path) -> None:
         removing = path.with_name(f".removing-{path.name}")
-        os.rename(path, removing)  # first, so that nothing half deleted has a checkpoint's name
+        os.rename(path, removing)  # first: nothing half deleted may have a checkpoint's name
         sync(self.root)
         shutil.rmtree(removing)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a directory; files that its manifest does not name are not read.
+    """The checkpoint in a directory; files that its manifest does not list are not read.
 
-    Raises CheckpointError where one that it names is missing or differs in a single bit.
+    Raises CheckpointError if a listed file is missing or differs in a single bit.
     """
     manifest = _verify(folder)
     tensors = {
-        Path(name).stem: _read_tensors(folder / name) for name in sorted(manifest["files"]) if name != STATE
+        Path(name).stem: _read_tensors(folder / name) for name in sorted(manifest.files) if name != STATE
     }
     state = _read_json(folder / STATE, _MAX_STATE_BYTES)
-    return Checkpoint(step=manifest["step"], tensors=tensors, state=state)
+    return Checkpoint(step=manifest.step, tensors=tensors, state=state)
 
 
 def check_space(root: Path, n_bytes: int) -> None:
-    """Raises OSError where there is no room for `n_bytes` on the disk that holds, or will hold, `root`."""
+    """Raises OSError if the disk that holds, or will hold, `root` has less than `n_bytes` free."""
     existing = next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    # What a dead save or removal left goes before the next save.
+    # The next save first removes what killed saves and removals left.
     dead = [path for path in _leftovers(root) if not path.name.startswith(".replaced")]
     free = shutil.disk_usage(existing).free + sum(f.lstat().st_size for path in dead for f in path.iterdir())
     if free < n_bytes:
@@ -231,45 +234,8 @@ def check_space(root: Path, n_bytes: int) -> None:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keeps every other trainer out of `run_dir`; however the process ends, the kernel drops the lock.
-
-    Raises ValueError naming the process that holds it, OSError where no lock can be had.
-    """
-    # The holder has a file of its own, because older versions of filelock truncate the lock's while they try.
-    holder = run_dir / "trainer.json"
-    lock = FileLock(run_dir / "trainer.lock", timeout=0)
-    with _explained(f"cannot lock {run_dir}"):
-        _make_directory(run_dir)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{run_dir} is in use by {_describe_holder(holder)}; end that or choose another --run-dir"
-            ) from None
-        except NotImplementedError:
-            raise OSError(errno.ENOSYS, "its file system has no locks") from None
-    try:
-        with _explained(f"cannot lock {run_dir}"):
-            holder.write_bytes(_encode({"host": socket.gethostname(), "pid": os.getpid()}))
-        yield
-    finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
-
-
-def _describe_holder(path: Path) -> str:
-    try:
-        holder = _read_json(path, _MAX_MANIFEST_BYTES)
-        return f"process {int(holder['pid'])} on {str(holder['host'])!a}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """An OSError becomes one line that says what was being done, why that failed and what to do."""
+def explained(what: str) -> Iterator[None]:
+    """Turn an OSError into one line: what was being done, why it failed, what to do."""
     try:
         yield
     except OSError as error:
@@ -278,7 +244,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Raises ValueError for what could be written but not read back."""
+    """Raises ValueError for what could be written but not loaded."""
     if not 0 <= checkpoint.step <= _MAX_STEP:
         raise ValueError(f"step {checkpoint.step} is not in 0..{_MAX_STEP}")
     for stem, tensors in checkpoint.tensors.items():
@@ -289,7 +255,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """All files of a checkpoint into a new directory, synced. The state first, for it may be no JSON."""
+    """Write a checkpoint into a new directory, synced. The state is encoded first, as it may not be JSON."""
     state = _encode(checkpoint.state)
     if len(state) > _MAX_STATE_BYTES:
         raise ValueError(f"the state has {len(state):,} bytes as JSON, over {_MAX_STATE_BYTES:,}")
@@ -297,11 +263,10 @@ def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     for stem, tensors in checkpoint.tensors.items():
         _write_tensors(folder / f"{stem}.safetensors", tensors)
     (folder / STATE).write_bytes(state)
-    files = {path.name: _hash_and_sync(path) for path in sorted(folder.iterdir())}
+    files = {path.name: _file_entry(path) for path in sorted(folder.iterdir())}
     manifest = {"files": files, "format": _FORMAT, "step": checkpoint.step}
     (folder / MANIFEST).write_bytes(_encode(manifest | {"sha256": _seal(manifest)}))
-    sync(folder / MANIFEST)
-    sync(folder)
+    sync_all(folder)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -313,10 +278,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(code, os.strerror(code) if number else str(error)) from None
 
 
-def _hash_and_sync(path: Path) -> dict[str, Any]:
-    """The manifest's entry of a file; hashed while the page cache still has it."""
+def _file_entry(path: Path) -> dict[str, Any]:
+    """The manifest's entry of a file."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         return {"sha256": _sha256(file), "size": os.fstat(file.fileno()).st_size}
 
 
@@ -325,64 +289,53 @@ def _sha256(file: BufferedReader) -> str:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest, computed without it."""
+    """The SHA-256 of a manifest without its own."""
     return hashlib.sha256(_encode(manifest)).hexdigest()
 
 
 def _encode(content: dict[str, Any]) -> bytes:
-    """JSON in one fixed form. ASCII, since a path in a config may hold what UTF-8 has no code for."""
+    """JSON in one fixed form. ASCII, since a path may hold lone surrogates, which UTF-8 cannot encode."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
 
 
-def _verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose files are what it says. Raises CheckpointError."""
+def _verify(folder: Path) -> _Manifest:
+    """The manifest of a checkpoint whose files match it. Raises CheckpointError."""
     try:
         if not _is_directory(folder):
             raise CheckpointError(f"{folder} is no directory")
         manifest = _read_manifest(folder)
-        for name, entry in manifest["files"].items():  # sizes first, for they cost nothing
+        for name, entry in manifest.files.items():  # sizes first, as they cost nothing
             size = (folder / name).lstat().st_size
-            if size != entry["size"]:
-                raise CheckpointError(f"{folder / name} is damaged: {size} bytes instead of {entry['size']}")
-        for name, entry in manifest["files"].items():
+            if size != entry.size:
+                raise CheckpointError(f"{folder / name} is damaged: {size} bytes instead of {entry.size}")
+        for name, entry in manifest.files.items():
             with _open(folder / name) as file:
-                if _sha256(file) != entry["sha256"]:
+                if _sha256(file) != entry.sha256:
                     raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
     return manifest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
-    manifest = _read_json(path, _MAX_MANIFEST_BYTES)
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.get("sha256") != _seal(content):
+    content = _read_json(path, _MAX_MANIFEST_BYTES)
+    if content.pop("sha256", None) != _seal(content):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it holds")
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}, this version reads {_FORMAT}")
-    files, step = manifest.get("files"), manifest.get("step")
-    if type(step) is not int or not 0 <= step <= _MAX_STEP:
-        raise CheckpointError(f"{path}: step is {step!r}, not an integer in 0..{_MAX_STEP}")
-    if not isinstance(files, dict) or STATE not in files:
-        raise CheckpointError(f"{path} names no {STATE}")
-    for name, entry in files.items():
-        if not _FILE.fullmatch(name) or not _is_entry(entry):
-            raise CheckpointError(f"{path}: {name!a}: {entry!a} is no entry of a checkpoint's file")
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} has format {content.get('format')!r}, this version reads {_FORMAT}")
+    try:
+        manifest = _Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {where!a}: {first['msg']}") from None
+    if STATE not in manifest.files:
+        raise CheckpointError(f"{path} lists no {STATE}")
     named = re.search(r"step-([0-9]{8})$", folder.name)
-    if named and int(named[1]) != step:
-        raise CheckpointError(f"{folder} is damaged: its manifest is that of step {step}")
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{folder} is damaged: its manifest is that of step {manifest.step}")
     return manifest
-
-
-def _is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and entry.keys() == {"sha256", "size"}
-        and type(entry["size"]) is int
-        and isinstance(entry["sha256"], str)
-        and _SHA256.fullmatch(entry["sha256"]) is not None
-    )
 
 
 def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -404,7 +357,7 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, copied, so that they outlive the file."""
+    """A safetensors file's tensors, copied so that they outlive the file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -413,30 +366,33 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> BufferedReader:
-    """A regular file for reading; no link is followed."""
+    """Open a regular file for reading; links are not followed."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise CheckpointError(f"{path} is no regular file")
     return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether it is a directory itself, and not a link to one."""
+    """Whether it is a directory, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, mode=0o700)
         sync(path.parent)
 
 
-def _named(root: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """By step, what in `root` has a name that matches in full, of whatever kind it is."""
-    names = os.listdir(root) if root.is_dir() else []
-    return {int(name[-8:]): root / name for name in names if pattern.fullmatch(name)}
+def _step(path: Path) -> int:
+    return int(path.name[-8:])
+
+
+def _matching(root: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The entries of `root` whose full name matches, of whatever kind they are, sorted."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    return [root / name for name in names if pattern.fullmatch(name)]
 
 
 def _leftovers(root: Path) -> list[Path]:
-    """The directories that dead saves and removals left in `root`."""
-    names = sorted(os.listdir(root)) if root.is_dir() else []
-    return [root / name for name in names if _TEMPORARY.fullmatch(name) and _is_directory(root / name)]
+    """The directories that killed saves and removals left in `root`."""
+    return list(filter(_is_directory, _matching(root, _TEMPORARY)))

@@ -1,18 +1,21 @@
-"""A run's directory: its configuration, checkpoints, metrics and pictures; and what it was told to do.
+"""A run's directory, which one process at a time may hold.
 
 config.toml      the resolved configuration; `--config` reads it
 run.json         the command, its data or prompt, versions
 checkpoints/     step-00001000/ ..., see checkpoint.py
-metrics.jsonl    a line a step, and one a validation
-loss.png         the curve, where matplotlib is installed
+metrics.jsonl    a line per step and per validation
+loss.png         the loss curve, if matplotlib is installed
 tensorboard/     with --tensorboard
 trace.json       with --profile
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from fusedgpt.model.files import write_file
 from fusedgpt.model.folder import safe_name
 from fusedgpt.train.config import ConfigError, RunConfig, SavingConfig, read_toml
 from fusedgpt.train.report.progress import Sink
@@ -29,8 +35,9 @@ from fusedgpt.train.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
+    explained,
     load_checkpoint,
-    run_lock,
+    make_directory,
 )
 
 RUNS = Path("runs")
@@ -46,12 +53,12 @@ class Run:
     saving: SavingConfig
     store: CheckpointStore
     resumed: Checkpoint | None = None
-    notes: list[str] = field(default_factory=list)  # for the user: checkpoints that were passed over
+    notes: list[str] = field(default_factory=list)  # for the user: checkpoints that were skipped
     last_save: float = field(default_factory=time.monotonic)
     last_saved_step: int = 0
 
     def sinks(self) -> list[Sink]:
-        """Where metrics go, continued from the checkpoint that was resumed."""
+        """Where metrics go, continued from the resumed checkpoint."""
         from fusedgpt.train.report.metrics import MetricsFile, TensorBoardSink
 
         resume_step = self.resumed.step if self.resumed else 0
@@ -61,7 +68,7 @@ class Run:
         return sinks
 
     def save_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after so many steps in all."""
+        """Whether a checkpoint is due after `step` steps in total."""
         if step == self.last_saved_step:
             return False
         if self.saving.save_steps is not None:
@@ -69,12 +76,12 @@ class Run:
         return time.monotonic() - self.last_save >= (self.saving.save_seconds or 0.0)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Save in the background; raises what the save before failed with."""
+        """Save in the background; raises the error of the previous save."""
         self.last_save, self.last_saved_step = time.monotonic(), checkpoint.step
         self.store.save_in_background(checkpoint)
 
     def finish(self) -> None:
-        """The model is made: drop the checkpoints if none are to be kept, draw the curve."""
+        """After the model is saved: remove the checkpoints if none are to be kept, plot the loss."""
         self.store.wait()
         if self.saving.keep_last == 0:
             self.store.remove_all()
@@ -85,20 +92,20 @@ class Run:
 
 
 @contextmanager
-def open_run(path: Path, config: RunConfig, told: dict[str, Any], *, resume: Path | None) -> Iterator[Run]:
-    """The run directory `path`, locked, with the checkpoint to resume from; every save is done at the end.
+def open_run(path: Path, config: RunConfig, command: dict[str, Any], *, resume: Path | None) -> Iterator[Run]:
+    """The run directory `path`, locked, with the checkpoint to resume from; on exit all saves are finished.
 
-    told: what run.json is to hold, such as the data. resume: None for a fresh run, `path` for its newest
-    whole checkpoint, or one of its checkpoints. Raises ConfigError where a fresh run would mix with an older
-    one, CheckpointError where `resume` is damaged, ValueError where another process holds the run.
+    command: the content of run.json. resume: None for a new run, `path` for its newest undamaged checkpoint,
+    or one of its checkpoints. Raises ConfigError where a new run would mix with an older one, CheckpointError
+    where `resume` is damaged, ValueError where another process holds the run.
     """
     fresh = not path.exists()
     try:
         with run_lock(path):
             run = _open(path, config, resume)
-            (path / _CONFIG).write_text(config.to_toml(), encoding="utf-8")
-            text = json.dumps({**told, "versions": versions()}, ensure_ascii=False, indent=2) + "\n"
-            (path / _RUN).write_text(text, encoding="utf-8")
+            write_file(path / _CONFIG, config.to_toml())
+            content = json.dumps({**command, "versions": versions()}, ensure_ascii=False, indent=2)
+            write_file(path / _RUN, content + "\n")
             try:
                 yield run
             finally:
@@ -107,6 +114,43 @@ def open_run(path: Path, config: RunConfig, told: dict[str, Any], *, resume: Pat
         if fresh:
             _remove_traces(path)
         raise
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Keep every other trainer out of `run_dir`; however the process ends, the kernel drops the lock.
+
+    Raises ValueError naming the process that holds it, OSError where the lock cannot be taken.
+    """
+    # The holder has a file of its own, because older versions of filelock truncate the lock's when they try.
+    holder = run_dir / "trainer.json"
+    lock = FileLock(run_dir / "trainer.lock", timeout=0)
+    with explained(f"cannot lock {run_dir}"):
+        make_directory(run_dir)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{run_dir} is in use by {_describe_holder(holder)}; end that or choose another --run-dir"
+            ) from None
+        except NotImplementedError:
+            raise OSError(errno.ENOSYS, "its file system has no locks") from None
+    try:
+        with explained(f"cannot lock {run_dir}"):
+            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def _describe_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {int(holder['pid'])} on {str(holder['host'])!a}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
 
 
 def _open(path: Path, config: RunConfig, resume: Path | None) -> Run:
@@ -125,7 +169,7 @@ def _open(path: Path, config: RunConfig, resume: Path | None) -> Run:
 
 
 def _remove_traces(path: Path) -> None:
-    """A run that failed before its first step leaves nothing behind."""
+    """Remove what a run leaves that failed before its first step."""
     metrics = path / _METRICS
     if metrics.is_file() and metrics.stat().st_size:
         return
@@ -137,19 +181,21 @@ def _remove_traces(path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What made a run."""
+    """The versions of Python, torch and fusedgpt."""
     return {"python": platform.python_version()} | {p: version(p) for p in ("fusedgpt", "torch")}
 
 
-def new_run_path(name: str) -> Path:
-    """A path for a fresh run of a model called `name`, below RUNS."""
-    return RUNS / f"{safe_name(name)}_{time.strftime('%Y%m%d_%H%M%S')}"
+def run_path(name: str, run_dir: Path | None, resume: Path | None) -> Path:
+    """The directory of the run to resume, else `run_dir`, else a new one in RUNS for a model `name`."""
+    if resume is not None:
+        return directory_of(resume)
+    return run_dir or RUNS / f"{safe_name(name)}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
 def find_run(resume: str, run_dir: Path | None) -> Path | None:
     """What `--resume` names: a run directory or one of its checkpoints; None if "auto" finds nothing.
 
-    "auto" means run_dir, or without it the newest run below RUNS. Raises ConfigError for a path that is none.
+    "auto" means run_dir, or without it the newest run in RUNS. Raises ConfigError for any other path.
     """
     if resume == "auto":
         found = [run_dir] if run_dir else sorted(RUNS.glob("*"), key=lambda p: p.stat().st_mtime)
@@ -161,16 +207,16 @@ def find_run(resume: str, run_dir: Path | None) -> Path | None:
 
 
 def directory_of(resume: Path) -> Path:
-    """The run directory of what find_run found."""
+    """The run directory of what find_run returned."""
     return resume.parent.parent if resume.parent.name == _CHECKPOINTS else resume
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(what run.json holds, the sections of config.toml) of a run directory. Raises ConfigError."""
+    """(the content of run.json, the sections of config.toml) of a run directory. Raises ConfigError."""
     try:
-        told = json.loads((path / _RUN).read_text(encoding="utf-8"))
+        command = json.loads((path / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path / _RUN} cannot be read: {error}") from None
-    if not isinstance(told, dict):
+    if not isinstance(command, dict):
         raise ConfigError(f"{path / _RUN} is no JSON object")
-    return told, read_toml(path / _CONFIG)
+    return command, read_toml(path / _CONFIG)

@@ -38,8 +38,8 @@ from fusedgpt.train.run.checkpoint import (
     CheckpointStore,
     check_space,
     load_checkpoint,
-    run_lock,
 )
+from fusedgpt.train.run.directory import run_lock
 
 FAULTS = Path(__file__).with_name("checkpoint_faults.py")
 TINY = 8  # numbers a tensor, so that a damaged bit is often one that matters
@@ -733,7 +733,7 @@ def anew(path: Path, content: bytes) -> None:
 
 def sign_files(path: Path) -> None:
     """The manifest that fits the files as they are."""
-    files = {p.name: checkpoints._hash_and_sync(p) for p in path.iterdir() if p.name != "manifest.json"}
+    files = {p.name: checkpoints._file_entry(p) for p in path.iterdir() if p.name != "manifest.json"}
     sign(path, {"files": files, "format": 1, "step": 2})
 
 
@@ -794,16 +794,25 @@ GOOD_ENTRY = {"sha256": "0" * 64, "size": 3}
         (lambda p: (p / "manifest.json").write_bytes(b"\xff"), "is not JSON"),
         (lambda p: (p / "manifest.json").write_bytes(b"[]"), "is not a JSON object"),
         (manifest_with(format=2), "has format 2, this version reads 1"),
-        (manifest_with(step="2"), "step is '2', not an integer"),
-        (manifest_with(step=True), "step is True, not an integer"),
-        (manifest_with(step=-1), "step is -1, not an integer"),
-        (manifest_with(files=[]), "names no state.json"),
-        (manifest_with(files={}), "names no state.json"),
-        (manifest_with(files={"state.json": GOOD_ENTRY, "../x.safetensors": GOOD_ENTRY}), "is no entry"),
-        (manifest_with(files={"state.json": GOOD_ENTRY, "manifest.json": GOOD_ENTRY}), "is no entry"),
-        (manifest_with(files={"state.json": {"sha256": "0" * 64, "size": 3.0}}), "is no entry"),
-        (manifest_with(files={"state.json": {"sha256": "0" * 63, "size": 3}}), "is no entry"),
-        (manifest_with(files={"state.json": 7}), "is no entry"),
+        (manifest_with(step="2"), "'step': Input should be a valid integer"),
+        (manifest_with(step=True), "'step': Input should be a valid integer"),
+        (manifest_with(step=-1), "'step': Input should be greater than or equal to 0"),
+        (manifest_with(files=[]), "'files': Input should be a valid dictionary"),
+        (manifest_with(files={}), "lists no state.json"),
+        (
+            manifest_with(files={"state.json": GOOD_ENTRY, "../x.safetensors": GOOD_ENTRY}),
+            "should match",
+        ),
+        (manifest_with(files={"state.json": GOOD_ENTRY, "manifest.json": GOOD_ENTRY}), "should match"),
+        (
+            manifest_with(files={"state.json": {"sha256": "0" * 64, "size": 3.0}}),
+            "should be a valid integer",
+        ),
+        (
+            manifest_with(files={"state.json": {"sha256": "0" * 63, "size": 3}}),
+            "should match",
+        ),
+        (manifest_with(files={"state.json": 7}), "Input should be a valid dictionary"),
         (rewritten("state.json", b"[]"), "state.json is not a JSON object"),
         (rewritten("state.json", b"[" * 100_000), "state.json is not JSON: maximum recursion"),
         (rewritten("state.json", b" " * (1 << 25)), "state.json has over 16,777,216 bytes"),
@@ -900,7 +909,7 @@ def test_fuzzed_files_raise_only_checkpoint_errors(tmp_path: Path, count: int) -
         else:
             anew(path / name, fuzzed(good[name], rng))
             if name != "manifest.json":
-                sign_files_unsynced(path)
+                sign_files(path)
         try:
             load_checkpoint(path)
         except CheckpointError:
@@ -909,12 +918,6 @@ def test_fuzzed_files_raise_only_checkpoint_errors(tmp_path: Path, count: int) -
             anew(path / file, raw)
     assert refused > count // 2
     load_checkpoint(path)
-
-
-def sign_files_unsynced(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        sign_files(path)
 
 
 # --- row 10: two trainers, one run directory ---

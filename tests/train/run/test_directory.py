@@ -15,7 +15,7 @@ from training_runs import config, in_fresh_process, outcome, train_tiny
 
 from fusedgpt.train.config import ConfigError, build_config, read_toml
 from fusedgpt.train.run.checkpoint import CheckpointError
-from fusedgpt.train.run.directory import directory_of, find_run, new_run_path, open_run, read_run
+from fusedgpt.train.run.directory import directory_of, find_run, open_run, read_run, run_path
 
 
 def test_a_run_directory_holds_what_a_resume_needs(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_resume_auto_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.Mo
     for wrong in ("runs/c", "absent", "/"):
         with pytest.raises(ConfigError, match="is neither a run directory nor one of its checkpoints"):
             find_run(wrong, None)
-    assert str(new_run_path("../Évil name")).startswith("runs/")
+    assert str(run_path("../Évil name", None, None)).startswith("runs/")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 10**5, "\xff"])

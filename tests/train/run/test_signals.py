@@ -19,7 +19,7 @@ from fusedgpt.train import pipeline
 from fusedgpt.train.config import build_config
 from fusedgpt.train.loop import trainer, validation
 from fusedgpt.train.loop.step import Step
-from fusedgpt.train.pipeline import RunOptions, train_on_files
+from fusedgpt.train.pipeline import train_on_files
 from fusedgpt.train.report import step_log as log
 from fusedgpt.train.run import checkpoint
 from fusedgpt.train.run.signals import Stopped
@@ -116,9 +116,10 @@ def test_a_signal_in_the_samples_costs_the_samples(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pipeline, "sample_texts", kill_in_call(pipeline.sample_texts, signal.SIGTERM, 2))
     (tmp_path / "book.txt").write_text("The cat sat on the mat. " * 99)
     tiny = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "steps": 3, "tokenizer": "byte"}
-    options = RunOptions(run_dir=tmp_path / "run")
     with pytest.raises(Stopped, match=f"the model folder is {tmp_path}/models/custom_"):
-        train_on_files([tmp_path / "book.txt"], build_config(tiny), tmp_path / "models", options=options)
+        train_on_files(
+            [tmp_path / "book.txt"], build_config(tiny), tmp_path / "models", run_dir=tmp_path / "run"
+        )
     (folder,) = (tmp_path / "models").iterdir()
     assert (folder / "model.safetensors").is_file()
 

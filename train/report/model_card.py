@@ -1,0 +1,54 @@
+"""The README.md of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fusedgpt.train.config import RunConfig
+
+
+def loss_text(loss: float | None) -> str:
+    """A validation loss in words; None where nothing was held out."""
+    return "none held out" if loss is None else f"{loss:.4f} nats a token"
+
+
+def model_card(info: dict[str, Any], config: RunConfig) -> str:
+    """The text of README.md; info: the content of generation_info.json."""
+    training, tokens, parameters = info["training"], info["tokens"], info["parameters"]
+    folder = config.model.init_from
+    beginning = "from scratch" if folder is None else f"on from the weights of `{Path(folder).name}`"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, fusedgpt]
+---
+# A small GPT-2 made with fusedgpt
+
+Trained {beginning} on {_source(info)}.
+
+| | |
+|---|---|
+| parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
+| training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
+| validation loss | {loss_text(training["best_val_loss"])} |
+| window | {config.max_length} tokens; positions past it were never trained |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained("PATH") for kind in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("The", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True, temperature=0.8, top_k=40)[0]))
+```
+"""
+
+
+def _source(info: dict[str, Any]) -> str:
+    """The training text in words."""
+    if "prompt" not in info:
+        return f"{info['documents']:,} document(s) of its maker's"
+    made = info["generation"]
+    writers = [f"`{made['model']}`"] if "model" in made else []
+    writers += ["templates"] if "fallback" in made or not writers else []
+    return f"text that {' and '.join(writers)} wrote for the prompt `{info['prompt'][:200]!r}`"
