@@ -5,9 +5,7 @@ What is exported is there as a whole or not at all: it is written beside its pla
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,9 +145,7 @@ def _add_shape(writer: gguf.GGUFWriter, model: GPT, dtype: str, name: str) -> No
 
 def _bpe_of(tokenizer: Tokenizer) -> dict[str, Any]:
     """The model part of tokenizer.json; ExportError where llama.cpp's "gpt2" would not give its ids."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder), max_length=1)
-        definition = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    definition = tokenizer.definition()
     bpe: dict[str, Any] = definition["model"]
     rule = definition["pre_tokenizer"] or {}
     alike = (

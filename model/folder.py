@@ -20,7 +20,8 @@ import torch
 from fusedgpt.model.files import beside, publish
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import ModelFolderError, hf_config, read_config
-from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.model.tokenizer_json import load_tokenizer
 from fusedgpt.model.weights import MAX_SHARD_BYTES, hf_tensors, load_weights, save_weights
 
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}

@@ -14,7 +14,8 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model
 from fusedgpt.model.gpt import GPT, Embedding
 from fusedgpt.model.hf_config import ModelFolderError, read_config
-from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.model.tokenizer_json import load_tokenizer
 
 _FITTED = (
     "block_size",

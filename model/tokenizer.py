@@ -1,7 +1,7 @@
-"""Text to ids and back: GPT-2's BPE, single characters, raw bytes, or any tokenizer.json.
+"""Text to ids and back: GPT-2's BPE, single characters or raw bytes; tokenizer_json.py reads any other.
 
-The text `<|endoftext|>` is ordinary text to every tokenizer here: the end-of-text id comes only from the
-caller, who puts `eot_id` between documents. A lone surrogate (half of a UTF-16 pair) becomes U+FFFD.
+The text `<|endoftext|>` is ordinary text to every tokenizer: the end-of-text id comes only from the caller,
+who puts `eot_id` between documents. A lone surrogate (half of a UTF-16 pair) becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -23,21 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # imported where used: these take 60 ms and more, and every command imports this
     import numpy as np
-    import tokenizers
     from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
-# A tokenizer.json does not say which of its tokens ends a text: the first of these that it has is taken.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "[SEP]")
-MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 2**20
 
 _BPE_FILE = Path(__file__).parent / "gpt2_bpe" / "vocab.bpe.gz"
 _BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# GPT-2's rule for cutting text into words. In one group all that looks nowhere ahead: tiktoken's engine gives
-# such a group whole to its fast one, which makes this 1.4 times as fast as the pattern that tiktoken has.
+# GPT-2's rule for cutting text into words. What needs no look-ahead is in one group, which tiktoken passes to
+# its faster regex engine: 1.4 times as fast as tiktoken's own pattern.
 _GPT2_WORDS = r"(?:'(?:s|t|re|ve|m|ll|d)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+$)|\s+(?!\S)|\s"
-# tiktoken's regex engine panics on a million white-space characters in a row (Unicode's, not Python's \s).
+# tiktoken's regex engine panics on a million whitespace characters in a row (Unicode's, not Python's \s).
 _LONG_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}")
 _LONG_TEXT = 500_000
 
@@ -49,22 +44,22 @@ class Tokenizer(ABC):
     vocab_size: int  # end-of-text included
     eot_id: int
     eot_token: str = END_OF_TEXT
-    # Where a text may be cut, its parts then having the ids of the whole: "words" where GPT-2's words end.
+    # Where a text may be cut without changing its ids; "words": where GPT-2's words end.
     safe_cut: Literal["anywhere", "words", "never"] = "anywhere"
     _known: Container[int]  # the ids that decode
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, never `eot_id`. ValueError if the vocabulary cannot express the text."""
+        """The ids of `text`, never `eot_id`. Raises ValueError if the vocabulary cannot express it."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores where the library can."""
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """`encode` of each text on one thread, what preparing large data calls in each process.
+        """`encode` of each text on one thread, for the processes that prepare large data.
 
-        An array (n,) of integers for each, the dtype as the tokenizer has them. ValueError as `encode`.
+        Arrays (n,) of integers in a dtype that suits the tokenizer. Raises ValueError as `encode`.
         """
         import numpy as np
 
@@ -73,7 +68,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: `eot_token` for `eot_id`, U+FFFD for bytes that are not UTF-8.
 
-        ValueError if an id is not in the vocabulary.
+        Raises ValueError if an id is not in the vocabulary.
         """
         ids = list(map(operator.index, ids))
         if (wrong := next((i for i in ids if i not in self._known), None)) is not None:
@@ -81,13 +76,13 @@ class Tokenizer(ABC):
         return self._decode(ids)
 
     def save(self, folder: Path, *, max_length: int) -> None:
-        """Write tokenizer.json and tokenizer_config.json into `folder`, which exists; not atomic.
+        """Write tokenizer.json and tokenizer_config.json into the existing `folder`, not atomically.
 
         The `tokenizers` library and transformers' AutoTokenizer get the same ids from them. `max_length` is
-        the model's context in tokens. OSError if a file cannot be written.
+        the model's context in tokens. Raises OSError.
         """
         gpt2 = self.kind == "gpt2"
-        definition = self._definition()
+        definition = self.definition()
         prefix = (definition["pre_tokenizer"] or {}).get("add_prefix_space", False)
         config = {
             "tokenizer_class": "GPT2Tokenizer" if gpt2 else "PreTrainedTokenizerFast",
@@ -102,14 +97,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> list[int] | None:
-        """The UTF-8 bytes of text that each id stands for, end-of-text none; None if that is not known."""
+        """By id, how many UTF-8 bytes of text it stands for, 0 for end-of-text; None if not known."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """`decode` of ids that are in the vocabulary."""
 
     @abstractmethod
-    def _definition(self) -> dict[str, Any]:
+    def definition(self) -> dict[str, Any]:
         """The content of tokenizer.json."""
 
 
@@ -146,17 +141,17 @@ class _GPT2Tokenizer(Tokenizer):
         return [*map(len, self._tokens), 0]  # a letter a byte
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Of uint32."""
+        """As uint32."""
         import numpy as np
 
-        parts = [_safe_parts(_well_formed(text)) for text in texts]
+        parts = [_safe_parts(well_formed(text)) for text in texts]
         arrays = [[self._bpe.encode_to_numpy(p, disallowed_special=()) for p in part] for part in parts]
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in arrays]
 
     def _decode(self, ids: list[int]) -> str:
         return self._bpe.decode(ids)
 
-    def _definition(self) -> dict[str, Any]:
+    def definition(self) -> dict[str, Any]:
         return _byte_level_json([*self._tokens, END_OF_TEXT], merges=self._merges, cut_words=True)
 
 
@@ -168,21 +163,21 @@ class _ByteTokenizer(Tokenizer):
     _bytes = (*(bytes([i]) for i in range(256)), END_OF_TEXT.encode())
 
     def encode(self, text: str) -> list[int]:
-        return list(_well_formed(text).encode())
+        return list(well_formed(text).encode())
 
     def token_bytes(self) -> list[int]:
         return [1] * 256 + [0]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Of uint8."""
+        """As uint8."""
         import numpy as np
 
-        return [np.frombuffer(_well_formed(text).encode(), dtype=np.uint8) for text in texts]
+        return [np.frombuffer(well_formed(text).encode(), dtype=np.uint8) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
-    def _definition(self) -> dict[str, Any]:
+    def definition(self) -> dict[str, Any]:
         letters = map(_byte_letters().__getitem__, range(256))
         return _byte_level_json([*letters, END_OF_TEXT], merges=[], cut_words=False)
 
@@ -191,7 +186,7 @@ class _CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, text: str) -> None:
-        self._tokens = [*sorted(set(_well_formed(text))), END_OF_TEXT]
+        self._tokens = [*sorted(set(well_formed(text))), END_OF_TEXT]
         self._ids = {token: i for i, token in enumerate(self._tokens)}
         self.vocab_size = len(self._tokens)
         self.eot_id = self.vocab_size - 1
@@ -199,7 +194,7 @@ class _CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return list(map(self._ids.__getitem__, _well_formed(text)))
+            return list(map(self._ids.__getitem__, well_formed(text)))
         except KeyError as error:
             char = error.args[0]
         where = f"is not in this vocabulary of {self.eot_id} characters"
@@ -210,100 +205,32 @@ class _CharTokenizer(Tokenizer):
         return [*(len(token.encode()) for token in self._tokens[:-1]), 0]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Of uint32; a table lookup for all characters at once. ValueError for one it does not have."""
+        """As uint32, by one table lookup for all characters."""
         import numpy as np
 
         table = np.full(0x110000, self.eot_id, dtype=np.uint32)  # end-of-text: no character of ours
         table[[ord(token) for token in self._tokens[:-1]]] = np.arange(self.eot_id, dtype=np.uint32)
-        points = [np.frombuffer(_well_formed(text).encode("utf-32-le"), dtype="<u4") for text in texts]
+        points = [np.frombuffer(well_formed(text).encode("utf-32-le"), dtype="<u4") for text in texts]
         arrays = [table[one] for one in points]
         for text, ids in zip(texts, arrays, strict=True):
             if (ids == self.eot_id).any():
-                self.encode(text)  # raises, and says which character it is
+                self.encode(text)  # raises and names the character
         return arrays
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(map(self._tokens.__getitem__, ids))
 
-    def _definition(self) -> dict[str, Any]:
-        # <unk> is not in the vocabulary, so that the library, too, refuses a character that it does not know.
+    def definition(self) -> dict[str, Any]:
+        # <unk> is not in the vocabulary, so that the library, too, refuses an unknown character.
         model = {"type": "WordLevel", "vocab": self._ids, "unk_token": "<unk>"}
         each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         return _tokenizer_json(model, pre_tokenizer=each, decoder={"type": "Fuse"}, eot_id=self.eot_id)
 
 
-class _CustomTokenizer(Tokenizer):
-    """What the `tokenizers` library reads, without what that adds around a text (templates, padding)."""
-
-    kind = "custom"
-
-    def __init__(self, definition: dict[str, Any]) -> None:
-        import tokenizers
-
-        with _library_errors("the tokenizers library refuses it"):
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(_plain(definition)))
-            self._library.encode_special_tokens = True
-            vocab = self._library.get_vocab(with_added_tokens=True)
-        name = next((name for name in END_OF_TEXT_NAMES if name in vocab), None)
-        if name is None:
-            raise ValueError(f"it has no end-of-text token: add one of {', '.join(END_OF_TEXT_NAMES)}")
-        self._known = known = frozenset(vocab.values())
-        self.eot_token, self.eot_id = name, vocab[name]
-        self.safe_cut = "words" if _has_gpt2_words(definition) else "never"
-        self.vocab_size = max(known) + 1
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(f"it has the id {self.vocab_size - 1}, and the limit is {MAX_VOCAB_SIZE - 1}")
-        if len(known) != len(vocab):
-            raise ValueError("it gives one id to two tokens")
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = list(map(_well_formed, texts))
-        with _library_errors("the tokenizer cannot encode the text"):
-            encoded = self._library.encode_batch(texts)
-            return [self._ordinary(text, one) for text, one in zip(texts, encoded, strict=True)]
-
-    def _ordinary(self, text: str, encoded: tokenizers.Encoding) -> list[int]:
-        """The ids, where the model itself took a word for end-of-text: those of its characters."""
-        ids: list[int] = encoded.ids
-        if self.eot_id not in ids:
-            return ids
-        parts = [
-            self._alone(text[start:end]) if i == self.eot_id else [i]
-            for i, (start, end) in zip(ids, encoded.offsets, strict=True)
-        ]
-        return list(chain.from_iterable(parts))
-
-    def _alone(self, word: str) -> list[int]:
-        encoded = self._library.encode_batch(list(word))
-        ids = [i for one in encoded for i in one.ids]
-        if self.eot_id in ids:
-            raise ValueError(f"{word!r} has no ids but that of {self.eot_token}")
-        return ids
-
-    def token_bytes(self) -> list[int] | None:
-        if (self._definition()["decoder"] or {}).get("type") != "ByteLevel":
-            return None
-        lengths = [0] * self.vocab_size
-        for token, i in self._library.get_vocab(with_added_tokens=True).items():
-            lengths[i] = 0 if i == self.eot_id else len(token)  # a letter a byte
-        return lengths
-
-    def _decode(self, ids: list[int]) -> str:
-        with _library_errors("the tokenizer cannot decode the ids"):
-            return str(self._library.decode(ids, skip_special_tokens=False))
-
-    def _definition(self) -> dict[str, Any]:
-        definition: dict[str, Any] = json.loads(self._library.to_str())
-        return definition
-
-
 def build_tokenizer(name: str, *, text: str = "") -> Tokenizer:
-    """The tokenizer that `--tokenizer` names: "gpt2", "char" (the characters of `text`), "byte", or a path.
+    """The tokenizer of `--tokenizer`: "gpt2", "char" (the characters of `text`), "byte", or a path.
 
-    ValueError if the name is none of these; else as `char_tokenizer` and `load_tokenizer`.
+    Raises ValueError for another name; else as `char_tokenizer` and `load_tokenizer`.
     """
     if name == "gpt2":
         return gpt2_tokenizer()
@@ -312,15 +239,17 @@ def build_tokenizer(name: str, *, text: str = "") -> Tokenizer:
     if name == "byte":
         return byte_tokenizer()
     if name and os.path.exists(name):
+        from fusedgpt.model.tokenizer_json import load_tokenizer  # which imports this file
+
         return load_tokenizer(Path(name))
     raise ValueError(f"no tokenizer {name!r}: choose gpt2, char, byte or the path of a tokenizer.json")
 
 
 @lru_cache(maxsize=1)
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's own 50,257 ids, served by tiktoken; built once per process, with no internet.
+    """GPT-2's own 50,257 ids, by tiktoken; built once per process, from a file that fusedgpt installs.
 
-    RuntimeError if the vocabulary that is installed with fusedgpt is missing or damaged.
+    Raises RuntimeError if that file is missing or damaged.
     """
     try:
         raw = gzip.decompress(_BPE_FILE.read_bytes())
@@ -336,113 +265,15 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(text: str) -> Tokenizer:
-    """Ids 0 .. n-1 are the distinct characters of `text`, sorted; n is end-of-text. ValueError if empty."""
+    """Ids 0 .. n-1 are the sorted characters of `text`; n is end-of-text. Raises ValueError if empty."""
     if not text:
         raise ValueError("a character tokenizer takes its characters from a text, and the text is empty")
     return _CharTokenizer(text)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Ids 0 .. 255 are the bytes of the text in UTF-8; 256 is end-of-text."""
+    """Ids 0 .. 255 are the bytes of UTF-8; 256 is end-of-text."""
     return _ByteTokenizer()
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in `path`, a tokenizer.json or a folder that has one.
-
-    One that gives the ids of `gpt2_tokenizer`, `byte_tokenizer` or a `char_tokenizer` becomes that one, which
-    is faster. The `tokenizers` library serves the rest, with the first token of END_OF_TEXT_NAMES that it has
-    as end-of-text.
-
-    FileNotFoundError if there is no file; ValueError if it cannot be read, is over MAX_TOKENIZER_BYTES, is no
-    JSON, is refused by the library, or has no end-of-text.
-    """
-    try:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        definition = _read_json(file)
-        return _recognise(definition) or _CustomTokenizer(definition)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no tokenizer: {file} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot load the tokenizer {path}: {_one_line(error)}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if file.exists() and not file.is_file():  # reading a pipe would not end
-        raise ValueError("it is not a file")
-    with file.open("rb") as stream:
-        raw = stream.read(MAX_TOKENIZER_BYTES + 1)
-    if len(raw) > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"it is over {MAX_TOKENIZER_BYTES} bytes")
-    definition = json.loads(raw.decode())
-    if not isinstance(definition, dict):
-        raise ValueError("it does not hold a JSON object")
-    return definition
-
-
-def _recognise(definition: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of ours that gives the same ids, if there is one. `definition` is any JSON object."""
-    model = definition.get("model")
-    if not isinstance(model, dict) or not isinstance(vocab := model.get("vocab"), dict):
-        return None
-    if len(vocab) == 50257 and "merges" in model:
-        ours = gpt2_tokenizer()
-    elif len(vocab) == 257 and "merges" in model:
-        ours = byte_tokenizer()
-    else:
-        ours = _CharTokenizer("".join(token for token in vocab if len(token) == 1))
-    return ours if _id_rules(definition) == _id_rules(ours._definition()) else None
-
-
-def _id_rules(definition: dict[str, Any]) -> list[object]:
-    """What decides the ids in a tokenizer.json, spelled the same for all versions of its writers."""
-    added = definition.get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    parts = [_spelled_alike(definition.get(part)) for part in ("normalizer", "pre_tokenizer", "model")]
-    return [*parts, [(token.get("id"), token.get("content")) for token in tokens]]
-
-
-def _spelled_alike(part: object) -> object:
-    if not isinstance(part, dict):
-        return part
-    rules: dict[str, object] = dict(part)
-    if rules.get("type") == "ByteLevel":
-        rules.setdefault("use_regex", True)
-    ignored = {"trim_offsets"}
-    if isinstance(merges := part.get("merges"), list):
-        rules.setdefault("type", "BPE")
-        rules["merges"] = [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges]
-        ignored |= {"unk_token", "fuse_unk"}  # in ours every byte has an id: nothing is unknown
-    return {k: v for k, v in rules.items() if k not in ignored and v not in (None, False, "")}
-
-
-def _plain(definition: dict[str, Any]) -> dict[str, Any]:
-    """`definition` with nothing added, cut or drawn at random, and with end-of-text marked as special."""
-    plain = definition | {"truncation": None, "padding": None, "post_processor": None}
-    if isinstance(model := plain.get("model"), dict) and "dropout" in model:
-        plain["model"] = model | {"dropout": None}
-    if isinstance(added := plain.get("added_tokens"), list):
-        plain["added_tokens"] = [
-            t | {"special": True} if isinstance(t, dict) and t.get("content") in END_OF_TEXT_NAMES else t
-            for t in added
-        ]
-    return plain
-
-
-def _has_gpt2_words(definition: dict[str, Any]) -> bool:
-    """Whether a tokenizer that the library takes looks at GPT-2's words one by one."""
-    rule = definition.get("pre_tokenizer") or {}
-    tokens = definition.get("added_tokens") or []
-    across_words = any(
-        token.get("lstrip")
-        or token.get("rstrip")
-        or token.get("single_word")
-        or re.search(r"\s", token["content"])
-        for token in tokens
-    )
-    gpt2_words = rule.get("type") == "ByteLevel" and rule.get("use_regex", True)
-    gpt2_words = gpt2_words and not rule.get("add_prefix_space", True)  # each part would get a space
-    return gpt2_words and not definition.get("normalizer") and not across_words
 
 
 def _byte_level_json(tokens: list[str], *, merges: list[str], cut_words: bool) -> dict[str, Any]:
@@ -469,9 +300,9 @@ def _byte_letters() -> dict[int, str]:
     return letters | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def _well_formed(text: str) -> str:
-    """`text` with each pair of surrogates as the character it stands for, each lone one as U+FFFD."""
-    if text.isascii():  # known without looking
+def well_formed(text: str) -> str:
+    """`text` with surrogate pairs as the characters they encode, and lone surrogates as U+FFFD."""
+    if text.isascii():  # Python knows this in O(1)
         return text
     try:
         text.encode()
@@ -481,27 +312,11 @@ def _well_formed(text: str) -> str:
 
 
 def _safe_parts(text: str) -> list[str]:
-    """`text`, cut so that tiktoken does not panic, and only where the ids stay the same.
+    """`text` in parts that tiktoken does not panic on, with the ids of the whole.
 
-    GPT-2's words leave the last of several spaces to the word that follows, so one ends there in any case.
+    GPT-2's words leave the last of several spaces to the word that follows, so one always ends there.
     """
     if len(text) <= _LONG_TEXT:
         return [text]
     cuts = [m.end() - 1 for m in _LONG_SPACES.finditer(text) if m.end() < len(text)]
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-
-@contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Errors of the `tokenizers` library, many of which are plain Exception, as ValueError."""
-    try:
-        yield
-    except BaseException as error:
-        # A panic in Rust derives from BaseException, and its class cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

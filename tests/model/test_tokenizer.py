@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedgpt.model import tokenizer as tk
+from fusedgpt.model import tokenizer_json as tj
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when the tests below import it
 
@@ -37,7 +38,7 @@ TEXTS = {
 }
 CHARS = "".join(TEXTS.values()) + EOT
 KINDS = ("gpt2", "char", "byte")
-LISTED = tk.END_OF_TEXT_NAMES
+LISTED = tj.END_OF_TEXT_NAMES
 
 # Runs and borders of the classes that GPT-2's words are cut by, and any other text.
 any_text = st.one_of(
@@ -337,7 +338,7 @@ def test_what_transformers_saves_loads_as_ours(kind: str, tmp_path: Path) -> Non
     ours.save(tmp_path, max_length=77)
     reader = GPT2TokenizerFast if kind == "gpt2" else AutoTokenizer
     reader.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
-    again = tk.load_tokenizer(tmp_path / "theirs")
+    again = tj.load_tokenizer(tmp_path / "theirs")
     assert (again.kind, again.vocab_size, again.eot_id) == (kind, ours.vocab_size, ours.eot_id)
     assert again.encode_batch(list(TEXTS.values())) == ours.encode_batch(list(TEXTS.values()))
 
@@ -347,7 +348,7 @@ def test_a_saved_tokenizer_loads_again(kind: str, tmp_path: Path) -> None:
     ours = make(kind)
     ours.save(tmp_path, max_length=64)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        again = tk.load_tokenizer(path)
+        again = tj.load_tokenizer(path)
         assert again.kind == kind
         assert again.encode(CHARS) == ours.encode(CHARS)
 
@@ -369,7 +370,7 @@ def test_gpt2_is_recognised_in_the_spelling_of_older_files(gpt2_file: Path, tmp_
     del file["model"]["type"]
     del file["pre_tokenizer"]["use_regex"]
     file["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    assert tk.load_tokenizer(write(tmp_path, file)) is tk.gpt2_tokenizer()
+    assert tj.load_tokenizer(write(tmp_path, file)) is tk.gpt2_tokenizer()
 
 
 @pytest.mark.parametrize("change", ["prefix", "lowercase", "ids", "merges", "words", "added"])
@@ -388,13 +389,13 @@ def test_what_is_almost_gpt2_is_not_taken_for_it(change: str, gpt2_file: Path) -
         file["pre_tokenizer"]["use_regex"] = False
     else:
         file["added_tokens"].append(added("Hello world", 50257, special=False))
-    assert tk._recognise(file) is None
+    assert tj._recognise(file) is None
 
 
 def test_gpt2_with_one_more_token_keeps_its_own_ids(gpt2_file: Path, tmp_path: Path) -> None:
     file = json.loads(gpt2_file.read_text(encoding="utf-8"))
     file["added_tokens"] = [added(EOT, 50256, special=False), added("Hello world", 50257, special=False)]
-    loaded = tk.load_tokenizer(write(tmp_path, file))
+    loaded = tj.load_tokenizer(write(tmp_path, file))
     assert (loaded.kind, loaded.vocab_size, loaded.eot_id) == ("custom", 50258, 50256)
     assert loaded.encode(f"Hello world{EOT}") == [50257, *tk.gpt2_tokenizer().encode(EOT)]
 
@@ -404,11 +405,11 @@ def test_a_trained_bpe_loads_saves_and_loads(tmp_path: Path) -> None:
 
     library = trained_bpe()
     library.save(str(tmp_path / "tokenizer.json"))
-    first = tk.load_tokenizer(tmp_path)
+    first = tj.load_tokenizer(tmp_path)
     assert (first.kind, first.vocab_size) == ("custom", library.get_vocab_size())
     assert (first.eot_token, first.eot_id) == (EOT, library.token_to_id(EOT))
     first.save(tmp_path, max_length=64)
-    again, theirs = tk.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    again, theirs = tj.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS.values():
         ids = library.encode(text).ids
         assert first.encode(text) == again.encode(text) == theirs(text)["input_ids"] == ids
@@ -423,27 +424,27 @@ def test_a_trained_bpe_loads_saves_and_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LISTED)
 def test_the_end_of_text_of_a_custom_tokenizer(name: str, tmp_path: Path) -> None:
-    loaded = tk.load_tokenizer(write(tmp_path, words({"a": 0, "b": 1, name: 2})))
+    loaded = tj.load_tokenizer(write(tmp_path, words({"a": 0, "b": 1, name: 2})))
     assert (loaded.eot_token, loaded.eot_id) == (name, 2)
 
 
 def test_a_custom_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no end-of-text token: add one of <\|endoftext\|>, .*</s>"):
-        tk.load_tokenizer(write(tmp_path, words({"a": 0, "b": 1})))
+        tj.load_tokenizer(write(tmp_path, words({"a": 0, "b": 1})))
 
 
 @pytest.mark.parametrize("special", [True, False, None])
 def test_no_custom_tokenizer_makes_end_of_text_of_text(special: bool | None, tmp_path: Path) -> None:
     vocab = {"<unk>": 0, "a": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</s>": 6}
     listed = [] if special is None else [added("</s>", 6, special=special)]
-    loaded = tk.load_tokenizer(write(tmp_path, words(vocab, added_tokens=listed)))
+    loaded = tj.load_tokenizer(write(tmp_path, words(vocab, added_tokens=listed)))
     assert loaded.encode("a </s> a") == [1, 2, 3, 4, 5, 1]
     assert loaded.encode_batch(["</s>", "a"]) == [[2, 3, 4, 5], [1]]
 
 
 def test_text_that_can_only_be_end_of_text_is_refused(tmp_path: Path) -> None:
     model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "</s>"}
-    loaded = tk.load_tokenizer(write(tmp_path, words({}, model=model)))
+    loaded = tj.load_tokenizer(write(tmp_path, words({}, model=model)))
     assert loaded.encode("a a") == [0, 0]
     with pytest.raises(ValueError, match="'q' has no ids but that of </s>"):
         loaded.encode("a q")
@@ -459,12 +460,12 @@ def test_a_custom_tokenizer_adds_and_cuts_nothing(tmp_path: Path) -> None:
     library.enable_padding(length=64)
     library.model.dropout = 0.9
     library.save(str(tmp_path / "tokenizer.json"))
-    loaded = tk.load_tokenizer(tmp_path)
+    loaded = tj.load_tokenizer(tmp_path)
     assert [loaded.encode("the cat sat") for _ in range(5)] == [plain] * 5
 
 
 def test_a_custom_tokenizer_with_gaps(tmp_path: Path) -> None:
-    loaded = tk.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 9})))
+    loaded = tj.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 9})))
     assert loaded.vocab_size == 10
     assert loaded.decode([0, 9]) == "a </s>"
     with pytest.raises(ValueError, match="token id 5 is not in this vocabulary"):
@@ -479,7 +480,7 @@ def test_a_custom_tokenizer_with_bad_ids_is_refused(
     vocab: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tk.load_tokenizer(write(tmp_path, words(vocab)))
+        tj.load_tokenizer(write(tmp_path, words(vocab)))
 
 
 # Bad input
@@ -488,7 +489,7 @@ def test_a_custom_tokenizer_with_bad_ids_is_refused(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing.json"):
         with pytest.raises(FileNotFoundError, match=r"no tokenizer: .*\.json does not exist"):
-            tk.load_tokenizer(path)
+            tj.load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +511,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_what_is_no_tokenizer_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match="cannot load the tokenizer") as caught:
-        tk.load_tokenizer(tmp_path)
+        tj.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -518,24 +519,24 @@ def test_what_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     os.mkfifo(file)
     with pytest.raises(ValueError, match="it is not a file"):
-        tk.load_tokenizer(tmp_path)
+        tj.load_tokenizer(tmp_path)
     file.unlink()
     with file.open("wb") as stream:
-        stream.truncate(tk.MAX_TOKENIZER_BYTES + 1)
+        stream.truncate(tj.MAX_TOKENIZER_BYTES + 1)
     with pytest.raises(ValueError, match="it is over 67108864 bytes"):
-        tk.load_tokenizer(tmp_path)
+        tj.load_tokenizer(tmp_path)
 
 
 def test_a_panic_while_loading_is_a_value_error(tmp_path: Path) -> None:
     charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     with pytest.raises(ValueError, match="refuses it: Precompiled"):
-        tk.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 1}, normalizer=charsmap)))
+        tj.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 1}, normalizer=charsmap)))
 
 
 def test_a_panic_while_encoding_or_decoding_is_a_value_error(tmp_path: Path) -> None:
     by_none = {"type": "FixedLength", "length": 0}
     strip = {"type": "Strip", "content": "a", "start": 9, "stop": 9}
-    loaded = tk.load_tokenizer(
+    loaded = tj.load_tokenizer(
         write(tmp_path, words({"a": 0, "</s>": 1}, pre_tokenizer=by_none, decoder=strip))
     )
     with pytest.raises(ValueError, match="cannot encode the text: chunk size"):
@@ -546,17 +547,17 @@ def test_a_panic_while_encoding_or_decoding_is_a_value_error(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_not_swallowed(error: type[BaseException]) -> None:
-    with pytest.raises(error), tk._library_errors("loading"):
+    with pytest.raises(error), tj._library_errors("loading"):
         raise error
 
 
 def test_errors_of_the_library_become_one_line() -> None:
-    with pytest.raises(ValueError, match=r"^loading: a b$"), tk._library_errors("loading"):
+    with pytest.raises(ValueError, match=r"^loading: a b$"), tj._library_errors("loading"):
         raise OSError("a\n  b")
 
 
 def test_a_word_that_a_custom_tokenizer_lacks_is_a_value_error(tmp_path: Path) -> None:
-    loaded = tk.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 1})))
+    loaded = tj.load_tokenizer(write(tmp_path, words({"a": 0, "</s>": 1})))
     with pytest.raises(ValueError, match="cannot encode the text: WordLevel error"):
         loaded.encode("a b")
 
@@ -602,7 +603,7 @@ def test_hostile_files_end_in_a_value_error_or_a_tokenizer(
     folder = tmp_path_factory.getbasetemp()
     write(folder, replaced(copy.deepcopy(sources[kind]), choose))
     try:
-        loaded = tk.load_tokenizer(folder)
+        loaded = tj.load_tokenizer(folder)
         ids = loaded.encode(f"ab \n{EOT}</s>")
         loaded.decode(ids)
     except ValueError:

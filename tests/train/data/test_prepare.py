@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer, load_tokenizer
+from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
+from fusedgpt.model.tokenizer_json import load_tokenizer
 from fusedgpt.train.cli import prepare as cli_prepare
 from fusedgpt.train.config import build_config
 from fusedgpt.train.data.text import encode, sources

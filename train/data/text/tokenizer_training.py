@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
+from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer
+from fusedgpt.model.tokenizer_json import load_tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
 
 SMALLEST_VOCAB = 257  # every byte, and end-of-text

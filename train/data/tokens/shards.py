@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusedgpt.model.tokenizer import Tokenizer, load_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer
+from fusedgpt.model.tokenizer_json import load_tokenizer
 from fusedgpt.train.config import explain
 from fusedgpt.train.data.text.sources import DataError
 

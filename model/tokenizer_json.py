@@ -1,0 +1,211 @@
+"""tokenizer.json: our own tokenizers are recognised, the `tokenizers` library runs the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusedgpt.model.tokenizer import (
+    END_OF_TEXT,
+    MAX_VOCAB_SIZE,
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    gpt2_tokenizer,
+    well_formed,
+)
+
+if TYPE_CHECKING:  # imported where used: it takes 60 ms
+    import tokenizers
+
+# A tokenizer.json does not say which of its tokens is end-of-text: it is the first of these that it has.
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "[SEP]")
+MAX_TOKENIZER_BYTES = 64 * 2**20
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in `path`, a tokenizer.json or a folder with one.
+
+    One with the ids of `gpt2_tokenizer`, `byte_tokenizer` or a `char_tokenizer` becomes that one, which is
+    faster; the `tokenizers` library runs any other.
+
+    Raises FileNotFoundError if there is no file, ValueError if it cannot be read, is over
+    MAX_TOKENIZER_BYTES, is not JSON, is refused by the library, or has no end-of-text.
+    """
+    try:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        definition = _read_json(file)
+        return _recognise(definition) or CustomTokenizer(definition)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no tokenizer: {file} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot load the tokenizer {path}: {_one_line(error)}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if file.exists() and not file.is_file():  # reading a pipe would not end
+        raise ValueError("it is not a file")
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_TOKENIZER_BYTES + 1)
+    if len(raw) > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"it is over {MAX_TOKENIZER_BYTES} bytes")
+    definition = json.loads(raw.decode())
+    if not isinstance(definition, dict):
+        raise ValueError("it does not hold a JSON object")
+    return definition
+
+
+def _recognise(definition: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of tokenizer.py with the same ids, if any. `definition` is any JSON object."""
+    model = definition.get("model")
+    if not isinstance(model, dict) or not isinstance(vocab := model.get("vocab"), dict):
+        return None
+    if len(vocab) == 50257 and "merges" in model:
+        ours = gpt2_tokenizer()
+    elif len(vocab) == 257 and "merges" in model:
+        ours = byte_tokenizer()
+    elif characters := "".join(token for token in vocab if len(token) == 1):
+        ours = char_tokenizer(characters)
+    else:
+        return None
+    return ours if _id_rules(definition) == _id_rules(ours.definition()) else None
+
+
+def _id_rules(definition: dict[str, Any]) -> list[object]:
+    """The parts of a tokenizer.json that decide the ids, in one form for all versions of its writers."""
+    added = definition.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    parts = [_normalised(definition.get(part)) for part in ("normalizer", "pre_tokenizer", "model")]
+    return [*parts, [(token.get("id"), token.get("content")) for token in tokens]]
+
+
+def _normalised(part: object) -> object:
+    if not isinstance(part, dict):
+        return part
+    rules: dict[str, object] = dict(part)
+    if rules.get("type") == "ByteLevel":
+        rules.setdefault("use_regex", True)
+    ignored = {"trim_offsets"}
+    if isinstance(merges := part.get("merges"), list):
+        rules.setdefault("type", "BPE")
+        rules["merges"] = [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges]
+        ignored |= {"unk_token", "fuse_unk"}  # our BPEs have an id for every byte: nothing is unknown
+    return {k: v for k, v in rules.items() if k not in ignored and v not in (None, False, "")}
+
+
+class CustomTokenizer(Tokenizer):
+    """Any tokenizer.json, run by the `tokenizers` library, without templates and padding."""
+
+    kind = "custom"
+
+    def __init__(self, definition: dict[str, Any]) -> None:
+        import tokenizers
+
+        with _library_errors("the tokenizers library refuses it"):
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(_plain(definition)))
+            self._library.encode_special_tokens = True
+            vocab = self._library.get_vocab(with_added_tokens=True)
+        name = next((name for name in END_OF_TEXT_NAMES if name in vocab), None)
+        if name is None:
+            raise ValueError(f"it has no end-of-text token: add one of {', '.join(END_OF_TEXT_NAMES)}")
+        self._known = known = frozenset(vocab.values())
+        self.eot_token, self.eot_id = name, vocab[name]
+        self.safe_cut = "words" if _has_gpt2_words(definition) else "never"
+        self.vocab_size = max(known) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"it has the id {self.vocab_size - 1}, and the limit is {MAX_VOCAB_SIZE - 1}")
+        if len(known) != len(vocab):
+            raise ValueError("it gives one id to two tokens")
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = list(map(well_formed, texts))
+        with _library_errors("the tokenizer cannot encode the text"):
+            encoded = self._library.encode_batch(texts)
+            return [self._ordinary(text, one) for text, one in zip(texts, encoded, strict=True)]
+
+    def _ordinary(self, text: str, encoded: tokenizers.Encoding) -> list[int]:
+        """The ids; if the model itself turns a word into end-of-text, then those of the word's characters."""
+        ids: list[int] = encoded.ids
+        if self.eot_id not in ids:
+            return ids
+        parts = [
+            self._alone(text[start:end]) if i == self.eot_id else [i]
+            for i, (start, end) in zip(ids, encoded.offsets, strict=True)
+        ]
+        return list(chain.from_iterable(parts))
+
+    def _alone(self, word: str) -> list[int]:
+        encoded = self._library.encode_batch(list(word))
+        ids = [i for one in encoded for i in one.ids]
+        if self.eot_id in ids:
+            raise ValueError(f"{word!r} has no ids but that of {self.eot_token}")
+        return ids
+
+    def token_bytes(self) -> list[int] | None:
+        if (self.definition()["decoder"] or {}).get("type") != "ByteLevel":
+            return None
+        lengths = [0] * self.vocab_size
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            lengths[i] = 0 if i == self.eot_id else len(token)  # one letter per byte
+        return lengths
+
+    def _decode(self, ids: list[int]) -> str:
+        with _library_errors("the tokenizer cannot decode the ids"):
+            return str(self._library.decode(ids, skip_special_tokens=False))
+
+    def definition(self) -> dict[str, Any]:
+        definition: dict[str, Any] = json.loads(self._library.to_str())
+        return definition
+
+
+def _plain(definition: dict[str, Any]) -> dict[str, Any]:
+    """`definition` without added tokens, truncation and dropout, and with end-of-text marked as special."""
+    plain = definition | {"truncation": None, "padding": None, "post_processor": None}
+    if isinstance(model := plain.get("model"), dict) and "dropout" in model:
+        plain["model"] = model | {"dropout": None}
+    if isinstance(added := plain.get("added_tokens"), list):
+        plain["added_tokens"] = [
+            t | {"special": True} if isinstance(t, dict) and t.get("content") in END_OF_TEXT_NAMES else t
+            for t in added
+        ]
+    return plain
+
+
+def _has_gpt2_words(definition: dict[str, Any]) -> bool:
+    """Whether a valid tokenizer encodes each of GPT-2's words by itself."""
+    rule = definition.get("pre_tokenizer") or {}
+    tokens = definition.get("added_tokens") or []
+    across_words = any(
+        token.get("lstrip")
+        or token.get("rstrip")
+        or token.get("single_word")
+        or re.search(r"\s", token["content"])
+        for token in tokens
+    )
+    gpt2_words = rule.get("type") == "ByteLevel" and rule.get("use_regex", True)
+    gpt2_words = gpt2_words and not rule.get("add_prefix_space", True)  # each part would get a space
+    return gpt2_words and not definition.get("normalizer") and not across_words
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Errors of the `tokenizers` library, many of which are plain Exception, as ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic in Rust derives from BaseException, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
