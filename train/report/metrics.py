@@ -1,4 +1,4 @@
-"""Where a run's metrics are kept: metrics.jsonl, and TensorBoard's event files."""
+"""Where a run's metrics are stored: metrics.jsonl and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fusedgpt.model.files import write_file
 from fusedgpt.train.report.progress import StepMetrics
@@ -17,28 +17,41 @@ from fusedgpt.train.report.progress import StepMetrics
 Row = dict[str, Any]
 
 _SECONDS_BETWEEN_MEMORY_READINGS = 1.0  # each takes some 100 us
-_SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's; what a kill loses
+_SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's files: what a kill loses
+
+
+class Sink(Protocol):
+    """Stores a run's metrics."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Store a step."""
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """Store a validation after step `step`; loss in nats per token."""
+
+    def close(self) -> None:
+        """Write what is left; may be called again."""
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object a line, one for each step and one for each validation; for resumes too.
+    """metrics.jsonl: one JSON object per line, for each step and each validation.
 
     {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "skipped", "seconds"}
     {"step", "val_loss", "val_bits_per_byte"}
 
-    in the units of StepMetrics and Sink; what is not known or not finite is null.
+    in the units of StepMetrics and Sink; null where a value is unknown or not finite.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Go on with `path` after `resume_step`, 0 for a new run: rows of later steps will come again.
+        """Continue `path` after `resume_step`, 0 for a new run. Raises OSError.
 
-        So they are dropped, and so is a last line that a kill cut short. Raises OSError.
+        Rows of later steps, which will come again, are dropped, and so is a last line that a kill cut short.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(path, resume_step)
         self._file = path.open("a", buffering=1, encoding="utf-8")  # each line is in the file once written
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Append a step's row."""
         row = {
             "step": metrics.step,
@@ -46,8 +59,8 @@ class MetricsFile:
             "grad_norm": metrics.grad_norm,
             "learning_rate": metrics.learning_rate,
             "tokens": metrics.tokens,
-            "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": round(mfu, 5),
+            "tokens_per_second": round(metrics.tokens_per_second, 1),
+            "mfu": round(metrics.mfu, 5),
             "skipped": metrics.skipped,
             "seconds": round(metrics.seconds, 3),
         }
@@ -67,9 +80,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, without a last line that is cut short.
+    """The rows of a metrics.jsonl, without a last line that was cut short.
 
-    Raises OSError, and ValueError for a file that is none.
+    Raises OSError, and ValueError for any other file.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     rows = [_parse(line) for line in lines]
@@ -89,7 +102,7 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite `path`, all or nothing, without the rows of later steps and the lines that are no rows."""
+    """Rewrite `path`, all or nothing, without rows of later steps and lines that are not rows."""
     if not path.exists():
         return
     write_file(path, b"".join(_lines_until(path, step)))
@@ -104,14 +117,14 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
 
 
 class TensorBoardSink:
-    """Event files for TensorBoard, of all steps and validations; what a resume repeats is shown once.
+    """Event files for TensorBoard, for all steps and validations; steps that a resume repeats are shown once.
 
     train/loss train/grad_norm train/learning_rate eval/loss eval/bits_per_byte throughput/tokens_per_second
     throughput/mfu memory/peak_bytes (on CUDA)
     """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Go on in `folder` after `resume_step`, 0 for a new run.
+        """Continue in `folder` after `resume_step`, 0 for a new run.
 
         Raises ValueError where TensorBoard is not installed, OSError where the folder cannot be written.
         """
@@ -122,19 +135,20 @@ class TensorBoardSink:
         except ImportError:
             raise ValueError("TensorBoard is not installed: pip install 'fusedgpt[tensorboard]'") from None
         self._writer: Any = writer.EventFileWriter(str(folder), flush_secs=_SECONDS_BETWEEN_FLUSHES)
-        # at 0 too: a run killed before it saved anything begins again, perhaps in the same folder
+        # at 0 too: a run killed before its first save may start again in the same folder
         self._purge_from(resume_step + 1)
         self._memory_read = -math.inf
 
-    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Add a step's scalars."""
         scalars = {
             "train/loss": metrics.loss,
             "train/grad_norm": metrics.grad_norm,
             "train/learning_rate": metrics.learning_rate,
         }
-        speeds = {"throughput/tokens_per_second": tokens_per_second, "throughput/mfu": mfu}
-        scalars |= {tag: value for tag, value in speeds.items() if math.isfinite(value)}
+        for name in ("tokens_per_second", "mfu"):
+            if math.isfinite(value := getattr(metrics, name)):
+                scalars[f"throughput/{name}"] = value
         if metrics.seconds - self._memory_read >= _SECONDS_BETWEEN_MEMORY_READINGS:
             self._memory_read = metrics.seconds
             scalars |= _memory()
@@ -150,18 +164,18 @@ class TensorBoardSink:
         self._writer.close()
 
     def _purge_from(self, step: int) -> None:
-        """Make readers forget what earlier files of the folder say about `step` and later ones."""
+        """Make readers ignore what the folder's earlier files say about `step` and later ones."""
         start = self._proto.SessionLog(status=self._proto.SessionLog.START)
         self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), session_log=start))
 
     def _add(self, scalars: dict[str, float], step: int) -> None:
-        # one event for all: torch's SummaryWriter makes one of each scalar, four times as slow
+        # one event for all: torch's SummaryWriter makes one per scalar, which is four times as slow
         summary = self._summary(value=[{"tag": tag, "simple_value": v} for tag, v in scalars.items()])
         self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
 
 
 def _memory() -> dict[str, float]:
-    """The most GPU memory that tensors have taken so far; nothing for a run that uses no GPU."""
+    """The peak GPU memory of tensors so far; empty without a GPU."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}

@@ -1,4 +1,4 @@
-"""What a person sees of a run, the progress line and the notes above it, and the fan-out to the logs."""
+"""What a person sees of a run: the progress line and the notes above it."""
 
 from __future__ import annotations
 
@@ -7,58 +7,35 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from fusedgpt.train.report.terminal import printable
 
 if TYPE_CHECKING:  # rich takes 60 ms to import, and `fusedgpt --help` draws no bar
     from rich.progress import Progress
 
-_SMOOTHED_STEPS = 10
 _EPOCHS_BETWEEN_AVERAGES = 5
 _REDRAWS_PER_SECOND = 5  # on a terminal; each costs a few hundred microseconds
 _SECONDS_BETWEEN_LINES = 10.0  # elsewhere
-_SPEED_WINDOW = 30.0  # seconds
-_SPEED_RESOLUTION = 0.3  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step."""
+    """One optimizer step and how the run stands after it; NaN where a figure is not known."""
 
-    step: int  # from 1, steps done
-    loss: float  # nats a token
-    grad_norm: float  # before clipping
-    learning_rate: float
-    skipped: bool  # loss or gradient was not finite, so nothing was updated
-    tokens: int  # seen since the run began, resumes included
-    seconds: float  # of training since this process began, evaluation and saving not counted
-
-
-class Sink(Protocol):
-    """Keeps a run's metrics; NaN stands for a speed or an MFU that is not known."""
-
-    def step(self, metrics: StepMetrics, tokens_per_second: float, mfu: float) -> None:
-        """Take in one step; `mfu` is a share, 0.4 for 40%."""
-
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Take in a validation after step `step`; loss in nats a token."""
-
-    def close(self) -> None:
-        """Write what is left; may be called again."""
-
-
-class Shown(NamedTuple):
-    """What the progress line says; NaN where it is not known yet."""
-
-    seconds: float = 0.0
-    step: int = 0
-    loss: float = math.nan
+    step: int = 0  # steps done
+    loss: float = math.nan  # nats per token
+    smoothed_loss: float = math.nan  # mean of the last 10 finite losses
+    grad_norm: float = math.nan  # before clipping
     learning_rate: float = math.nan
+    skipped: bool = False  # loss or gradient was not finite, so nothing was updated
+    tokens: int = 0  # seen since the run began, resumes included
+    seconds: float = 0.0  # of training since this process began, validation and saving not counted
     steps_per_second: float = math.nan
     tokens_per_second: float = math.nan
-    mfu: float = math.nan
+    mfu: float = math.nan  # model FLOP/s utilisation as a fraction, 0.4 for 40%
 
 
 def clock(seconds: float) -> str:
@@ -67,20 +44,20 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def progress_line(shown: Shown, steps: int, width: int | None = None) -> str:
+def progress_line(m: StepMetrics, steps: int, width: int | None = None) -> str:
     """E.g. `[00:05:23] [#######...] 156/200 steps | Loss: 3.4521 | ETA: 00:01:31 | lr 2.9e-04 | 1,234 tok/s`.
 
-    At most `width` characters: a shorter bar first, then fewer figures, at last no bar.
+    At most `width` characters: first the bar gets shorter, then figures go, at last the bar.
     """
-    eta = (steps - shown.step) / shown.steps_per_second if shown.steps_per_second else math.nan
-    loss = "-" if math.isnan(shown.loss) else f"{shown.loss:.4f}"
-    head = f"[{clock(shown.seconds)}]"
-    count = f"{shown.step}/{steps} steps | Loss: {loss}"
+    eta = (steps - m.step) / m.steps_per_second if m.steps_per_second else math.nan
+    loss = "-" if math.isnan(m.smoothed_loss) else f"{m.smoothed_loss:.4f}"
+    head = f"[{clock(m.seconds)}]"
+    count = f"{m.step}/{steps} steps | Loss: {loss}"
     rest = f" | ETA: {'--:--:--' if math.isnan(eta) else clock(eta)}"
-    rate = "" if math.isnan(shown.learning_rate) else f" | lr {shown.learning_rate:.1e}"
-    speed = "" if math.isnan(shown.tokens_per_second) else f" | {shown.tokens_per_second:,.0f} tok/s"
-    mfu = "" if math.isnan(shown.mfu) else f" | MFU {shown.mfu:.1%}"
-    long, short = (f"{head} [{'#' * (n * shown.step // steps):.<{n}}] {count}{rest}" for n in (20, 10))
+    rate = "" if math.isnan(m.learning_rate) else f" | lr {m.learning_rate:.1e}"
+    speed = "" if math.isnan(m.tokens_per_second) else f" | {m.tokens_per_second:,.0f} tok/s"
+    mfu = "" if math.isnan(m.mfu) else f" | MFU {m.mfu:.1%}"
+    long, short = (f"{head} [{'#' * (n * m.step // steps):.<{n}}] {count}{rest}" for n in (20, 10))
     ends = (rate + speed + mfu, speed + mfu, speed, "")
     tries = (
         long + ends[0],
@@ -92,50 +69,8 @@ def progress_line(shown: Shown, steps: int, width: int | None = None) -> str:
     return next((line for line in tries if width is None or len(line) <= width), count[:width])
 
 
-class _Speed:
-    """Steps and tokens a second over the last half minute of training.
-
-    A window, as the average since the beginning would carry the first steps' compilation, or what else the
-    machine did an hour ago, through the whole run; half a minute evens out the jitter of steps and of bursts,
-    and follows a change soon. However slow the steps, it holds at least one whole reading. The very first
-    reading, which compiles, is left out as soon as there is another.
-
-    The rows of a burst may share their time. So a time counts only once a later one has come: then all its
-    tokens are in.
-    """
-
-    def __init__(self, step: int, tokens: int) -> None:
-        self._points = deque([(0.0, step, tokens)])
-        self._holds_first = True
-
-    def add(self, seconds: float, step: int, tokens: int, *, last: bool = False) -> tuple[float, float]:
-        """Steps and tokens a second, NaN before they are known; `last`: no later row will come."""
-        points = self._points
-        ends_at = points[-1][0]
-        close_by = len(points) > 1 and seconds - points[-2][0] < _SPEED_RESOLUTION
-        if seconds <= ends_at or close_by:
-            points[-1] = (max(seconds, ends_at), step, tokens)
-        else:
-            points.append((seconds, step, tokens))
-            self._drop_what_is_past(seconds)
-        from_seconds, from_step, from_tokens = points[0]
-        to_seconds, to_step, to_tokens = points[-1 if last else -2] if len(points) > 1 else points[0]
-        elapsed = to_seconds - from_seconds
-        if elapsed <= 0:
-            return math.nan, math.nan
-        return (to_step - from_step) / elapsed, (to_tokens - from_tokens) / elapsed
-
-    def _drop_what_is_past(self, seconds: float) -> None:
-        points = self._points
-        if self._holds_first and len(points) > 3:
-            self._holds_first = False
-            points.popleft()
-        while len(points) > 3 and seconds - points[1][0] >= _SPEED_WINDOW:
-            points.popleft()
-
-
 class _EpochAverage:
-    """The mean loss of the epoch that is going on."""
+    """The mean loss of the current epoch."""
 
     def __init__(self, step: int) -> None:
         self._restart(step)
@@ -144,13 +79,13 @@ class _EpochAverage:
         self._from, self._sum, self._count = step, 0.0, 0
 
     def add(self, loss: float) -> None:
-        """Losses that are not finite are left out."""
+        """Add a step; losses that are not finite are left out."""
         if math.isfinite(loss):
             self._sum += loss
             self._count += 1
 
     def end(self, step: int, steps_per_epoch: int) -> str:
-        """Say the mean after the epoch's last step, and where a resumed one began; start the next."""
+        """The mean after the epoch's last step, and where a resumed epoch began; starts the next."""
         part = "" if step - self._from >= steps_per_epoch else f" (from step {self._from + 1})"
         mean = self._sum / self._count if self._count else math.nan
         self._restart(step)
@@ -158,7 +93,7 @@ class _EpochAverage:
 
 
 class _Bar:
-    """One moving line on a terminal, which a thread of rich's redraws."""
+    """One moving line on a terminal, redrawn by a thread of rich."""
 
     def __init__(self, stream: TextIO, line: Callable[[int | None], str]) -> None:
         from rich.console import Console
@@ -184,7 +119,7 @@ class _Bar:
         atexit.register(self.close)  # a thread that draws must not outlive the interpreter's state
 
     def update(self, *, last: bool) -> None:
-        """Nothing to do: the thread looks at the line itself."""
+        """Nothing to do: the thread asks for the line itself."""
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -195,12 +130,12 @@ class _Bar:
 
 
 class _Lines:
-    """The same as lines of a file: the first step, one every ten seconds, the last step."""
+    """For a file: a line for the first step, every ten seconds, and for the last step."""
 
     def __init__(self, stream: TextIO, line: Callable[[int | None], str]) -> None:
         self._stream, self._line = stream, line
         self._next = -math.inf
-        self._written = line(None)  # nothing done yet says nothing
+        self._written = line(None)  # without a step there is nothing to write
 
     def update(self, *, last: bool) -> None:
         now = time.monotonic()
@@ -223,7 +158,7 @@ class _Lines:
 
 
 class Monitor:
-    """Draws progress on `stream` (standard error by default) and hands each row to the sinks.
+    """Draws a run's progress on `stream`, by default standard error.
 
     One moving line on a terminal, else a line every ten seconds; `quiet` draws nothing.
     """
@@ -232,72 +167,24 @@ class Monitor:
         self._stream = stream or sys.stderr
         self._quiet = quiet
         self._view: _Bar | _Lines | None = None
-        self._sinks: Sequence[Sink] = ()
-        self._start(steps=1, steps_per_epoch=1, step=0, tokens=0)
 
-    def begin(
-        self,
-        *,
-        steps: int,
-        steps_per_epoch: int,
-        step: int = 0,
-        tokens: int = 0,
-        flops_per_token: float = 0.0,
-        peak_flops: float = 0.0,
-        sinks: Sequence[Sink] = (),
-    ) -> None:
-        """Start a run of `steps`, or go on with it after `step` steps and `tokens` tokens.
-
-        peak_flops is the device's, in FLOP/s at the run's precision; 0 where it is not known: no MFU then.
-        """
+    def begin(self, *, steps: int, steps_per_epoch: int, step: int = 0) -> None:
+        """Start to draw a run of `steps`, which has done `step` of them."""
         self.close()
-        self._sinks = tuple(sinks)
-        self._mfu_per_token = flops_per_token / peak_flops if peak_flops else math.nan
-        self._start(steps=steps, steps_per_epoch=steps_per_epoch, step=step, tokens=tokens)
+        self._steps, self._steps_per_epoch = steps, steps_per_epoch
+        self._epoch = _EpochAverage(step)
+        self._skipped = 0
+        self._last = StepMetrics(step=step)
         if not self._quiet:
             moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
             self._view = (_Bar if moving else _Lines)(self._stream, self._line)
 
-    def _start(self, *, steps: int, steps_per_epoch: int, step: int, tokens: int) -> None:
-        self._steps, self._steps_per_epoch = steps, steps_per_epoch
-        self._recent: deque[float] = deque(maxlen=_SMOOTHED_STEPS)
-        self._epoch = _EpochAverage(step)
-        self._speed = _Speed(step, tokens)
-        self._skipped = 0
-        self._shown = Shown(step=step)
-
-    @property
-    def smoothed_loss(self) -> float:
-        """Mean of the last 10 finite losses, NaN before the first."""
-        return self._shown.loss
-
     def update(self, metrics: StepMetrics) -> None:
-        """Take in one step. Steps may come in bursts, after which the line shows the last of them."""
-        if math.isfinite(metrics.loss):
-            self._recent.append(metrics.loss)
+        """Show a step. Steps may come in bursts, after which the line shows the last of them."""
         self._epoch.add(metrics.loss)
-        step, is_last = metrics.step, metrics.step == self._steps
-        steps_per_second, tokens_per_second = self._speed.add(
-            metrics.seconds, step, metrics.tokens, last=is_last
-        )
-        mfu = tokens_per_second * self._mfu_per_token
-        # replaced as a whole, as the bar's thread may be reading it
-        self._shown = Shown(
-            metrics.seconds,
-            step,
-            sum(self._recent) / len(self._recent) if self._recent else math.nan,
-            metrics.learning_rate,
-            steps_per_second,
-            tokens_per_second,
-            mfu,
-        )
-        for sink in self._sinks:
-            sink.step(metrics, tokens_per_second, mfu)
+        self._last = metrics
         if self._view:
-            self._view.update(last=is_last)
-        self._say_what_happened(metrics)
-
-    def _say_what_happened(self, metrics: StepMetrics) -> None:
+            self._view.update(last=metrics.step == self._steps)
         if metrics.skipped:
             self._skipped += 1
             self.note(
@@ -310,15 +197,13 @@ class Monitor:
                 self.note(f"epoch {epoch}: {text}")
 
     def evaluation(self, *, step: int, loss: float, bits_per_byte: float | None, improved: bool) -> None:
-        """Say a validation's result: loss in nats a token, and whether it is the best so far."""
-        for sink in self._sinks:
-            sink.evaluation(step, loss, bits_per_byte)
+        """Show a validation: the loss in nats per token, and whether it is the best so far."""
         per_byte = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits a byte"
         self.note(f"step {step}: validation loss {loss:.4f}{per_byte}{', best so far' if improved else ''}")
 
     def note(self, text: str) -> None:
-        """A line of its own above the bar; control characters, which could drive a terminal, are left out."""
-        text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+        """Write a line of its own, above the bar."""
+        text = printable(text)
         if self._view:
             self._view.note(text)
         elif not self._quiet:
@@ -326,13 +211,10 @@ class Monitor:
             self._stream.flush()
 
     def close(self) -> None:
-        """Show where the run stands, leave what follows a new line, close the sinks; may be called again."""
+        """Show where the run stands and end the line; may be called again."""
         view, self._view = self._view, None
-        sinks, self._sinks = self._sinks, ()
         if view:
             view.close()
-        for sink in sinks:
-            sink.close()
 
     def _line(self, width: int | None) -> str:
-        return progress_line(self._shown, self._steps, width)
+        return progress_line(self._last, self._steps, width)

@@ -1,10 +1,11 @@
-"""What a run tells: its losses read from the device now and then, its validations, its saves, its end."""
+"""The loop's reports: losses read from the device every few steps, validations, saves, the end."""
 
 from __future__ import annotations
 
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -14,24 +15,27 @@ from torch import Tensor
 from fusedgpt.kernels.ops import fallback
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.validation import Validation
+from fusedgpt.train.report.metrics import Sink
 from fusedgpt.train.report.profiling import StepProfiler
 from fusedgpt.train.report.progress import Monitor, StepMetrics
+from fusedgpt.train.report.speed import Speed
 from fusedgpt.train.run.directory import Run
 from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.run.training_state import Training
 from fusedgpt.train.tools.estimate import peak_flops
 
-_LOG_EVERY = {"cuda": 10}  # steps; elsewhere looking costs nothing
+_LOG_EVERY = {"cuda": 10}  # steps; elsewhere reading costs nothing
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 class TrainingLog:
-    """Keeps each step's results on the device and reads them, many at once, every log_every steps.
+    """Keeps each step's results on the device, reads them together every log_every steps, and reports them.
 
-    A context manager around the loop: on leaving, whatever way, everything it opened is closed.
+    They go to the monitor and to the run's sinks. A context manager around the loop: on any exit, what it
+    opened is closed.
     """
 
     def __init__(
@@ -43,11 +47,13 @@ class TrainingLog:
         self.results = torch.zeros(config.log_every or _LOG_EVERY.get(device.type, 1), 3, device=device)
         self.pending: list[tuple[int, int, float]] = []  # step, tokens, learning rate of the unread results
         self.first_tokens = training.progress.tokens
+        self.speed = Speed(training.progress.step, self.first_tokens)
+        self.sinks: Sequence[Sink] = ()
         self.started = time.perf_counter()
         self.paused_seconds = 0.0
 
     def begin(self, steps: int, steps_per_epoch: int, flops_per_token: float) -> None:
-        """Say what is about to happen."""
+        """Say what is about to happen and open the sinks."""
         model, progress = self.training.model, self.training.progress
         device = model.wte.weight.device
         if self.run is not None:
@@ -57,16 +63,11 @@ class TrainingLog:
                 self.monitor.note(f"resuming after step {progress.step} of {steps} from {self.run.path}")
         if why := fallback(device, self.training.dtype):
             self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
-        on_gpu = device.type == "cuda"
-        self.monitor.begin(
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            step=progress.step,
-            tokens=progress.tokens,
-            flops_per_token=flops_per_token,
-            peak_flops=peak_flops(torch.cuda.get_device_name(device)) if on_gpu else 0.0,
-            sinks=self.run.sinks() if self.run else (),
-        )
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+        self.mfu_per_token = flops_per_token / peak if peak else math.nan  # seconds
+        self.steps = steps
+        self.sinks = self.run.sinks() if self.run else ()
+        self.monitor.begin(steps=steps, steps_per_epoch=steps_per_epoch, step=progress.step)
 
     def __enter__(self) -> Self:
         self.started = time.perf_counter()
@@ -80,10 +81,12 @@ class TrainingLog:
             if self.profiler is not None:
                 self.profiler.close()
             self.monitor.close()
+            for sink in self.sinks:
+                sink.close()
             self.seconds = time.perf_counter() - self.started
 
     def add(self, result: Tensor, lr: float) -> None:
-        """A step is done; result: fp32 (3,) as Step gives it."""
+        """Take a step's result, fp32 (3,) as Step returns it."""
         progress = self.training.progress
         self.results[len(self.pending)] = result
         self.pending.append((progress.step, progress.tokens, lr))
@@ -96,22 +99,30 @@ class TrainingLog:
                 self.profiler.table = None
 
     def read(self) -> None:
-        """Fetch what the device has ready, and show it. Raises TrainingDiverged."""
+        """Fetch the pending results from the device and report them. Raises TrainingDiverged."""
         rows = self.results[: len(self.pending)].tolist()
-        seconds = self.training_seconds
+        seconds, progress = self.training_seconds, self.training.progress
         for (step, tokens, lr), (loss, norm, skipped) in zip(self.pending, rows, strict=True):
-            self.training.progress.take_in(loss, skipped=bool(skipped))
-            self.monitor.update(
-                StepMetrics(
-                    step=step,
-                    loss=loss,
-                    grad_norm=norm,
-                    learning_rate=lr,
-                    skipped=bool(skipped),
-                    tokens=tokens,
-                    seconds=seconds,
-                )
+            progress.add(loss, skipped=bool(skipped))
+            steps_per_second, tokens_per_second = self.speed.add(
+                seconds, step, tokens, last=step == self.steps
             )
+            metrics = StepMetrics(
+                step=step,
+                loss=loss,
+                smoothed_loss=progress.smoothed_loss,
+                grad_norm=norm,
+                learning_rate=lr,
+                skipped=bool(skipped),
+                tokens=tokens,
+                seconds=seconds,
+                steps_per_second=steps_per_second,
+                tokens_per_second=tokens_per_second,
+                mfu=tokens_per_second * self.mfu_per_token,
+            )
+            for sink in self.sinks:
+                sink.step(metrics)
+            self.monitor.update(metrics)
         self.pending.clear()
         self._check_divergence()
 
@@ -141,7 +152,7 @@ class TrainingLog:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Time that is not training; all steps before it are read."""
+        """For time that is not training; first reads all steps."""
         self.read()
         start = time.perf_counter()
         try:
@@ -150,7 +161,7 @@ class TrainingLog:
             self.paused_seconds += time.perf_counter() - start
 
     def validate(self, validation: Validation, stop: StopSignals) -> None:
-        """Validate, show it, keep the weights if they are the best; a signal cuts it short."""
+        """Validate, report it, keep the weights if they are the best; a signal interrupts it."""
         with self._paused():
             step = self.training.progress.step
             evaluation = validation.run(self.training.model, step, self.training.dtype, stop.requested)
@@ -158,6 +169,8 @@ class TrainingLog:
                 return
             if validation.improved:
                 self.training.keep_best()
+            for sink in self.sinks:
+                sink.evaluation(step, evaluation.loss, evaluation.bits_per_byte)
             self.monitor.evaluation(
                 step=step,
                 loss=evaluation.loss,
@@ -166,7 +179,7 @@ class TrainingLog:
             )
 
     def save(self, run: Run) -> None:
-        """Save in the background of what follows."""
+        """Save in the background."""
         with self._paused():
             run.save(self.training.snapshot())
 

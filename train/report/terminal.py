@@ -57,16 +57,13 @@ class TerminalWriter:
 class ShowProgress(Protocol):
     """What `progress_bar` yields."""
 
-    def __call__(self, done: int, total: int, title: str | None = None) -> None:
-        """Show how much is done of the total, 0 if that is not known, and perhaps another title."""
+    def __call__(self, done: int, total: int, title: str = ...) -> None:
+        """Show how much is done of the total, 0 if that is not known, perhaps under another title."""
 
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
-    """A bar on standard error; where that is no terminal, a line every ten seconds.
-
-    It may be called as often as one likes.
-    """
+    """A bar on standard error; where that is no terminal, a line every ten seconds."""
     from rich.console import Console  # 60 ms, which `fusedgpt --help` saves
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -81,7 +78,7 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
         interval = _SECONDS_BETWEEN_REDRAWS if on_terminal else _SECONDS_BETWEEN_LINES
         shown = -math.inf if on_terminal else time.monotonic()
 
-        def show(done: int, total: int, title: str | None = title) -> None:
+        def show(done: int, total: int, title: str = title) -> None:
             nonlocal shown
             if quiet or time.monotonic() - shown < interval:
                 return

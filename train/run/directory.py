@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from fusedgpt.model.files import write_file
 from fusedgpt.model.folder import safe_name
 from fusedgpt.train.config import ConfigError, RunConfig, SavingConfig, read_toml
-from fusedgpt.train.report.progress import Sink
+from fusedgpt.train.report.metrics import MetricsFile, Sink, TensorBoardSink
 from fusedgpt.train.run.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -59,8 +59,6 @@ class Run:
 
     def sinks(self) -> list[Sink]:
         """Where metrics go, continued from the resumed checkpoint."""
-        from fusedgpt.train.report.metrics import MetricsFile, TensorBoardSink
-
         resume_step = self.resumed.step if self.resumed else 0
         sinks: list[Sink] = [MetricsFile(self.path / _METRICS, resume_step=resume_step)]
         if self.saving.tensorboard:

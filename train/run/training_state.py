@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training: taken out of it, and put back in."""
+"""The state of a training: copied into a checkpoint and restored from one."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ class Progress:
     skipped_in_a_row: int = 0
     validation: ValidationState = field(default_factory=ValidationState)
 
-    def take_in(self, loss: float, *, skipped: bool) -> None:
-        """A step's outcome."""
-        self.recent_losses = [*self.recent_losses[1 - _SMOOTHED_STEPS :], loss]
+    def add(self, loss: float, *, skipped: bool) -> None:
+        """Note a step's outcome."""
+        if math.isfinite(loss):
+            self.recent_losses = [*self.recent_losses[1 - _SMOOTHED_STEPS :], loss]
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     @property
     def smoothed_loss(self) -> float:
-        """Mean of the last 10 losses, NaN before the first."""
+        """Mean of the last 10 finite losses, NaN before the first."""
         return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
 
 
