@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-VOCAB_MULTIPLE = 128  # aligned rows are what lets loads vectorise
+VOCAB_MULTIPLE = 128  # aligned rows let loads vectorise
 
 
 class GPTConfig(BaseModel):

@@ -1,7 +1,4 @@
-"""A model in other forms: GGUF for llama.cpp and Ollama, safetensors in other dtypes and in shards.
-
-What is exported is there as a whole or not at all: it is written beside its place, synced and renamed.
-"""
+"""Export: GGUF for llama.cpp and Ollama, safetensors in other dtypes and in shards; all or nothing."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ if TYPE_CHECKING:  # the extra `gguf`
 GGUF_TYPES = ("f32", "f16", "q8_0")
 _OTHER_BYTES = 16 << 20  # tokenizer, metadata, alignment
 _BLOCK = 32  # values that share a scale in Q8_0
-# ÿ is GPT-2's letter for the byte 0xFF, which no UTF-8 text has: a merge that never happens.
+# ÿ is GPT-2's letter for the byte 0xFF, which UTF-8 never contains: a merge that never applies.
 _NO_MERGES = ["ÿ ÿ"]
 
 
 class ExportError(ValueError):
-    """A model or a place that an export cannot be made of or at."""
+    """A model that cannot be exported, or a path that cannot be exported to."""
 
 
 def export_safetensors(
@@ -46,8 +43,8 @@ def export_safetensors(
 ) -> None:
     """Write a model folder `out`, which must not exist, with weights in dtype: "bf16", "fp16" or "fp32".
 
-    Raises ExportError for a dtype there is not, or a place that is taken or full, ValueError for weights
-    that do not fit dtype, OSError where `out` cannot be written.
+    Raises ExportError for an unknown dtype, an existing `out` or a full disk, ValueError for weights too
+    large for dtype, OSError where `out` cannot be written.
     """
     if dtype not in DTYPES:
         raise ExportError(f"no dtype {dtype!r} for safetensors; there are {', '.join(DTYPES)}")
@@ -60,8 +57,8 @@ def export_safetensors(
 def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f16", name: str = "") -> None:
     """Write a GGUF file `out`, which must not exist, as llama.cpp's converter would; dtype: see GGUF_TYPES.
 
-    Raises ExportError for a dtype there is not, a tokenizer llama.cpp has no form of, a place that is taken
-    or full, or where the extra `gguf` is not installed, OSError where `out` cannot be written.
+    Raises ExportError for an unknown dtype, a tokenizer that llama.cpp cannot express, an existing `out`, a
+    full disk, or a missing package gguf, OSError where `out` cannot be written.
     """
     if dtype not in GGUF_TYPES:
         raise ExportError(f"no dtype {dtype!r} for GGUF; there are {', '.join(GGUF_TYPES)}")
@@ -86,7 +83,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f1
 
 
 def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
-    """What `ollama create NAME -f Modelfile` takes: plain continuation in the context that was trained."""
+    """A Modelfile for `ollama create NAME -f Modelfile`: plain continuation, in the trained context."""
     return (
         f"FROM {gguf_path.resolve()}\n"
         'TEMPLATE """{{ .Prompt }}"""\n'
@@ -99,7 +96,7 @@ def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
 
 @contextmanager
 def _new(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A free path beside `out` that becomes `out` at the end; nothing is left of it after an error."""
+    """A temporary path that becomes `out` at the end; nothing is left of it after an error."""
     try:
         _refuse_taken(out)
         _check_space(out.absolute().parent, n_bytes + _OTHER_BYTES)
@@ -107,7 +104,7 @@ def _new(out: Path, n_bytes: int) -> Iterator[Path]:
             yield temporary
             _refuse_taken(out)
             publish(temporary, out)
-    except (OSError, SafetensorError) as error:  # safetensors says so of a full disk, too
+    except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {out}: {reason}; choose another --out") from None
 
@@ -144,7 +141,7 @@ def _add_shape(writer: gguf.GGUFWriter, model: GPT, dtype: str, name: str) -> No
 
 
 def _bpe_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model part of tokenizer.json; ExportError where llama.cpp's "gpt2" would not give its ids."""
+    """The model in tokenizer.json; raises ExportError if llama.cpp's "gpt2" would give other ids."""
     definition = tokenizer.definition()
     bpe: dict[str, Any] = definition["model"]
     rule = definition["pre_tokenizer"] or {}
@@ -188,10 +185,10 @@ def _add_vocabulary(writer: gguf.GGUFWriter, model: GPT, tokenizer: Tokenizer, b
 def _gguf_tensors(
     model: GPT, dtype: str
 ) -> Iterator[tuple[str, NDArray[np.generic], gguf.GGMLQuantizationType | None]]:
-    """(name, values, type where the array's dtype does not say it) of each tensor.
+    """(name, values, quantized type or None) of each tensor.
 
-    llama.cpp reads matrices (out, in), as ours are. Norms, biases and positions stay fp32, as there; the
-    head is tied: it takes token_embd where there is no output.weight.
+    llama.cpp reads matrices as (out, in), like ours. Norms, biases and positions stay fp32, as in its
+    converter. The head is tied: without an output.weight it uses token_embd.
     """
     import gguf
 

@@ -1,6 +1,6 @@
 """The model folder: Hugging Face's GPT-2 layout, so that transformers, llama.cpp and the rest open it.
 
-weights.py knows its tensors, hf_config.py its shape, this file the rest and how it is written.
+weights.py has its tensors, hf_config.py its config.json, this file the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_NAME = 50
 
 
 def safe_name(text: str) -> str:
-    """`text` as a file name: NFKC, [a-z0-9_-], at most 50 characters; "model" where nothing is left."""
+    """`text` as a file name: NFKC, [a-z0-9_-], at most 50 characters; "model" if nothing is left."""
     ascii_text = unicodedata.normalize("NFKC", text).casefold()
     name = re.sub(r"[^a-z0-9_-]+", "-", ascii_text).strip("-")[:_MAX_NAME].rstrip("-")
     return "model" if not name or name in _RESERVED_NAMES else name
@@ -69,9 +69,9 @@ def write_files(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write what makes up a model folder into `folder`, which exists and is nobody's yet.
+    """Write the files of a model folder into `folder`, an empty one that nobody reads yet.
 
-    Raises OSError, and ValueError where the weights do not fit dtype.
+    Raises OSError, and ValueError if a weight is too large for dtype.
     """
     save_weights(folder, hf_tensors(model, dtype), max_shard_bytes)
     tokenizer.save(folder, max_length=model.config.block_size)
@@ -83,7 +83,7 @@ def write_files(
 
 
 def check_writable(root: Path) -> None:
-    """Create `root` if it is missing; raises OSError naming it where no file can be made in it."""
+    """Create `root` if it is missing; raises OSError naming it if no file can be created in it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -97,9 +97,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_folder(folder: Path) -> tuple[GPT, Tokenizer]:
-    """The model (fp32, eval mode, CPU) and tokenizer of a folder, ours or one transformers saved.
+    """The model (fp32, eval mode, CPU) and tokenizer of a folder, saved by us or by transformers.
 
-    Raises ModelFolderError where a file is missing or damaged, or the model is no GPT-2 of this kind.
+    Raises ModelFolderError if a file is missing or damaged, or the model is not a GPT-2 that we can run.
     """
     config = read_config(folder)
     try:

@@ -1,6 +1,6 @@
-"""config.json, the shape of a model in Hugging Face's words, and the folders that have one.
+"""config.json, the shape of a model in Hugging Face's terms, and the folders that have one.
 
-It does without torch: `fusedgpt list` takes no second.
+It does not import torch, so that `fusedgpt list` is quick.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-# What our GPT computes, as the field that says so in config.json; others would load and be wrong.
+# What our GPT requires of config.json; with other values a model would load and compute something else.
 _REQUIRED = {
     "model_type": ("gpt2",),
     "activation_function": _TANH_GELU,
@@ -32,7 +32,7 @@ _REQUIRED = {
 
 
 class ModelFolderError(ValueError):
-    """A folder that is no model folder, or one that is damaged or of another architecture."""
+    """A folder that is not a model folder, is damaged, or holds another architecture."""
 
 
 def hf_config(config: GPTConfig, eot_id: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> GPTConfig:
     if not path.is_file():
         raise ModelFolderError(f"{folder} is no model folder: it has no config.json")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelFolderError(f"{path} has over {_MAX_CONFIG_BYTES} bytes, which no config.json needs")
+        raise ModelFolderError(f"{path} has over {_MAX_CONFIG_BYTES} bytes, more than any config.json needs")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -101,11 +101,11 @@ def list_folders(root: Path) -> list[dict[str, Any]]:
     """name, path, saved (local time) and parameters of every model folder in `root`, newest first."""
     found = []
     for weights in chain.from_iterable(root.glob(f"[!.]*/{name}") for name in (WEIGHTS, INDEX)):
-        # A leading dot, which the pattern leaves out, is a save that was cut off.
+        # A leading dot, which the pattern excludes, is a save that was interrupted.
         try:
             config = read_config(weights.parent)
         except ModelFolderError:
-            continue  # somebody else's folder
+            continue  # not ours
         found.append((weights.stat().st_mtime, weights.parent, config.parameter_counts()[0]))
     return [
         {

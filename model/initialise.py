@@ -1,4 +1,4 @@
-"""Weights to start from: any GPT-2-family folder in Hugging Face's layout, fitted to the run's settings."""
+"""Initial weights from any GPT-2 folder in Hugging Face's layout, fitted to the run's settings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ from fusedgpt.model.hf_config import ModelFolderError, read_config
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.model.tokenizer_json import load_tokenizer
 
-_FITTED = (
-    "block_size",
-    "trained_length",
-    "dropout",
-    "layer_norm_epsilon",
-)  # the weights decide the rest
-_MAX_PADDING = 1024  # ids by which others pad a vocabulary
+# settings that a run may change; the weights determine the others
+_CHANGEABLE = ("block_size", "trained_length", "dropout", "layer_norm_epsilon")
+_MAX_PADDING = 1024  # ids that other tools may add to a vocabulary
 
 
 def init_from(
@@ -35,9 +31,9 @@ def init_from(
 ) -> GPT:
     """The folder's model with its context cropped or extended to config.block_size, in fp32 on the CPU.
 
-    An extended context repeats the positions that are there (Beltagy et al. 2020, section 5), which have to
-    be trained; note is told. Raises ModelFolderError for a damaged folder, or a tokenizer that is not the one
-    its weights were trained with.
+    An extended context repeats the position embeddings (Beltagy et al. 2020, section 5), which then need
+    training; `note` gets a line about it. Raises ModelFolderError for a damaged folder, or a tokenizer other
+    than the one its weights were trained with.
     """
     stored = read_config(folder)
     check_tokenizer(folder, stored, tokenizer)
@@ -58,31 +54,31 @@ def init_from(
 def fitted_config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:
     """The folder's GPTConfig with the fields of `overrides` that are not None.
 
-    Raises ModelFolderError for a damaged config.json and for a shape that is not the folder's, ValueError for
-    a context below 1.
+    Raises ModelFolderError for a damaged config.json or a shape that is not the folder's, ValueError for a
+    context below 1.
     """
     stored = read_config(folder)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     for name, value in overrides.items():
-        if name not in _FITTED and value != getattr(stored, name):
+        if name not in _CHANGEABLE and value != getattr(stored, name):
             raise ModelFolderError(
                 f"{folder}: its weights have {name} {getattr(stored, name)}, not {value}: "
                 f"leave that setting out"
             )
     merged = {**stored.model_dump(), **overrides}
-    seen = min(stored.window, merged["block_size"])  # training on short windows does not unlearn long ones
+    seen = min(stored.window, merged["block_size"])  # shorter training windows keep longer ones usable
     merged["trained_length"] = max(seen, overrides.get("trained_length") or 0)
     return GPTConfig(**merged)
 
 
 def _positions(table: Tensor, length: int) -> Tensor:
-    """The first `length` rows of `table`, repeated as often as it takes."""
+    """The first `length` rows of `table`, which repeats if it is too short."""
     rows = torch.arange(length, device=table.device) % len(table)
     return table.detach()[rows]
 
 
 def check_tokenizer(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:
-    """Raise ModelFolderError where the ids of `tokenizer` are not those of the folder's weights."""
+    """Raise ModelFolderError if the ids of `tokenizer` are not those of the folder's weights."""
     if not config.vocab_size - _MAX_PADDING < tokenizer.vocab_size <= config.vocab_size:
         raise ModelFolderError(
             f"{folder}: its weights are for {config.vocab_size} ids, the tokenizer has "

@@ -1,7 +1,7 @@
 """GPT-2's tensors in Hugging Face's layout: to and from safetensors, in one file or in shards with an index.
 
-This is the one place that knows that layout: `transformer.`-prefixed names, projections stored (in, out), no
-`lm_head` (tied), the vocabulary without its padding.
+The layout: names with the prefix `transformer.`, projections stored (in, out), no `lm_head` (tied), the
+vocabulary without its padding.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's
 _MAX_INDEX_BYTES = 64 << 20
 _TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-_LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
+_LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks in old checkpoints
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
 def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The parameters under Hugging Face's names and shapes, on the CPU.
 
-    Raises ValueError where a finite value has no finite form in dtype.
+    Raises ValueError if a finite value overflows in dtype.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, Tens
 
 
 def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value`, fp32, in dtype. Raises ValueError where that makes a finite number infinite."""
+    """`value`, fp32, in dtype. Raises ValueError if a finite number becomes infinite."""
     low = value.to(dtype)
     if dtype != torch.float32 and not low.isfinite().all() and value.isfinite().all():
         largest = value.abs().max()
@@ -56,7 +56,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `tensors` into `folder`, which exists: one file, or shards with an index; not atomic.
+    """Write `tensors` into the existing `folder`, not atomically: one file, or shards with an index.
 
     A shard has at most max_shard_bytes of tensors, or a single larger one.
     """
@@ -82,14 +82,14 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int 
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights, whole or in shards."""
+    """Whether a folder has weights, in one file or in shards."""
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def load_weights(folder: Path, config: GPTConfig) -> GPT:
-    """The GPT of `config` with a folder's weights, in fp32 on the CPU, in eval mode.
+    """A GPT with a folder's weights, in fp32 on the CPU, in eval mode.
 
-    Every name, shape, dtype and value is checked. Raises ModelFolderError.
+    Checks every name, shape, dtype and value. Raises ModelFolderError.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -125,14 +125,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shard_names(index: Path) -> list[str]:
     if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise ModelFolderError(f"{index} has over {_MAX_INDEX_BYTES} bytes, which no index needs")
+        raise ModelFolderError(f"{index} has over {_MAX_INDEX_BYTES} bytes, more than any index needs")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ModelFolderError(f"{index} is no index of safetensors files") from None
     for name in names:
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):  # a name outside of the folder
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):  # perhaps outside the folder
             raise ModelFolderError(f"{index} names {name!r}, which is no safetensors file beside it")
     return names
 

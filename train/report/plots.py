@@ -1,4 +1,4 @@
-"""Pictures of a run: the learning rate to come, the losses so far."""
+"""Plots of a run: the learning rate schedule and the losses."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:  # matplotlib is an extra
 Floats = NDArray[np.float64]
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1600a", "#5a5a5a"
-_SCHEDULE_POINTS = 2000  # more than the picture has pixels across
+_SCHEDULE_POINTS = 2000  # more than the plot has pixels across
 _SMALLEST_WINDOW = 10  # steps, as on the progress bar
 _WINDOWS_PER_RUN = 50
 
 
 def plot_schedule(config: TrainConfig, total_steps: int, path: Path) -> Path:
-    """Draw the learning rate over a run of total_steps into the PNG `path`; returns `path`.
+    """Plot the learning rate over a run of total_steps into the PNG `path`; returns `path`.
 
-    Raises ValueError where matplotlib is not installed, OSError where `path` cannot be written.
+    Raises ValueError if matplotlib is not installed, OSError where `path` cannot be written.
     """
     figure, axes = _figure(f"Learning rate: {config.schedule}, {total_steps:,} steps")
     warmup, decay = warmup_steps(total_steps, config), decay_steps(total_steps, config)
@@ -51,9 +51,9 @@ def plot_schedule(config: TrainConfig, total_steps: int, path: Path) -> Path:
 
 
 def plot_losses(metrics_path: Path, png: Path) -> Path:
-    """Draw the losses of a metrics.jsonl into `png`, steps on a log scale if most happens early; returns it.
+    """Plot the losses of a metrics.jsonl into `png`, with log steps if they fall early; returns `png`.
 
-    Raises ValueError where there is no loss yet or no matplotlib, OSError for paths that cannot be used.
+    Raises ValueError without a loss or matplotlib, OSError for paths that cannot be used.
     """
     rows = read_metrics(metrics_path)
     steps, losses = _series(rows, "loss")
@@ -73,13 +73,13 @@ def plot_losses(metrics_path: Path, png: Path) -> Path:
         axes.set_xlabel("step")
         axes.set_xlim(0, steps[-1] * 1.02)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right", frameon=False, fontsize=11)
     return _save(figure, png)
 
 
 def running_mean(values: Floats, window: int) -> Floats:
-    """The mean of the last values at each place: a fifth of those so far, at most `window`.
+    """At each place the mean of the last fifth of the values so far, at most `window` of them.
 
     A fixed window would lag far behind while the loss falls fastest.
     """
@@ -91,13 +91,13 @@ def running_mean(values: Floats, window: int) -> Floats:
 
 
 def falls_early(losses: Floats) -> bool:
-    """Whether a linear scale would press nine tenths of the fall into the first tenth of the run."""
+    """Whether nine tenths of the fall happen in the first tenth of the run."""
     whole = losses[0] - losses.min()
     return len(losses) >= 100 and bool(losses[0] - losses[len(losses) // 10] > 0.9 * whole)
 
 
 def _series(rows: Iterable[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
-    """Steps and values of `name`; what was not finite is left out."""
+    """Steps and values of `name`, without those that were not finite."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array([s for s, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
 
@@ -112,7 +112,7 @@ def _draw_validation(axes: Axes, steps: Floats, losses: Floats) -> None:
 
 
 def _show_last_decades(axes: Axes, steps: Floats, losses: Floats) -> None:
-    """Steps on a log scale of three decades; more would give half the width to the very first steps."""
+    """Steps on a log scale of three decades; more would give half the width to the first few steps."""
     last = steps.max()
     left = max(1.0, last * 1e-3)
     seen = losses[steps >= left]
@@ -125,7 +125,7 @@ def _show_last_decades(axes: Axes, steps: Floats, losses: Floats) -> None:
 
 
 def _name_phase(axes: Axes, start: float, end: float, name: str, side: Literal["left", "right"]) -> None:
-    """Shade a phase and name it above the curve, from its outer side, as the name may be the wider one."""
+    """Shade a phase and label it above the curve, aligned to its outer side as the label may be wider."""
     axes.axvspan(start, end, color=_GREY, alpha=0.1, linewidth=0)
     at, indent = (start, 6) if side == "left" else (end, -6)
     axes.annotate(
@@ -142,7 +142,7 @@ def _name_phase(axes: Axes, start: float, end: float, name: str, side: Literal["
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
-    """A figure with one set of axes, without pyplot: no backend is chosen, no window or global state."""
+    """A figure with one set of axes, without pyplot and its backend, windows and global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""A profile of a few steps: a trace for chrome://tracing or Perfetto, and the dearest ops as a table."""
+"""A profile of a few steps: a trace for chrome://tracing or Perfetto, and a table of the slowest ops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS = 10
 
 
 class StepProfiler:
-    """Watches a few of a run's steps; say step() after each. table is filled once they are over."""
+    """Profiles a few of a run's steps; call step() after each. `table` is set once they are over."""
 
     def __init__(self, trace: Path | None) -> None:
         self.trace = trace
@@ -25,11 +25,11 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """A step is over."""
+        """Count a step."""
         self._profile.step()
 
     def close(self) -> None:
-        """The run is over, perhaps before the profiled steps were: then what there is of them is kept."""
+        """Stop; if the run ended during the profiled steps, keep those there are."""
         self._profile.stop()
 
     def _keep(self, result: Any) -> None:

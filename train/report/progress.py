@@ -102,7 +102,7 @@ class _Bar:
 
         class Line(ProgressColumn):
             def render(self, task: Task) -> Text:
-                # one column is left free: a full line wraps on some terminals
+                # one column stays free: a full line wraps on some terminals
                 return Text(line(console.width - 1), no_wrap=True, overflow="crop")
 
         console = Console(file=stream, force_terminal=True)

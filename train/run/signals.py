@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves, and ends between two steps."""
+"""Signals that stop a run: it saves and ends between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") i
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run; what it had is saved."""
+    """A signal ended the run, which is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -26,9 +26,9 @@ class _StopNow(BaseException):
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 while it is entered; a second SIGINT raises KeyboardInterrupt.
+    """A context that records SIGINT, SIGTERM and SIGUSR1; a second SIGINT raises KeyboardInterrupt.
 
-    Signal handlers belong to the main thread: in others it notes nothing.
+    Only the main thread can handle signals: in others it records nothing.
     """
 
     def __init__(self) -> None:
@@ -55,11 +55,11 @@ class StopSignals:
             raise _StopNow
 
     def requested(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return self.received is not None
 
     def unless_stopped(self, work: Callable[[], T]) -> T | None:
-        """work(), which a signal ends right away: for what may take minutes and has nothing to save."""
+        """work(), which a signal ends at once with None: for what takes minutes and has nothing to save."""
         self._at_once = True
         try:
             return None if self.requested() else work()

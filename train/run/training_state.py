@@ -56,12 +56,12 @@ class Training:
     dtype: torch.dtype  # of activations
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16's
-    fingerprint: dict[str, Any]  # of what must not change between a checkpoint and its resume
+    fingerprint: dict[str, Any]  # what must not change between a checkpoint and its resume
     progress: Progress = field(default_factory=Progress)
     best: Tensors = field(default_factory=dict)  # fp32 parameters of the best validation, on the host
 
     def snapshot(self) -> Checkpoint:
-        """A copy of it all on the host, as training goes on and changes what it holds."""
+        """A copy of all of it on the host, which training does not change."""
         state = {
             "progress": asdict(self.progress),
             "dropout": {"seed": int(self.model.dropout_seed), "step": int(self.model.dropout_step)},
@@ -77,7 +77,7 @@ class Training:
         return Checkpoint(step=self.progress.step, tensors=tensors, state=state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become what snapshot() copied. Raises CheckpointError where it does not fit this run."""
+        """Load what snapshot() copied. Raises CheckpointError if it does not fit this run."""
         state = checkpoint.state
         for name, value in self.fingerprint.items():
             if (then := state["fingerprint"].get(name)) != value:
@@ -104,16 +104,16 @@ class Training:
             self.keep_best()
 
     def keep_best(self) -> None:
-        """Take a copy of the weights: they are the best so far."""
+        """Copy the weights: they are the best so far."""
         self.best = _on_host(self.parameters())
 
     def parameters(self) -> Tensors:
-        """The parameters by name, in fp32 where the optimizer keeps them so."""
+        """The parameters by name, in fp32 where the optimizer has master weights."""
         state = self.optimizer.state
         return {n: state.get(p, {}).get("master", p).detach() for n, p in self.model.named_parameters()}
 
     def finish(self) -> None:
-        """Leave the model in fp32 and eval mode, with the best validated weights if there are any."""
+        """Leave the model in fp32 and eval mode, with the weights of the best validation if there was one."""
         values = self.best or _on_host(self.parameters())
         self.model.float().eval()
         with torch.no_grad():
@@ -148,7 +148,7 @@ class Training:
 
 
 def fingerprint(dataset: TokenDataset, config: TrainConfig) -> dict[str, Any]:
-    """What decides the meaning of a cursor: the tokens, how they are cut, and the seed of their order."""
+    """What a cursor depends on: the tokens, how they are cut into windows, and the seed of their order."""
     return {"training text": dataset.fingerprint, "max_length": dataset.max_length, "seed": config.seed}
 
 
@@ -159,7 +159,7 @@ def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
 def _expect_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     if found.keys() != wanted.keys():
         odd = sorted(found.keys() ^ wanted.keys())
-        raise CheckpointError(f"{what}: these tensors are missing or too many: {', '.join(odd[:3])}")
+        raise CheckpointError(f"{what}: missing or unexpected tensors: {', '.join(odd[:3])}")
     for name, x in wanted.items():
         if (found[name].shape, found[name].dtype) != (x.shape, x.dtype):
             there = f"{tuple(found[name].shape)} {found[name].dtype}"

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what is said so far is the text that the model goes on with."""
+"""A conversation in the terminal: the model continues the text so far."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORGET = "/forget"
 
 
 class Chat:
-    """A model, and the history of a conversation with it, which slides: the oldest tokens go first.
+    """A model and the history of a conversation with it, from which the oldest tokens are dropped.
 
-    Each turn is user + line + newline + reply, the two being prefixes that the model has learned to
-    expect, or empty; the reply ends at end-of-text, a stop string or max_new_tokens.
+    Each turn is user + line + newline + reply, where `user` and `reply` are prefixes that the model was
+    trained on, or empty. The reply ends at end-of-text, a stop string or max_new_tokens.
     """
 
     def __init__(
@@ -39,33 +39,33 @@ class Chat:
         self.history: list[int] = []
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Clear the history."""
         self.history = []
 
     def turn(self, line: str, on_text: Callable[[str], None]) -> str:
-        """What the model says to `line`, told to on_text as it comes; Ctrl-C ends the reply, not the chat.
+        """The reply to `line`, passed to on_text piece by piece; Ctrl-C ends the reply, not the chat.
 
-        Raises ValueError for what the tokenizer cannot encode; the history then is as it was.
+        Raises ValueError for text that the tokenizer cannot encode; the history is then unchanged.
         """
-        said = self.tokenizer.encode(f"{self.user}{line}\n{self.reply}")
-        prompt = self._within([*(self.history or [self.tokenizer.eot_id]), *said])
-        told: list[str] = []
+        ids = self.tokenizer.encode(f"{self.user}{line}\n{self.reply}")
+        prompt = self._within([*(self.history or [self.tokenizer.eot_id]), *ids])
+        pieces: list[str] = []
 
-        def tell(text: str) -> None:
-            told.append(text)
+        def pass_on(text: str) -> None:
+            pieces.append(text)
             on_text(text)
 
         with suppress(KeyboardInterrupt):
             continue_ids(
-                self.model, self.tokenizer, [prompt], stop=self.stop, on_text=tell, sampling=self.sampling
+                self.model, self.tokenizer, [prompt], stop=self.stop, on_text=pass_on, sampling=self.sampling
             )
-        text = "".join(told)
+        text = "".join(pieces)
         self.history = self._within([*prompt, *self._encodable(text.rstrip("\n") + "\n")])
         self.sampling["seed"] = self.sampling.get("seed", 0) + 1
         return text
 
     def _within(self, ids: list[int]) -> list[int]:
-        """The last ids, half a window left for the reply."""
+        """The last ids, leaving half the window for the reply."""
         return ids[-max(1, self.model.config.window // 2) :]
 
     def _encodable(self, text: str) -> list[int]:
@@ -76,7 +76,7 @@ class Chat:
 
 
 def converse(chat: Chat, read: Callable[[str], str | None], writer: TerminalWriter) -> None:
-    """Read a line, write the reply, until `read` returns None (Ctrl-D, Ctrl-C). /forget begins anew."""
+    """Answer lines until `read` returns None (Ctrl-D, Ctrl-C); /forget clears the history."""
     while (line := read("> ")) is not None:
         if line.strip() == FORGET:
             chat.forget()

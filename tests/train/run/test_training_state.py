@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"n_embd": 24}, "model: .* is .*, expected"),
-        ({"n_layer": 3}, "model: these tensors are missing or too many: h.2."),
+        ({"n_layer": 3}, "model: missing or unexpected tensors: h.2."),
         ({"seed": 4}, "was made with another seed: 3, now 4"),
     ],
 )
