@@ -80,33 +80,41 @@ class CheckpointStore:
         self._saving: futures.Future[Path] | None = None
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write it to disk, all or nothing; then remove all but the newest `keep_last` whole ones.
+        """Write it to disk, all or nothing; then remove all but the newest `keep_last` undamaged ones.
 
-        Waits for the save in flight first and ignores its failure, as this one is newer. Raises OSError where
-        it cannot be written: what was there before is still there.
+        Raises OSError if it cannot be written: what was there before is still there.
         """
-        self._finish_saving()
-        return self._save(checkpoint)
+        _check(checkpoint)
+        target = self.root / f"step-{checkpoint.step:08d}"
+        with explained(f"cannot save {target}"):
+            make_directory(self.root)
+            self._clean_up()  # first, for its space
+            try:
+                self._publish(checkpoint, target)
+            except BaseException:
+                with suppress(OSError):
+                    self._clean_up()
+                raise
+        self._whole[checkpoint.step] = True
+        with explained(f"saved {target}, but cannot remove older checkpoints"):
+            self._clean_up()
+            self._rotate(checkpoint.step)
+        return target
 
     def save_in_background(self, checkpoint: Checkpoint) -> None:
-        """`save` in a thread; the caller must not change the checkpoint until it is done.
+        """`save` in a thread; the caller must not change the checkpoint, nor the store, until it is done.
 
         Waits for the save in flight first and raises its error.
         """
         self.wait()
-        self._saving = self._executor.submit(self._save, checkpoint)
+        self._saving = self._executor.submit(self.save, checkpoint)
 
     def wait(self) -> None:
         """Wait for the save in flight and raise its error, once."""
-        saving = self._finish_saving()
-        if saving is not None:
-            saving.result()
-
-    def _finish_saving(self) -> futures.Future[Path] | None:
         if self._saving is not None:
             futures.wait([self._saving])  # if Ctrl-C interrupts this, it stays the save in flight
-        saving, self._saving = self._saving, None
-        return saving
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint that looks complete, ascending; nothing is hashed."""
@@ -128,7 +136,6 @@ class CheckpointStore:
 
     def remove_all(self) -> None:
         """Remove every checkpoint, damaged or not, and what killed saves left; nothing else in `root`."""
-        self._finish_saving()
         if not self.root.exists():
             return
         with explained(f"cannot remove the checkpoints in {self.root}"):
@@ -142,24 +149,6 @@ class CheckpointStore:
         """By step, what has a checkpoint's name; a replaced one where its replacement is missing."""
         replaced = [path for path in _leftovers(self.root) if path.name.startswith(".replaced")]
         return {_step(path): path for path in (*replaced, *_matching(self.root, _STEP))}
-
-    def _save(self, checkpoint: Checkpoint) -> Path:
-        _check(checkpoint)
-        target = self.root / f"step-{checkpoint.step:08d}"
-        with explained(f"cannot save {target}"):
-            make_directory(self.root)
-            self._clean_up()  # first, for its space
-            try:
-                self._publish(checkpoint, target)
-            except BaseException:
-                with suppress(OSError):
-                    self._clean_up()
-                raise
-        self._whole[checkpoint.step] = True
-        with explained(f"saved {target}, but cannot remove older checkpoints"):
-            self._clean_up()
-            self._rotate(checkpoint.step)
-        return target
 
     def _publish(self, checkpoint: Checkpoint, target: Path) -> None:
         """Write it under a temporary name and rename it: at any moment a whole one can be found."""
