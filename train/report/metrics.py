@@ -16,19 +16,6 @@ from fusedgpt.train.report.progress import StepMetrics
 
 Row = dict[str, Any]
 
-_STEP_FIELDS = [
-    "step",
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "tokens",
-    "tokens_per_second",
-    "mfu",
-    "skipped",
-    "seconds",
-]
-_DIGITS = {"tokens_per_second": 1, "mfu": 5, "seconds": 3}
-
 _SECONDS_BETWEEN_MEMORY_READINGS = 1.0  # each takes some 100 us
 _SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's files: what a kill loses
 
@@ -66,8 +53,18 @@ class MetricsFile:
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's row."""
-        row = {name: getattr(metrics, name) for name in _STEP_FIELDS}
-        self._append(row | {name: round(row[name], digits) for name, digits in _DIGITS.items()})
+        row = {
+            "step": metrics.step,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "learning_rate": metrics.learning_rate,
+            "tokens": metrics.tokens,
+            "tokens_per_second": round(metrics.tokens_per_second, 1),
+            "mfu": round(metrics.mfu, 5),
+            "skipped": metrics.skipped,
+            "seconds": round(metrics.seconds, 3),
+        }
+        self._append(row)
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Append a validation's row."""

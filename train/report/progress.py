@@ -69,29 +69,6 @@ def progress_line(m: StepMetrics, steps: int, width: int | None = None) -> str:
     return next((line for line in tries if width is None or len(line) <= width), count[:width])
 
 
-class _EpochAverage:
-    """The mean loss of the current epoch."""
-
-    def __init__(self, step: int) -> None:
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
-        self._from, self._sum, self._count = step, 0.0, 0
-
-    def add(self, loss: float) -> None:
-        """Add a step; losses that are not finite are left out."""
-        if math.isfinite(loss):
-            self._sum += loss
-            self._count += 1
-
-    def end(self, step: int, steps_per_epoch: int) -> str:
-        """The mean after the epoch's last step, and where a resumed epoch began; starts the next."""
-        part = "" if step - self._from >= steps_per_epoch else f" (from step {self._from + 1})"
-        mean = self._sum / self._count if self._count else math.nan
-        self._restart(step)
-        return f"average loss {mean:.4f}{part}"
-
-
 class _Bar:
     """One moving line on a terminal, redrawn by a thread of rich."""
 
@@ -118,43 +95,12 @@ class _Bar:
         console.show_cursor(True)  # rich hides it, and a killed run could not bring it back
         atexit.register(self.close)  # a thread that draws must not outlive the interpreter's state
 
-    def update(self, *, last: bool) -> None:
-        """Nothing to do: the thread asks for the line itself."""
-
     def note(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
         atexit.unregister(self.close)
-
-
-class _Lines:
-    """For a file: a line for the first step, every ten seconds, and for the last step."""
-
-    def __init__(self, stream: TextIO, line: Callable[[int | None], str]) -> None:
-        self._stream, self._line = stream, line
-        self._next = -math.inf
-        self._written = line(None)  # without a step there is nothing to write
-
-    def update(self, *, last: bool) -> None:
-        now = time.monotonic()
-        if last or now >= self._next:
-            self._next = now + _SECONDS_BETWEEN_LINES
-            self._write()
-
-    def note(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._write()
-
-    def _write(self) -> None:
-        line = self._line(None)
-        if line != self._written:
-            self._written = line
-            self.note(line)
 
 
 class Monitor:
@@ -166,35 +112,52 @@ class Monitor:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._quiet = quiet
-        self._view: _Bar | _Lines | None = None
+        self._bar: _Bar | None = None
+        self._last = self._written = StepMetrics()
 
     def begin(self, *, steps: int, steps_per_epoch: int, step: int = 0) -> None:
         """Start to draw a run of `steps`, which has done `step` of them."""
         self.close()
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
-        self._epoch = _EpochAverage(step)
         self._skipped = 0
-        self._last = StepMetrics(step=step)
-        if not self._quiet:
-            moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-            self._view = (_Bar if moving else _Lines)(self._stream, self._line)
+        self._begin_epoch(step)
+        self._last = self._written = StepMetrics(step=step)
+        self._next_line = -math.inf
+        moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        if moving and not self._quiet:
+            self._bar = _Bar(self._stream, self._line)
+
+    def _begin_epoch(self, step: int) -> None:
+        self._epoch_start, self._epoch_sum, self._epoch_count = step, 0.0, 0
 
     def update(self, metrics: StepMetrics) -> None:
         """Show a step. Steps may come in bursts, after which the line shows the last of them."""
-        self._epoch.add(metrics.loss)
         self._last = metrics
-        if self._view:
-            self._view.update(last=metrics.step == self._steps)
+        if metrics.step == self._steps or time.monotonic() >= self._next_line:
+            self._write_line()
         if metrics.skipped:
             self._skipped += 1
             self.note(
                 f"step {metrics.step}: loss or gradient not finite, update skipped ({self._skipped} so far)"
             )
+        if math.isfinite(metrics.loss):
+            self._epoch_sum += metrics.loss
+            self._epoch_count += 1
         epoch, left = divmod(metrics.step, self._steps_per_epoch)
         if left == 0:
-            text = self._epoch.end(metrics.step, self._steps_per_epoch)
             if epoch % _EPOCHS_BETWEEN_AVERAGES == 0:
-                self.note(f"epoch {epoch}: {text}")
+                mean = self._epoch_sum / self._epoch_count if self._epoch_count else math.nan
+                resumed = metrics.step - self._epoch_start < self._steps_per_epoch
+                part = f" (from step {self._epoch_start + 1})" if resumed else ""
+                self.note(f"epoch {epoch}: average loss {mean:.4f}{part}")
+            self._begin_epoch(metrics.step)
+
+    def _write_line(self) -> None:
+        """Without a bar: write the progress as a line of its own, once per step."""
+        if self._bar is None and self._last is not self._written:
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            self._written = self._last
+            self.note(self._line(None))
 
     def evaluation(self, *, step: int, loss: float, bits_per_byte: float | None, improved: bool) -> None:
         """Show a validation: the loss in nats per token, and whether it is the best so far."""
@@ -203,18 +166,19 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """Write a line of its own, above the bar."""
-        text = printable(text)
-        if self._view:
-            self._view.note(text)
+        if self._bar:
+            self._bar.note(printable(text))
         elif not self._quiet:
-            self._stream.write(f"{text}\n")
+            self._stream.write(f"{printable(text)}\n")
             self._stream.flush()
 
     def close(self) -> None:
         """Show where the run stands and end the line; may be called again."""
-        view, self._view = self._view, None
-        if view:
-            view.close()
+        self._write_line()
+        bar, self._bar = self._bar, None
+        self._written = self._last
+        if bar:
+            bar.close()
 
     def _line(self, width: int | None) -> str:
         return progress_line(self._last, self._steps, width)
