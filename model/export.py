@@ -15,7 +15,7 @@ from fusedgpt.model.files import beside, publish
 from fusedgpt.model.folder import write_files
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
-from fusedgpt.model.weights import DTYPES, MAX_SHARD_BYTES, rounded
+from fusedgpt.model.weights import DTYPES, MAX_SHARD_BYTES, rounded, unpadded
 
 if TYPE_CHECKING:  # the extra `gguf`
     import gguf
@@ -195,10 +195,7 @@ def _gguf_tensors(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     kinds = gguf.GGMLQuantizationType
     wanted = {"f32": kinds.F32, "f16": kinds.F16, "q8_0": kinds.Q8_0}[dtype]
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().to("cpu", torch.float32)
-        if name == "wte.weight":
-            value = value[: model.config.vocab_size]
+    for name, value in unpadded(model):
         kind = wanted if value.ndim == 2 and name != "wpe.weight" else kinds.F32
         if kind == kinds.Q8_0 and value.shape[1] % _BLOCK:
             kind = kinds.F16

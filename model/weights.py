@@ -30,19 +30,22 @@ _LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks in o
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
+def unpadded(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of each parameter in fp32 on the CPU, the embedding without the vocabulary's padding."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().to("cpu", torch.float32)
+        yield name, value[: model.config.vocab_size] if name == "wte.weight" else value
+
+
 def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The parameters under Hugging Face's names and shapes, on the CPU.
 
     Raises ValueError if a finite value overflows in dtype.
     """
     tensors = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().to("cpu", torch.float32)
-        if name == "wte.weight":
-            value = value[: model.config.vocab_size]
-        if _TRANSPOSED.search(name):
-            value = value.T
-        tensors[f"transformer.{name}"] = rounded(name, value, dtype).contiguous()
+    for name, value in unpadded(model):
+        stored = value.T if _TRANSPOSED.search(name) else value
+        tensors[f"transformer.{name}"] = rounded(name, stored, dtype).contiguous()
     return tensors
 
 
