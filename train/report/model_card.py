@@ -10,7 +10,7 @@ from fusedgpt.train.config import RunConfig
 
 def loss_text(loss: float | None) -> str:
     """A validation loss in words; None where nothing was held out."""
-    return "none held out" if loss is None else f"{loss:.4f} nats a token"
+    return "none held out" if loss is None else f"{loss:.4f} nats per token"
 
 
 def model_card(info: dict[str, Any], config: RunConfig) -> str:
@@ -47,7 +47,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True, te
 def _source(info: dict[str, Any]) -> str:
     """The training text in words."""
     if "prompt" not in info:
-        return f"{info['documents']:,} document(s) of its maker's"
+        return f"{info['documents']:,} document(s)"
     made = info["generation"]
     writers = [f"`{made['model']}`"] if "model" in made else []
     writers += ["templates"] if "fallback" in made or not writers else []

@@ -161,7 +161,7 @@ class Monitor:
 
     def evaluation(self, *, step: int, loss: float, bits_per_byte: float | None, improved: bool) -> None:
         """Show a validation: the loss in nats per token, and whether it is the best so far."""
-        per_byte = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits a byte"
+        per_byte = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
         self.note(f"step {step}: validation loss {loss:.4f}{per_byte}{', best so far' if improved else ''}")
 
     def note(self, text: str) -> None:

@@ -88,7 +88,7 @@ def test_losses_show_each_step_their_mean_and_the_best_validation(tmp_path: Path
     assert curves["training, mean of up to 10 steps"][1][-1] == pytest.approx(np.mean(losses[-10:]))
     assert curves["validation"] == ([50, 100, 150], [4.0, 3.5, 3.6])
     assert curves["best validation: 3.5000 at step 100"] == ([100], [3.5])
-    assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("step", "loss (nats a token)")
+    assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("step", "loss (nats per token)")
     assert drawn[0].get_xscale() == "linear"
     assert drawn[0].get_title() == "Training and validation loss"
 

@@ -141,7 +141,7 @@ def test_validations_are_said_with_what_is_known() -> None:
     monitor.evaluation(step=200, loss=3.21, bits_per_byte=1.23456, improved=True)
     monitor.evaluation(step=400, loss=3.31, bits_per_byte=None, improved=False)
     assert out.getvalue().splitlines() == [
-        "step 200: validation loss 3.2100, 1.2346 bits a byte, best so far",
+        "step 200: validation loss 3.2100, 1.2346 bits per byte, best so far",
         "step 400: validation loss 3.3100",
     ]
 
