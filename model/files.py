@@ -18,18 +18,6 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end of the block; after an error nothing is left of it.
-
-    Raises OSError where `path` cannot be written, or is anything but an empty folder.
-    """
-    with beside(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-        publish(temporary, path)
-
-
-@contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A free path on the same disk as `path`, to write what `publish` renames; it is removed otherwise.
 
