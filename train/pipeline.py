@@ -89,10 +89,12 @@ def run_full_pipeline(
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
         write_file(run.path / "dataset.json", dataset_json)
+        dataset = tokenise(texts, tokenizer, config)
+        model = _new_model(config, tokenizer, monitor)
         return _train_and_save(
-            _new_model(config, tokenizer, monitor),
+            model,
             tokenizer,
-            tokenise(texts, tokenizer, config),
+            dataset,
             config,
             run,
             monitor,
