@@ -72,16 +72,21 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int 
         shards[-1][name] = value
         size += value.nbytes
     if len(shards) == 1:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _save_file(tensors, folder / WEIGHTS)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        _save_file(shard, folder / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(value.nbytes for value in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets only the owner read it
 
 
 def has_weights(folder: Path) -> bool:

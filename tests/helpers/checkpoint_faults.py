@@ -1,6 +1,6 @@
 """What test_checkpoint.py does to a store in processes of their own; one JSON line says what came of it.
 
-Usage: python tests/checkpoint_faults.py {kill,full,file-limit,lock,exit} FOLDER [COUNT]
+Usage: python tests/helpers/checkpoint_faults.py {kill,full,file-limit,lock,exit} FOLDER [COUNT]
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from fusedgpt.train.run.checkpoint import (
 )
 from fusedgpt.train.run.directory import run_lock
 
-FAULTS = Path(__file__).with_name("checkpoint_faults.py")
+FAULTS = Path(__file__).parents[2] / "helpers" / "checkpoint_faults.py"
 TINY = 8  # numbers a tensor, so that a damaged bit is often one that matters
 
 

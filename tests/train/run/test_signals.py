@@ -56,7 +56,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (Step, "run", 5, 5),  # the step it came in is the last
         (Step, "run", 1, 1),
         (validation, "evaluate", 2, 14),  # cut short, and done at the resume
-        (checkpoint.CheckpointStore, "_save", 3, None),  # in the thread that saves
+        (checkpoint.CheckpointStore, "save", 3, None),  # in the thread that saves
     ],
 )
 def test_a_signal_saves_and_a_resume_loses_nothing(
