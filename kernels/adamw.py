@@ -35,7 +35,7 @@ PARTIALS = 1024  # programs per launch at most; ranks that add up their partial 
 GRAD_COLUMN = 1  # of Batch.table
 _CHUNK = 8192  # elements one program takes at a time
 _NORM_BLOCK, _BLOCK = 8192, 1024
-_NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as their registers let run at once
+_NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as fit by their registers
 _REGISTERS = 72  # per thread of the update: 7 programs of 128 threads have 65,536
 
 # The columns of a table's row, and of a row of scalars.
@@ -156,7 +156,7 @@ def _load(address_ptr, first, offs, mask, dtype: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _store(address_ptr, first, offs, mask, x, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """The way back. The address is loaded again, for registers are scarcer than the cache's bandwidth."""
+    """Stores x as _load returns it. Loads the address again: registers are scarcer than cache bandwidth."""
     x = x.to(dtype)
     if dtype.primitive_bitwidth == 16:
         x = tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK // _ROW, _ROW))
@@ -175,7 +175,7 @@ def _update(
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block's step. Decay and update are added up before they meet the parameter: one rounding."""
+    """One block's step. The master is rounded once: decay and update are added, then subtracted from it."""
     offs = _offsets(32, BLOCK)
     offs_param, offs_grad = offs, offs
     if PARAM_DTYPE.primitive_bitwidth == 16:
@@ -219,8 +219,8 @@ def _adamw_kernel(
     partials_ptr,  # (n_partials,) fp32
     norm_ptr,  # fp32 scalar, written
     skipped_ptr,  # fp32 scalar, written: 1 if the norm is not finite
-    skipped_steps_ptr,  # int64 scalar, counted up
-    grad_scale_ptr,  # fp32 scalar, by which the gradients are too large
+    skipped_steps_ptr,  # int64 scalar, incremented by skipped
+    grad_scale_ptr,  # fp32 scalar, factor by which the gradients are too large
     n_tensors,
     n_chunks,
     n_partials,
@@ -348,12 +348,13 @@ def adamw(
     grad_scale: Tensor | None = None,
     report: bool = True,
 ) -> None:
-    """Launch, behind grad_norm: one AdamW step with the gradient scaled to a norm of at most max_norm > 0.
+    """Launch, after grad_norm: one AdamW step with the gradient scaled to a norm of at most max_norm > 0.
 
-    partials: those of every batch of the step, a multiple of PARTIALS. Where their sum is not finite, nothing
-    of the batch changes. grad_scale: fp32 scalar (None: 1) by which the gradients are too large, see loss
-    scaling. Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or 0);
-    skipped_steps (int64 scalar) is counted up. Source: Loshchilov and Hutter 2019, algorithm 2.
+    partials: those of all batches of the step, a multiple of PARTIALS; where one is not finite, batches stay
+    as they are.
+    grad_scale: fp32 scalar by which the gradients are too large (loss scaling), None for 1.
+    Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or 0), which is added to
+    skipped_steps (int64 scalar). Source: Loshchilov and Hutter 2019, algorithm 2.
     """
     n_chunks = len(batch.chunks)
     programs = tuning.multiprocessor_count(partials.device) * _PROGRAMS_PER_SM
