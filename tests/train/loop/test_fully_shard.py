@@ -1,4 +1,4 @@
-"""FSDP2 over two gloo processes: each block and the root sharded, the same losses and weights as unsharded."""
+"""FSDP2 over two gloo processes: each block and the root sharded, losses and weights as unsharded."""
 
 from __future__ import annotations
 
