@@ -139,11 +139,12 @@ def test_fp32_vectors_beside_bf16_matrices_take_two_launches_more(monkeypatch: p
     monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
     matrices, vectors = parameters((40, 3), (5, 7), dtype=torch.float16), parameters((9,), (4,))
     plain = [nn.Parameter(p.detach().float()) for p in (*matrices, *vectors)]
-    ours = AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3
-    )
-    groups = [{"params": plain[:2], "weight_decay": 0.1}, {"params": plain[2:], "weight_decay": 0.0}]
-    expected = torch.optim.AdamW(groups, lr=1e-3)
+
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        parts = zip((params[:2], params[2:3], params[3:]), (0.1, 0.0, 0.2), strict=True)
+        return [{"params": part, "weight_decay": decay} for part, decay in parts]
+
+    ours, expected = AdamW(groups([*matrices, *vectors]), lr=1e-3), torch.optim.AdamW(groups(plain), lr=1e-3)
     launches = []
 
     def counted(name: str) -> Any:
