@@ -134,6 +134,12 @@ def _check_integers(name: str, x: Tensor, shape: torch.Size, device: torch.devic
     _check_device(name, x, device)
 
 
+def _check_size(name: str, what: str, size: int, most: int) -> None:
+    if size > most:
+        remedy = "for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
+        raise _unexpected(name, f"{what} of at most {most} {remedy}", size)
+
+
 def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
     if not 0.0 <= p < 1.0:
         raise _unexpected("dropout_p", "0 <= p < 1", p)
@@ -187,7 +193,7 @@ def attention(
     _check_like("v", v, "q", q)
     scale = _check_attention("q", q, dropout_p, seed, offset, scale, documents)
     if _takes_triton("attention", q):
-        _check_head_size("q", q)
+        _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
         y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
         return y
     return attention_torch.attention(
@@ -213,7 +219,7 @@ def qkv_attention(
         raise _unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
     scale = _check_attention("qkv", qkv, dropout_p, seed, offset, scale, documents)
     if _takes_triton("attention", qkv):
-        _check_head_size("qkv", qkv)
+        _check_size("qkv", "a head size D", qkv.shape[-1], _LARGEST_HEAD)
         y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
         return y
     q, k, v = qkv.unbind(2)
@@ -247,12 +253,6 @@ def _checked_scale(scale: float | None, D: int) -> float:
     return scale
 
 
-def _check_head_size(name: str, x: Tensor) -> None:
-    if x.shape[-1] > _LARGEST_HEAD:
-        remedy = "at most 128 for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
-        raise _unexpected(name, f"a head size D of {remedy}", x.shape[-1])
-
-
 def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
@@ -271,11 +271,10 @@ def decode_attention(
     if q.ndim != 3:
         raise _unexpected("q", "(B, H, D)", q.shape)
     B, H, D = q.shape
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (B, H, D):
-            raise _unexpected(name, f"({B}, T, {H}, {D})", x.shape)
-        if x.dtype != q.dtype:
-            raise _unexpected(name, f"the dtype of q, {q.dtype}", x.dtype)
+    if k_cache.ndim != 4 or (k_cache.shape[0], *k_cache.shape[2:]) != (B, H, D):
+        raise _unexpected("k_cache", f"({B}, T, {H}, {D})", k_cache.shape)
+    if k_cache.dtype != q.dtype:
+        raise _unexpected("k_cache", f"the dtype of q, {q.dtype}", k_cache.dtype)
     _check_like("v_cache", v_cache, "k_cache", k_cache)
     if not isinstance(lengths, int):
         _check_integers("lengths", lengths, q.shape[:1], q.device)
@@ -283,7 +282,7 @@ def decode_attention(
         raise _unexpected("lengths", "1 or more", lengths)
     scale = _checked_scale(scale, D)
     if _takes_triton("decode_attention", q):
-        _check_head_size("q", q)
+        _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
         if isinstance(lengths, int):
             lengths = torch.full((B,), lengths, device=q.device)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
@@ -300,12 +299,6 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
         raise _unexpected("eps", "a positive number", eps)
 
 
-def _check_width(x: Tensor) -> None:
-    if x.shape[-1] > layer_norm_.MAX_C:
-        remedy = f"at most {layer_norm_.MAX_C} (FUSEDGPT_KERNELS=reference takes any)"
-        raise _unexpected("x", f"rows of {remedy}", x.shape[-1])
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, statistics in fp32.
 
@@ -315,7 +308,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check_floating(x=x, weight=weight, bias=bias)
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
-        _check_width(x)
+        _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
         y: Tensor = layer_norm_.layer_norm(x, weight, bias, eps)[0]
         return y
     return reference.layer_norm(x, weight, bias, eps)
@@ -340,7 +333,7 @@ def dropout_add_layer_norm(
     _check_like("residual", residual, "x", x, dtype=False)
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
-        _check_width(x)
+        _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
         y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(
             x, residual, weight, bias, eps, dropout_p, seed, offset
         )

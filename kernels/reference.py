@@ -1,8 +1,8 @@
 """The plain-PyTorch twin of every fused op: the truth in tests, the baseline in benchmarks, the path of CPUs.
 
 Shape letters: B batch, T tokens, H heads, D head size, C channels, V vocabulary, N rows.
-Low-precision inputs (bf16, fp16) are computed in fp32 where precision is decided (softmax, statistics,
-loss) and rounded once at the end; fp32 and fp64 inputs stay as they are.
+Of bf16 and fp16 inputs, what decides on precision (softmax, statistics, loss) is computed in fp32 and
+rounded once at the end; fp32 and fp64 inputs are computed as they are.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
 
 
 def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    """The kept elements (bool, `shape`) of a dropout with probability p in steps of 1/65536.
+    """The elements that dropout with probability p, in steps of 1/65536, keeps (bool, `shape`).
 
-    Each row (last dimension, C) starts a Philox block: element (row, col) takes 16-bit lane col % 8 of block
-    offset + row * ceil(C / 8) + col // 8. The same mask for the same (seed, offset), forward, backward and
-    recomputed. seed, offset: int64 scalars.
+    Each row (last dimension, C) starts a new Philox block: element (row, col) takes 16-bit lane col % 8 of
+    block offset + row * ceil(C / 8) + col // 8. The same mask for the same (seed, offset), forward, backward
+    and recomputed. seed, offset: int64 scalars.
     """
     C = shape[-1] if shape else 1
     blocks_per_row = (C + 7) // 8
@@ -57,10 +57,10 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> T
 
 
 def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    """The kept attention weights (bool, `shape` = (B, H, T, T)), drawn as dropout_mask draws them.
+    """The attention weights to keep (bool, `shape` = (B, H, T, T)), drawn like dropout_mask.
 
-    Within each group of 64 keys, key 8 i + j takes lane i of the group's block j: tensor-core tiles keep keys
-    j and j + 1 of every i in one thread, which can so use all eight lanes of two blocks (attention.py).
+    But within each group of 64 keys, key 8 i + j takes lane i of the group's block j: a tensor-core tile has
+    keys j and j + 1 of every i in one thread, which then uses all eight lanes of two blocks (attention.py).
     """
     T = shape[-1]
     groups = (T + 63) // 64

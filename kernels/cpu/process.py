@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Make malloc keep what is freed, for the rest of the process; False where it is not glibc's.
 
     glibc returns large blocks to the kernel on every free, and the next allocation faults each of their pages
-    in again, zeroed: half of a CPU training step (docs/experiments.md, "Page faults").
+    in again, zeroed: a large part of a CPU training step (docs/experiments.md, "Page faults").
     """
     return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 256 << 20})
 

@@ -120,7 +120,8 @@ def test_opcheck_and_compile(device: torch.device) -> None:
     ("change", "message"),
     [
         ({"k_cache": torch.zeros(2, 5, 3, 16)}, r"k_cache: expected \(2, T, 2, 16\)"),
-        ({"v_cache": torch.zeros(2, 5, 2, 16).half()}, "v_cache: expected the dtype of q"),
+        ({"v_cache": torch.zeros(2, 5, 2, 16).half()}, "v_cache: expected the dtype of k_cache"),
+        ({"q": torch.zeros(2, 2, 16).half()}, "k_cache: expected the dtype of q"),
         ({"lengths": torch.ones(2)}, "lengths: expected an integer tensor"),
         ({"lengths": 0}, "lengths: expected 1 or more, got 0"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths: expected \(2,\)"),
