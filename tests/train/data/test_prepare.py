@@ -538,6 +538,6 @@ def test_progress_is_lines_where_there_is_no_terminal(
             report("tokenising", 2, 0, 0)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training the tokenizer 25%"
-    assert lines[1].startswith("tokenising 50%, 1,000 tokens, ")
-    assert lines[1].endswith(" tok/s")
+    assert lines[1].startswith("tokenising, 1,000 tokens, ")
+    assert lines[1].endswith(" tok/s 50%")
     assert lines[2:] == ["tokenising"]
