@@ -40,7 +40,7 @@ def test_sinks_get_every_row_and_are_closed_once(tmp_path: Path, monkeypatch: py
     train_tiny(tmp_path, steps=20, log_every=3)
     for sink in sinks:
         assert [metrics.step for metrics in sink.rows] == list(range(1, 21))
-        assert [step for step, _, _ in sink.evaluations] == [0, 7, 14, 20]
+        assert [step for step, _, _ in sink.evaluations] == [7, 14, 20]
         assert sink.closed == 1
     losses = [metrics.loss for metrics in sinks[0].rows]
     assert sinks[0].rows[-1].smoothed_loss == pytest.approx(sum(losses[-10:]) / 10)
