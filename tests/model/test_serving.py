@@ -1,6 +1,6 @@
 """A real server: `transformers serve` with a tiny GPT-2 of ours writes and grades. Run: pytest -m serving.
 
-Needs the extra "serving". 
+Needs the extra "serving".
 """
 
 from __future__ import annotations
