@@ -55,7 +55,7 @@ def _bags(K: int, C: int, threads: int) -> tuple[int, Tensor, Tensor]:
 def inference_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x (..., C) -> x weight^T + bias (..., K) without autograd, for weights that no longer change.
 
-    A single row times a weight (K, C) of `transposed_storage` goes through embedding_bag, prepared here so
+    A vector x (C,) times a weight (K, C) of `transposed_storage` goes through embedding_bag, prepared here so
     that a call is three or four small ops.
     """
     K, C = weight.shape
@@ -65,10 +65,9 @@ def inference_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Te
     table = weight.T.view(C * n, K // n)
 
     def product(x: Tensor) -> Tensor:
-        if x.numel() != C:
+        if x.ndim > 1:
             return linear(x, weight, bias)
-        y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x.view(-1),) * n))[0]
-        y = y.view(*x.shape[:-1], K)
+        y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x,) * n))[0].view(K)
         return y if bias is None else y.add_(bias)
 
     return product
