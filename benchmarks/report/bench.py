@@ -166,7 +166,7 @@ def doc_blocks() -> dict[Path, str]:
         columns = ("step", "contender", "tok/s", "ours faster", "MFU, causal", "peak MB")
         table = [{name: cells[name] for name in columns} for cells in train.table]
         words = [sections.machine(run).words[0]]
-        short.append(sections.Section(title=f"On {device}", words=words, table=table))
+        short.append(page.Section(title=f"On {device}", words=words, table=table))
         shown = run if run[0].get("driver") else [row for row in run if row["suite"] != "kernels"]  # toys
         long.append(f"## {device}\n\n{page.markdown(sections.sections(shown), level=3)}")
     return {

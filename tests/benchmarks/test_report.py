@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.report import bench, charts, page, record, runner, sections
+from benchmarks.report import bench, page, record, runner, sections
 from benchmarks.workloads import contenders, jobs, training_step
 from fusedgpt.kernels import ops
 
@@ -83,11 +82,11 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "link", "rect", "line", "circle", "polyline"):
+        if tag not in ("meta", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert tag in ("rect", "line", "circle", "polyline") or self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -106,9 +105,9 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(tmp_path: Path) -> 
     reader.feed(html)
     assert reader.open == []
     assert reader.links == []
-    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    assert "url(" not in html
     assert "@import" not in html
-    assert html.count("<svg") == 4  # training, ablation, kernels, roofline
+    assert html.count("<pre>") == markdown.count("```text") == 3  # training, ablation, kernels
     for wanted in (
         "NVIDIA H200",
         "580.1",
@@ -124,17 +123,6 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(tmp_path: Path) -> 
         assert wanted in reader.text, wanted
         assert wanted in markdown, wanted
     assert "color-scheme: light dark" in html
-
-
-def test_no_label_or_legend_leaves_its_picture() -> None:
-    drawn = [chart for section in sections.sections(made_up()) for chart in section.charts]
-    assert len(drawn) == 4
-    for chart in drawn:
-        with charts.drawn(chart) as figure:
-            figure.draw_without_rendering()
-            box = figure.get_tightbbox()
-            width, height = figure.get_size_inches()
-            assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02, chart.title
 
 
 def test_a_fault_has_no_speed_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
