@@ -177,15 +177,18 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
     with subprocess.Popen(
         command, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heed
     ) as process:
-        said = b""
-        for given in (b"hello\r", end):
-            prompts = said.count(b"> ")
-            deadline = time.monotonic() + 60
-            while said.count(b"> ") == prompts:
-                assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], said
-                said += os.read(ours, 4096)
-            os.write(ours, given)
-        assert process.wait(timeout=60) == 0
+        said = b"\r\n"
+        deadline = time.monotonic() + 120
+        try:
+            for given in (b"hello\r", end):
+                while not said.endswith(b"\r\n> "):  # a prompt, not the echo of what was typed at one
+                    assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], said
+                    said += os.read(ours, 4096)
+                os.write(ours, given)
+                said = b""
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
         assert process.stderr is not None
         assert process.stderr.read() == b""
     os.close(ours)
