@@ -46,11 +46,9 @@ def report_kernels(
         print_json([asdict(row) for row in rows])
     else:
         print_table([row.cells() for row in rows])
-    faults = [
-        f"{row.kernel} ({row.dtype}, {row.label}, sm_{row.arch}) {row.problem}" for row in rows if row.problem
-    ]
     if check:
-        _exit_with(faults)
+        faulty = [row for row in rows if row.problem]
+        _exit_with([f"{r.kernel} ({r.dtype}, {r.label}, sm_{r.arch}) {r.problem}" for r in faulty])
 
 
 @kernels.command(name="check")
@@ -63,14 +61,12 @@ def check_kernels(
     """Check every kernel against float64, in the interpreter if there is no GPU; exit with 1 on failure."""
     import torch
 
-    gpu = torch.cuda.is_available()
-    if not gpu:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are imported
     checking = _triton_module("check")
     with progress_bar("checking") as progress:
-        findings = checking.check(
-            torch.device("cuda" if gpu else "cpu"), op or (), dtype or (), progress=progress
-        )
+        findings = checking.check(device, op or (), dtype or (), progress=progress)
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:
@@ -81,8 +77,7 @@ def check_kernels(
 @kernels.command(name="tune")
 def tune_kernels(
     head_size: Annotated[
-        list[int] | None,
-        typer.Option(help="Channels per head; may be repeated.", show_default="64, 128"),
+        list[int] | None, typer.Option(help="Channels per head; may be repeated.", show_default="64, 128")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the inputs.")] = Dtype.BF16,
     feature: Annotated[

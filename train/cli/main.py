@@ -80,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if context.get("debug"):
             raise
         message, code = _explain(error)
-    if code == _INTERRUPTED and not message:
-        message = "interrupted"
+    message = message or ("interrupted" if code == _INTERRUPTED else "")
     if message:
         sys.stderr.write(f"fusedgpt: {' '.join(message.split())}\n")
     sys.exit(code)

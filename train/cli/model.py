@@ -14,6 +14,8 @@ from fusedgpt.train.report.terminal import ShowProgress, printable, progress_bar
 
 if TYPE_CHECKING:  # they take long to import
     from fusedgpt.model.generate import Sampling
+    from fusedgpt.model.gpt import GPT
+    from fusedgpt.model.tokenizer import Tokenizer
     from fusedgpt.train.data.text.sources import Source
 
 _SPINS = 16_000  # measured: docs/experiments.md, "Spinning while sampling"
@@ -38,17 +40,12 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Generate text; with --json, one line per prompt."""
-    spin_briefly(_SPINS)
-    from fusedgpt.model.decode import store_for_decoding
-    from fusedgpt.model.folder import load_folder
+    gpt, tokenizer, sampling = _load(ctx, model, device)
     from fusedgpt.model.generate import sample_batch
-    from fusedgpt.train.loop.precision import resolve_device
     from fusedgpt.train.report.terminal import TerminalWriter
 
-    gpt, tokenizer = load_folder(model)
     prompts = prompt or [""]
     writer = TerminalWriter(sys.stdout) if len(prompts) * n_samples == 1 and not as_json else None
-    sampling = _sampling(ctx)
     begun = False
 
     def show(text: str) -> None:  # the prompt is not shown before prompt and settings have proved usable
@@ -58,13 +55,7 @@ def sample(
         begun = True
 
     texts = sample_batch(
-        store_for_decoding(gpt.to(resolve_device(device))),
-        tokenizer,
-        prompts,
-        n_samples=n_samples,
-        stop=stop or (),
-        on_text=show,
-        **sampling,
+        gpt, tokenizer, prompts, n_samples=n_samples, stop=stop or (), on_text=show, **sampling
     )
     if as_json:
         for one, samples in zip(prompts, texts, strict=True):
@@ -90,16 +81,10 @@ def chat(
     Ctrl-C stops a reply, Ctrl-D ends the chat, /forget starts over.
     The model sees at most the last half of its context length.
     """
-    spin_briefly(_SPINS)
-    from fusedgpt.model.decode import store_for_decoding
-    from fusedgpt.model.folder import load_folder
-    from fusedgpt.train.loop.precision import resolve_device
+    gpt, tokenizer, sampling = _load(ctx, model, device)
     from fusedgpt.train.report.terminal import TerminalWriter, read_line, read_lines_from
     from fusedgpt.train.tools.chat import Chat, converse
 
-    gpt, tokenizer = load_folder(model)
-    sampling = _sampling(ctx)
-    gpt = store_for_decoding(gpt.to(resolve_device(device)))
     talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
     if not sys.stdin.isatty():
         converse(talk, read_lines_from(sys.stdin), TerminalWriter(sys.stdout))
@@ -110,14 +95,19 @@ def chat(
     typer.echo()
 
 
-def _sampling(ctx: typer.Context) -> "Sampling":
-    """The settings of `generate`. Raises ValueError if one is out of range."""
+def _load(ctx: typer.Context, folder: Path, device: str) -> tuple["GPT", "Tokenizer", "Sampling"]:
+    """The model on its device, its tokenizer, the sampling settings. Raises ValueError."""
+    spin_briefly(_SPINS)  # before torch is imported
+    from fusedgpt.model.decode import store_for_decoding
+    from fusedgpt.model.folder import load_folder
     from fusedgpt.model.generate import check_settings
+    from fusedgpt.train.loop.precision import resolve_device
 
+    gpt, tokenizer = load_folder(folder)
     settings = all_settings(ctx)
     settings["top_k"] = settings["top_k"] or None
     check_settings(**{name: value for name, value in settings.items() if name != "seed"})
-    return cast("Sampling", settings)
+    return store_for_decoding(gpt.to(resolve_device(device))), tokenizer, cast("Sampling", settings)
 
 
 def eval_model(
@@ -131,8 +121,7 @@ def eval_model(
         ),
     ],
     stride: Annotated[
-        int | None,
-        typer.Option(help="Tokens from one window to the next.", show_default="half a window"),
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="half a window")
     ] = None,
     window: Annotated[
         int | None,
@@ -168,9 +157,8 @@ def eval_model(
         elif all(map(is_token_set, data)):
             streams = [load_validation_tokens(path, tokenizer) for path in data]
             total = sum(map(len, streams))
-            result = evaluate_tokens(
-                gpt, tokenizer, streams, report=lambda done: show(done, total), **options
-            )
+            options["report"] = lambda done: show(done, total)
+            result = evaluate_tokens(gpt, tokenizer, streams, **options)
         else:
             raise ConfigError("--data: text and token sets cannot be evaluated together; use two commands")
     if as_json:
@@ -217,15 +205,12 @@ def export(
     from fusedgpt.model.folder import load_folder
 
     gpt, tokenizer = load_folder(model)
+    dtype = dtype or ("fp32" if to == "safetensors" else "f16")
     if to == "safetensors":
-        dtype = dtype or "fp32"
         exports.export_safetensors(gpt, tokenizer, out, dtype=dtype)
-        files = sorted(out.iterdir())
     else:
-        dtype = dtype or "f16"
         exports.export_gguf(gpt, tokenizer, out, dtype=dtype, name=model.resolve().name)
-        files = [out]
-    n_bytes = sum(file.stat().st_size for file in files)
+    n_bytes = sum(file.stat().st_size for file in (out.iterdir() if out.is_dir() else [out]))
     if as_json:
         print_json({"path": str(out), "format": to, "dtype": dtype, "bytes": n_bytes})
         return

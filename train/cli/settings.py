@@ -17,9 +17,8 @@ _SYNONYMS = {"preset": ["--size"]}
 class SettingsCommand(TyperCommand):
     """A command that has an option for each of its settings (config.settings_of its name).
 
-    typer makes options of a signature, and pydantic gives a model the signature of its fields. So settings,
-    defined once in train/config.py, go through a model to typer, and no list repeats them. This happens when
-    a command is asked for its options: `fusedgpt --help` does not import pydantic.
+    typer makes options from a signature, and a pydantic model has one with its fields. The model is made when
+    the command is asked for its options, so that `fusedgpt --help` does not import pydantic.
     """
 
     @cached_property
@@ -29,9 +28,10 @@ class SettingsCommand(TyperCommand):
         from fusedgpt.train.config import DEFAULTS, panel_of, settings_of
 
         options: dict[str, Any] = {}
-        for name, field in settings_of(self.name or "").items():
+        command = self.name or ""
+        for name, field in settings_of(command).items():
             panel, unset = panel_of(field)
-            default = DEFAULTS.get(self.name or "", {}).get(name, field.default)
+            default = DEFAULTS.get(command, {}).get(name, field.default)
             option = typer.Option(
                 f"--{name.replace('_', '-')}",
                 *_SYNONYMS.get(name, []),
@@ -65,46 +65,37 @@ def all_settings(ctx: typer.Context) -> dict[str, Any]:
 
 def given_settings(ctx: typer.Context) -> dict[str, Any]:
     """The settings that were given as options."""
-
-    def is_given(name: str) -> bool:
-        source = ctx.get_parameter_source(name)
-        return source is not None and source.name != "DEFAULT"
-
-    return {name: value for name, value in all_settings(ctx).items() if is_given(name)}
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.obj["settings"]}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    return {name: value for name, value in all_settings(ctx).items() if name in given}
 
 
 def earlier_layers(
-    command: str,
-    run_dir: Path | None,
-    resume: str | None,
-    config: Path | None,
-    assignments: list[str] | None,
+    command: str, run_dir: Path | None, resume: str | None, config: Path | None, sets: list[str] | None
 ) -> tuple[dict[str, Any], Path | None, list["Sections"]]:
     """(what run.json of the run to resume holds, that run, the settings that options override).
 
     The settings are layers for build_config: those of the run, of the --config file, of each --set.
     """
-    from fusedgpt.train.config import parse_set, read_toml
+    from fusedgpt.train.config import ConfigError, parse_set, read_toml
 
-    found, recorded, layers = (None, {}, []) if resume is None else _run_to_resume(command, run_dir, resume)
+    recorded: dict[str, Any] = {}
+    found, layers = None, []
+    if resume is not None:
+        from fusedgpt.train.run.directory import directory_of, find_run, read_run  # it imports torch
+
+        found = find_run(resume, run_dir)
+        if found is None:
+            sys.stderr.write("nothing to resume: this is a new run\n")
+        else:
+            recorded, saved = read_run(directory_of(found))
+            layers.append(saved)
+            made_by = recorded.get("command")
+            if made_by != command:
+                raise ConfigError(f"{found} is a run of `fusedgpt {made_by}`, not of {command}")
+            if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
+                where = f"its own directory, not in --run-dir {run_dir}"
+                raise ConfigError(f"--resume {found} continues in {where}")
     layers += [read_toml(config)] if config else []
-    layers += [parse_set(assignment) for assignment in assignments or []]
+    layers += [parse_set(assignment) for assignment in sets or []]
     return recorded, found, layers
-
-
-def _run_to_resume(
-    command: str, run_dir: Path | None, resume: str
-) -> tuple[Path | None, dict[str, Any], list["Sections"]]:
-    from fusedgpt.train.config import ConfigError
-    from fusedgpt.train.run.directory import directory_of, find_run, read_run
-
-    found = find_run(resume, run_dir)
-    if found is None:
-        sys.stderr.write("nothing to resume: this is a new run\n")
-        return None, {}, []
-    recorded, saved = read_run(directory_of(found))
-    if recorded.get("command") != command:
-        raise ConfigError(f"{found} is a run of `fusedgpt {recorded.get('command')}`, not of {command}")
-    if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
-        raise ConfigError(f"--resume {found} continues in its own directory, not in --run-dir {run_dir}")
-    return found, recorded, [saved]

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,16 +78,9 @@ def create(
     from fusedgpt.train.pipeline import run_full_pipeline
     from fusedgpt.train.report.progress import Monitor
 
-    result = run_full_pipeline(
-        prompt,
-        resolved,
-        output_dir,
-        monitor=Monitor(quiet=quiet),
-        run_dir=run_dir,
-        resume=found,
-        profile=profile,
-        bar=partial(progress_bar, quiet=quiet),
-    )
+    monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
+    where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
+    result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, bar=bar, **where)
     _report(result, as_json)
 
 
@@ -108,12 +101,10 @@ def train(
     assignments: Assignments = None,
     print_config: PrintConfig = False,
     plot_schedule: Annotated[
-        Path | None,
-        _instead_option(metavar="PNG", help="Plot the learning rate over the run to this file."),
+        Path | None, _instead_option(metavar="PNG", help="Plot the learning rate over the run to this file.")
     ] = None,
     estimate: Annotated[
-        bool,
-        _instead_option("--estimate", help="Print memory and time of each --checkpointing."),
+        bool, _instead_option("--estimate", help="Print memory and time of each --checkpointing.")
     ] = False,
     profile: Profile = False,
     as_json: Json = False,
@@ -140,10 +131,8 @@ def train(
     elif estimate:
         print_table(pipeline.estimate_rows(resolved, data))
     else:
-        monitor = Monitor(quiet=quiet)
-        result = pipeline.train_on_files(
-            data, resolved, output_dir, monitor, run_dir=run_dir, resume=found, profile=profile
-        )
+        where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
+        result = pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), **where)
         _report(result, as_json)
 
 

@@ -16,21 +16,17 @@ from fusedgpt.train.report.progress import StepMetrics
 
 Row = dict[str, Any]
 
+_COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "skipped")
 _SECONDS_BETWEEN_MEMORY_READINGS = 1.0  # each takes some 100 us
 _SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's files: what a kill loses
 
 
 class Sink(Protocol):
-    """Stores a run's metrics."""
+    """Stores a run's metrics; `evaluation` takes the loss in nats per token."""
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Store a step."""
-
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """Store a validation after step `step`; loss in nats per token."""
-
-    def close(self) -> None:
-        """Write what is left; may be called again."""
+    def step(self, metrics: StepMetrics) -> None: ...
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None: ...
+    def close(self) -> None: ...
 
 
 class MetricsFile:
@@ -48,23 +44,15 @@ class MetricsFile:
         Rows of later steps, which will come again, are dropped, and so is a last line that a kill cut short.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_rows_after(path, resume_step)
+        if path.exists():
+            write_file(path, b"".join(_lines_until(path, resume_step)))
         self._file = path.open("a", buffering=1, encoding="utf-8")  # each line is in the file once written
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's row."""
-        row = {
-            "step": metrics.step,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
-            "learning_rate": metrics.learning_rate,
-            "tokens": metrics.tokens,
-            "tokens_per_second": round(metrics.tokens_per_second, 1),
-            "mfu": round(metrics.mfu, 5),
-            "skipped": metrics.skipped,
-            "seconds": round(metrics.seconds, 3),
-        }
-        self._append(row)
+        row = {name: getattr(metrics, name) for name in _COLUMNS}
+        speed, mfu = round(metrics.tokens_per_second, 1), round(metrics.mfu, 5)
+        self._append({**row, "tokens_per_second": speed, "mfu": mfu, "seconds": round(metrics.seconds, 3)})
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Append a validation's row."""
@@ -84,13 +72,15 @@ def read_metrics(path: Path) -> list[Row]:
 
     Raises OSError, and ValueError for any other file.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = [_parse(line) for line in lines]
-    if rows and rows[-1] is None and not lines[-1].endswith(b"\n"):
-        rows.pop()
-    if None in rows:
-        raise ValueError(f"{path}, line {rows.index(None) + 1}: not a row of metrics")
-    return [row for row in rows if row is not None]
+    rows: list[Row] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            row = _parse(line)
+            if row is not None:
+                rows.append(row)
+            elif line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number}: not a row of metrics")
+    return rows
 
 
 def _parse(line: bytes) -> Row | None:
@@ -101,14 +91,8 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite `path`, all or nothing, without rows of later steps and lines that are not rows."""
-    if not path.exists():
-        return
-    write_file(path, b"".join(_lines_until(path, step)))
-
-
 def _lines_until(path: Path, step: int) -> Iterator[bytes]:
+    """The rows up to `step`, without lines that are not rows."""
     with path.open("rb") as file:
         for line in file:
             row = _parse(line)
@@ -135,17 +119,15 @@ class TensorBoardSink:
         except ImportError:
             raise ValueError("TensorBoard is not installed: pip install 'fusedgpt[tensorboard]'") from None
         self._writer: Any = writer.EventFileWriter(str(folder), flush_secs=_SECONDS_BETWEEN_FLUSHES)
-        # at 0 too: a run killed before its first save may start again in the same folder
-        self._purge_from(resume_step + 1)
+        # Readers then ignore what earlier files say about later steps; also at 0, since a run that was killed
+        # before its first save may start again in the same folder.
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add_event(resume_step + 1, session_log=start)
         self._memory_read = -math.inf
 
     def step(self, metrics: StepMetrics) -> None:
         """Add a step's scalars."""
-        scalars = {
-            "train/loss": metrics.loss,
-            "train/grad_norm": metrics.grad_norm,
-            "train/learning_rate": metrics.learning_rate,
-        }
+        scalars = {f"train/{name}": getattr(metrics, name) for name in ("loss", "grad_norm", "learning_rate")}
         for name in ("tokens_per_second", "mfu"):
             if math.isfinite(value := getattr(metrics, name)):
                 scalars[f"throughput/{name}"] = value
@@ -163,15 +145,13 @@ class TensorBoardSink:
         """Write what is left; may be called again."""
         self._writer.close()
 
-    def _purge_from(self, step: int) -> None:
-        """Make readers ignore what the folder's earlier files say about `step` and later ones."""
-        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-        self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), session_log=start))
-
     def _add(self, scalars: dict[str, float], step: int) -> None:
         # one event for all: torch's SummaryWriter makes one per scalar, which is four times as slow
-        summary = self._summary(value=[{"tag": tag, "simple_value": v} for tag, v in scalars.items()])
-        self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
+        values = [{"tag": tag, "simple_value": value} for tag, value in scalars.items()]
+        self._add_event(step, summary=self._summary(value=values))
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), **content))
 
 
 def _memory() -> dict[str, float]:

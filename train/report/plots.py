@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.schedule import decay_steps, learning_rate, warmup_steps
-from fusedgpt.train.report.metrics import read_metrics
+from fusedgpt.train.report.metrics import Row, read_metrics
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.axes import Axes
@@ -38,12 +37,10 @@ def plot_schedule(config: TrainConfig, total_steps: int, path: Path) -> Path:
     rates = [learning_rate(step, total_steps, config) for step in steps]
     axes.plot([step + 1 for step in steps], rates, color=_BLUE, linewidth=2.2)
     if warmup:
-        _name_phase(axes, 0, min(warmup, total_steps), "warm-up", "left")
+        _shade_phase(axes, 0, min(warmup, total_steps), "warm-up", label_at=0)
     if config.schedule == "wsd" and decay:
-        _name_phase(axes, total_steps - decay, total_steps, "decay", "right")
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
-    axes.set_xlim(0, total_steps)
+        _shade_phase(axes, total_steps - decay, total_steps, "decay", label_at=total_steps)
+    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, total_steps))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(0, 1.12 * config.learning_rate)  # room above the peak for the names of the phases
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
@@ -66,12 +63,15 @@ def plot_losses(metrics_path: Path, png: Path) -> Path:
     axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
     axes.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"training, mean of up to {window} steps")
     if len(val_steps):
-        _draw_validation(axes, val_steps, val_losses)
+        best = int(val_losses.argmin())
+        label = f"best validation: {val_losses[best]:.4f} at step {int(val_steps[best]):,}"
+        star: dict[str, Any] = {"markersize": 17, "markeredgecolor": "white", "label": label}
+        axes.plot(val_steps, val_losses, "o-", color=_ORANGE, linewidth=1.2, markersize=5, label="validation")
+        axes.plot(val_steps[best], val_losses[best], "*", color=_ORANGE, **star)
     if falls_early(smooth):
         _show_last_decades(axes, np.concatenate([steps, val_steps]), np.concatenate([losses, val_losses]))
     else:
-        axes.set_xlabel("step")
-        axes.set_xlim(0, steps[-1] * 1.02)
+        axes.set(xlabel="step", xlim=(0, steps[-1] * 1.02))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right", frameon=False, fontsize=11)
@@ -96,19 +96,10 @@ def falls_early(losses: Floats) -> bool:
     return len(losses) >= 100 and bool(losses[0] - losses[len(losses) // 10] > 0.9 * whole)
 
 
-def _series(rows: Iterable[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
+def _series(rows: list[Row], name: str) -> tuple[Floats, Floats]:
     """Steps and values of `name`, without those that were not finite."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array([s for s, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
-
-
-def _draw_validation(axes: Axes, steps: Floats, losses: Floats) -> None:
-    best = int(losses.argmin())
-    axes.plot(steps, losses, "o-", color=_ORANGE, linewidth=1.2, markersize=5, label="validation")
-    label = f"best validation: {losses[best]:.4f} at step {int(steps[best]):,}"
-    axes.plot(
-        steps[best], losses[best], "*", color=_ORANGE, markersize=17, markeredgecolor="white", label=label
-    )
 
 
 def _show_last_decades(axes: Axes, steps: Floats, losses: Floats) -> None:
@@ -124,21 +115,13 @@ def _show_last_decades(axes: Axes, steps: Floats, losses: Floats) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _name_phase(axes: Axes, start: float, end: float, name: str, side: Literal["left", "right"]) -> None:
+def _shade_phase(axes: Axes, start: float, end: float, name: str, *, label_at: float) -> None:
     """Shade a phase and label it above the curve, aligned to its outer side as the label may be wider."""
     axes.axvspan(start, end, color=_GREY, alpha=0.1, linewidth=0)
-    at, indent = (start, 6) if side == "left" else (end, -6)
-    axes.annotate(
-        name,
-        (at, 0.97),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(indent, 0),
-        textcoords="offset points",
-        ha=side,
-        va="top",
-        color=_GREY,
-        fontsize=11,
-    )
+    side, indent = ("left", 6) if label_at == start else ("right", -6)
+    at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+    text: dict[str, Any] = {"ha": side, "va": "top", "color": _GREY, "fontsize": 11}
+    axes.annotate(name, (label_at, 0.97), xytext=(indent, 0), **at, **text)
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:

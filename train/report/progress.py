@@ -9,16 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from fusedgpt.train.report.terminal import printable
 
-if TYPE_CHECKING:  # rich takes 60 ms to import, and `fusedgpt --help` draws no bar
-    from rich.progress import Progress
-
 _EPOCHS_BETWEEN_AVERAGES = 5
-_REDRAWS_PER_SECOND = 5  # on a terminal; each costs a few hundred microseconds
-_SECONDS_BETWEEN_LINES = 10.0  # elsewhere
+_SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +54,9 @@ def progress_line(m: StepMetrics, steps: int, width: int | None = None) -> str:
     speed = "" if math.isnan(m.tokens_per_second) else f" | {m.tokens_per_second:,.0f} tok/s"
     mfu = "" if math.isnan(m.mfu) else f" | MFU {m.mfu:.1%}"
     long, short = (f"{head} [{'#' * (n * m.step // steps):.<{n}}] {count}{rest}" for n in (20, 10))
-    ends = (rate + speed + mfu, speed + mfu, speed, "")
-    tries = (
-        long + ends[0],
-        *(short + end for end in ends),
-        f"{head} {count}{rest}",
-        f"{head} {count}",
-        count,
-    )
+    figures = rate + speed + mfu
+    tries = [long + figures, *(short + end for end in (figures, speed + mfu, speed, ""))]
+    tries += [f"{head} {count}{rest}", f"{head} {count}", count]
     return next((line for line in tries if width is None or len(line) <= width), count[:width])
 
 
@@ -73,7 +64,7 @@ class _Bar:
     """One moving line on a terminal, redrawn by a thread of rich."""
 
     def __init__(self, stream: TextIO, line: Callable[[int | None], str]) -> None:
-        from rich.console import Console
+        from rich.console import Console  # rich takes 60 ms to import, and `fusedgpt --help` draws no bar
         from rich.progress import Progress, ProgressColumn, Task
         from rich.text import Text
 
@@ -83,10 +74,10 @@ class _Bar:
                 return Text(line(console.width - 1), no_wrap=True, overflow="crop")
 
         console = Console(file=stream, force_terminal=True)
-        self._progress: Progress = Progress(
+        self._progress = Progress(
             Line(),
             console=console,
-            refresh_per_second=_REDRAWS_PER_SECOND,
+            refresh_per_second=5,  # each costs a few hundred microseconds
             redirect_stdout=False,  # stdout holds the results, and may be a file
             redirect_stderr=stream is sys.stderr,  # so that a warning comes out above the bar
         )
@@ -120,26 +111,22 @@ class Monitor:
         self.close()
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
         self._skipped = 0
-        self._begin_epoch(step)
+        self._epoch_start, self._epoch_sum, self._epoch_count = step, 0.0, 0
         self._last = self._written = StepMetrics(step=step)
         self._next_line = -math.inf
         moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         if moving and not self._quiet:
             self._bar = _Bar(self._stream, self._line)
 
-    def _begin_epoch(self, step: int) -> None:
-        self._epoch_start, self._epoch_sum, self._epoch_count = step, 0.0, 0
-
     def update(self, metrics: StepMetrics) -> None:
-        """Show a step. Steps may come in bursts, after which the line shows the last of them."""
+        """Show a step; of steps that come together the line shows the last."""
         self._last = metrics
         if metrics.step == self._steps or time.monotonic() >= self._next_line:
             self._write_line()
         if metrics.skipped:
             self._skipped += 1
-            self.note(
-                f"step {metrics.step}: loss or gradient not finite, update skipped ({self._skipped} so far)"
-            )
+            why = f"loss or gradient not finite, update skipped ({self._skipped} so far)"
+            self.note(f"step {metrics.step}: {why}")
         if math.isfinite(metrics.loss):
             self._epoch_sum += metrics.loss
             self._epoch_count += 1
@@ -150,14 +137,17 @@ class Monitor:
                 resumed = metrics.step - self._epoch_start < self._steps_per_epoch
                 part = f" (from step {self._epoch_start + 1})" if resumed else ""
                 self.note(f"epoch {epoch}: average loss {mean:.4f}{part}")
-            self._begin_epoch(metrics.step)
+            self._epoch_start, self._epoch_sum, self._epoch_count = metrics.step, 0.0, 0
+
+    def _line(self, width: int | None = None) -> str:
+        return progress_line(self._last, self._steps, width)
 
     def _write_line(self) -> None:
         """Without a bar: write the progress as a line of its own, once per step."""
         if self._bar is None and self._last is not self._written:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             self._written = self._last
-            self.note(self._line(None))
+            self.note(self._line())
 
     def evaluation(self, *, step: int, loss: float, bits_per_byte: float | None, improved: bool) -> None:
         """Show a validation: the loss in nats per token, and whether it is the best so far."""
@@ -179,6 +169,3 @@ class Monitor:
         self._written = self._last
         if bar:
             bar.close()
-
-    def _line(self, width: int | None) -> str:
-        return progress_line(self._last, self._steps, width)

@@ -10,15 +10,11 @@ _RESOLUTION = 0.3  # seconds
 
 
 class Speed:
-    """Steps and tokens per second over the last half minute of training.
+    """Steps and tokens per second over the last half minute of training, or the last reading if longer.
 
-    An average since the beginning would carry the first steps' compilation, or what else the machine did an
-    hour ago, through the whole run; half a minute evens out the jitter of steps and bursts and follows a
-    change soon. However slow the steps, the window holds at least one whole reading. The very first reading,
-    which includes compilation, is dropped as soon as there is another.
-
-    The steps of a burst may share their time. So a time counts only once a later one has come: then all its
-    tokens are known.
+    The very first reading, which includes compilation, is dropped as soon as there is another. Steps that are
+    read together share their time, so a time counts only once a later one has come: then all its tokens are
+    known.
     """
 
     def __init__(self, step: int, tokens: int) -> None:
@@ -34,18 +30,14 @@ class Speed:
             points[-1] = (max(seconds, ends_at), step, tokens)
         else:
             points.append((seconds, step, tokens))
-            self._drop_what_is_past(seconds)
+            if self._holds_first and len(points) > 3:
+                self._holds_first = False
+                points.popleft()
+            while len(points) > 3 and seconds - points[1][0] >= _WINDOW:
+                points.popleft()
         from_seconds, from_step, from_tokens = points[0]
         to_seconds, to_step, to_tokens = points[-1 if last else -2] if len(points) > 1 else points[0]
         elapsed = to_seconds - from_seconds
         if elapsed <= 0:
             return math.nan, math.nan
         return (to_step - from_step) / elapsed, (to_tokens - from_tokens) / elapsed
-
-    def _drop_what_is_past(self, seconds: float) -> None:
-        points = self._points
-        if self._holds_first and len(points) > 3:
-            self._holds_first = False
-            points.popleft()
-        while len(points) > 3 and seconds - points[1][0] >= _WINDOW:
-            points.popleft()

@@ -7,16 +7,17 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from fusedgpt.kernels.ops import fallback
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.validation import Validation
 from fusedgpt.train.report.metrics import Sink
-from fusedgpt.train.report.profiling import StepProfiler
 from fusedgpt.train.report.progress import Monitor, StepMetrics
 from fusedgpt.train.report.speed import Speed
 from fusedgpt.train.run.directory import Run
@@ -42,32 +43,30 @@ class TrainingLog:
         self, training: Training, config: TrainConfig, monitor: Monitor, run: Run | None, *, profile: bool
     ) -> None:
         self.training, self.config, self.monitor, self.run = training, config, monitor, run
-        self.profiler = StepProfiler(run.path / "trace.json" if run else None) if profile else None
+        self.profiler = _profile_steps(monitor, run.path / "trace.json" if run else None) if profile else None
         device = training.model.wte.weight.device
         self.results = torch.zeros(config.log_every or _LOG_EVERY.get(device.type, 1), 3, device=device)
         self.pending: list[tuple[int, int, float]] = []  # step, tokens, learning rate of the unread results
         self.first_tokens = training.progress.tokens
         self.speed = Speed(training.progress.step, self.first_tokens)
         self.sinks: Sequence[Sink] = ()
-        self.started = time.perf_counter()
         self.paused_seconds = 0.0
 
     def begin(self, steps: int, steps_per_epoch: int, flops_per_token: float) -> None:
         """Say what is about to happen and open the sinks."""
-        model, progress = self.training.model, self.training.progress
-        device = model.wte.weight.device
+        step, device = self.training.progress.step, self.results.device
         if self.run is not None:
             for note in self.run.notes:
                 self.monitor.note(note)
             if self.run.resumed is not None:
-                self.monitor.note(f"resuming after step {progress.step} of {steps} from {self.run.path}")
+                self.monitor.note(f"resuming after step {step} of {steps} from {self.run.path}")
         if why := fallback(device, self.training.dtype):
             self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
         self.mfu_per_token = flops_per_token / peak if peak else math.nan  # seconds
         self.steps = steps
         self.sinks = self.run.sinks() if self.run else ()
-        self.monitor.begin(steps=steps, steps_per_epoch=steps_per_epoch, step=progress.step)
+        self.monitor.begin(steps=steps, steps_per_epoch=steps_per_epoch, step=step)
 
     def __enter__(self) -> Self:
         self.started = time.perf_counter()
@@ -79,7 +78,7 @@ class TrainingLog:
                 self.read()
         finally:
             if self.profiler is not None:
-                self.profiler.close()
+                self.profiler.stop()
             self.monitor.close()
             for sink in self.sinks:
                 sink.close()
@@ -94,19 +93,14 @@ class TrainingLog:
             self.read()
         if self.profiler is not None:
             self.profiler.step()
-            if self.profiler.table:
-                self.monitor.note(self.profiler.table)
-                self.profiler.table = None
 
     def read(self) -> None:
         """Fetch the pending results from the device and report them. Raises TrainingDiverged."""
         rows = self.results[: len(self.pending)].tolist()
-        seconds, progress = self.training_seconds, self.training.progress
+        seconds, progress = time.perf_counter() - self.started - self.paused_seconds, self.training.progress
         for (step, tokens, lr), (loss, norm, skipped) in zip(self.pending, rows, strict=True):
             progress.add(loss, skipped=bool(skipped))
-            steps_per_second, tokens_per_second = self.speed.add(
-                seconds, step, tokens, last=step == self.steps
-            )
+            step_rate, token_rate = self.speed.add(seconds, step, tokens, last=step == self.steps)
             metrics = StepMetrics(
                 step=step,
                 loss=loss,
@@ -116,33 +110,25 @@ class TrainingLog:
                 skipped=bool(skipped),
                 tokens=tokens,
                 seconds=seconds,
-                steps_per_second=steps_per_second,
-                tokens_per_second=tokens_per_second,
-                mfu=tokens_per_second * self.mfu_per_token,
+                steps_per_second=step_rate,
+                tokens_per_second=token_rate,
+                mfu=token_rate * self.mfu_per_token,
             )
             for sink in self.sinks:
                 sink.step(metrics)
             self.monitor.update(metrics)
         self.pending.clear()
-        self._check_divergence()
+        if progress.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"{self._last_good_checkpoint()}"
+                f"try a lower --learning-rate (now {self.config.learning_rate:g}) or --precision fp32"
+            )
 
-    def _check_divergence(self) -> None:
-        in_a_row = self.training.progress.skipped_in_a_row
-        if in_a_row < self.config.max_skipped_steps:
-            return
-        saved = self.run.store.steps() if self.run else []
-        advice = (
-            f"the last good checkpoint is step {saved[-1]} in {self.run.path}; " if self.run and saved else ""
-        )
-        raise TrainingDiverged(
-            f"{in_a_row} steps in a row had a loss or gradient that is not finite; {advice}"
-            f"try a lower --learning-rate (now {self.config.learning_rate:g}) or --precision fp32"
-        )
-
-    @property
-    def training_seconds(self) -> float:
-        """Since the loop began, without validation and saving."""
-        return time.perf_counter() - self.started - self.paused_seconds
+    def _last_good_checkpoint(self) -> str:
+        if self.run is None or not (saved := self.run.store.steps()):
+            return ""
+        return f"the last good checkpoint is step {saved[-1]} in {self.run.path}; "
 
     @property
     def tokens_per_second(self) -> float:
@@ -169,13 +155,11 @@ class TrainingLog:
                 return
             if validation.improved:
                 self.training.keep_best()
+            loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
             for sink in self.sinks:
-                sink.evaluation(step, evaluation.loss, evaluation.bits_per_byte)
+                sink.evaluation(step, loss, bits_per_byte)
             self.monitor.evaluation(
-                step=step,
-                loss=evaluation.loss,
-                bits_per_byte=evaluation.bits_per_byte,
-                improved=validation.improved,
+                step=step, loss=loss, bits_per_byte=bits_per_byte, improved=validation.improved
             )
 
     def save(self, run: Run) -> None:
@@ -185,14 +169,33 @@ class TrainingLog:
 
     def stopped(self, stop: StopSignals, *, save: bool = True) -> Stopped:
         """The exception that ends the run for a signal, once it is saved."""
-        number = stop.received or 0
-        progress = self.training.progress
-        said = f"stopped by {signal.Signals(number).name} after step {progress.step}"
+        number, step = stop.received or 0, self.training.progress.step
+        what = f"stopped by {signal.Signals(number).name} after step {step}"
         if self.run is None:
-            return Stopped(f"{said}; nothing was saved, there is no run directory", number)
-        if save and progress.step and self.run.last_saved_step != progress.step:
+            return Stopped(f"{what}; nothing was saved, there is no run directory", number)
+        if save and step and self.run.last_saved_step != step:
             self.save(self.run)
         self.run.store.wait()
         if not self.run.store.steps():
-            return Stopped(f"{said}: there was nothing to save yet", number)
-        return Stopped(f"{said}; go on with --resume {self.run.path}", number)
+            return Stopped(f"{what}: there was nothing to save yet", number)
+        return Stopped(f"{what}; go on with --resume {self.run.path}", number)
+
+
+def _profile_steps(monitor: Monitor, trace: Path | None) -> profile:
+    """A started profiler of a few steps, which then shows the ten most expensive ops.
+
+    trace: file for chrome://tracing or Perfetto.
+    """
+    cuda = torch.cuda.is_available()
+
+    def report(result: Any) -> None:
+        by = "self_device_time_total" if cuda else "self_cpu_time_total"
+        monitor.note(result.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=50))
+        if trace is not None:
+            result.export_chrome_trace(str(trace))
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    when = schedule(skip_first=3, wait=0, warmup=2, active=5, repeat=1)
+    profiler = profile(activities=activities, schedule=when, on_trace_ready=report)
+    profiler.start()
+    return profiler

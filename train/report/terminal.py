@@ -55,10 +55,9 @@ class TerminalWriter:
 
 
 class ShowProgress(Protocol):
-    """What `progress_bar` yields."""
+    """What `progress_bar` yields; total: 0 where it is not known, title: replaces the first one."""
 
-    def __call__(self, done: int, total: int, title: str = ...) -> None:
-        """Show how much is done of the total, 0 if that is not known, perhaps under another title."""
+    def __call__(self, done: int, total: int, title: str = ...) -> None: ...
 
 
 @contextmanager
@@ -71,9 +70,8 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
     on_terminal = console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # auto_refresh would draw in a thread: processes forked meanwhile inherit its locks, perhaps held
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=quiet or not on_terminal
-    ) as bar:
+    off = quiet or not on_terminal
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=off) as bar:
         task = bar.add_task(title)
         interval = _SECONDS_BETWEEN_REDRAWS if on_terminal else _SECONDS_BETWEEN_LINES
         shown = -math.inf if on_terminal else time.monotonic()

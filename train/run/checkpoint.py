@@ -33,8 +33,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _FORMAT = 1
 _MAX_STEP = 10**8 - 1
-_MAX_MANIFEST_BYTES = 1 << 16
-_MAX_STATE_BYTES = 1 << 24
+_MAX_MANIFEST_BYTES, _MAX_STATE_BYTES = 1 << 16, 1 << 24
 _STEP = re.compile(r"step-([0-9]{8})")
 # What a killed save or removal leaves behind; "replaced" is a checkpoint whose step is saved again.
 _TEMPORARY = re.compile(r"\.(saving|replaced|removing)-(step-[0-9]{8})")
@@ -152,10 +151,10 @@ class CheckpointStore:
 
     def _publish(self, checkpoint: Checkpoint, target: Path) -> None:
         """Write it under a temporary name and rename it: at any moment a whole one can be found."""
-        saving, replaced = (target.with_name(f".{state}-{target.name}") for state in ("saving", "replaced"))
+        saving = target.with_name(f".saving-{target.name}")
         _write_checkpoint(checkpoint, saving)
         if _is_directory(target):
-            os.rename(target, replaced)
+            os.rename(target, target.with_name(f".replaced-{target.name}"))
         os.rename(saving, target)
         sync(self.root)
 
@@ -202,11 +201,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises CheckpointError if a listed file is missing or differs in a single bit.
     """
     manifest = _verify(folder)
-    tensors = {
-        Path(name).stem: _read_tensors(folder / name) for name in sorted(manifest.files) if name != STATE
-    }
-    state = _read_json(folder / STATE, _MAX_STATE_BYTES)
-    return Checkpoint(step=manifest.step, tensors=tensors, state=state)
+    files = [folder / name for name in sorted(manifest.files) if name != STATE]
+    return Checkpoint(
+        step=manifest.step,
+        tensors={path.stem: _read_tensors(path) for path in files},
+        state=_read_json(folder / STATE, _MAX_STATE_BYTES),
+    )
 
 
 def check_space(root: Path, n_bytes: int) -> None:
@@ -244,13 +244,19 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a checkpoint into a new directory, synced. The state is encoded first, as it may not be JSON."""
+    """Write a checkpoint into a new directory, synced. The state comes first, as it may not be JSON."""
     state = _encode(checkpoint.state)
     if len(state) > _MAX_STATE_BYTES:
         raise ValueError(f"the state has {len(state):,} bytes as JSON, over {_MAX_STATE_BYTES:,}")
     os.mkdir(folder, 0o700)
-    for stem, tensors in checkpoint.tensors.items():
-        _write_tensors(folder / f"{stem}.safetensors", tensors)
+    try:
+        for stem, tensors in checkpoint.tensors.items():
+            values = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(values, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error)) from None
     (folder / STATE).write_bytes(state)
     files = {path.name: _file_entry(path) for path in sorted(folder.iterdir())}
     manifest = {"files": files, "format": _FORMAT, "step": checkpoint.step}
@@ -258,27 +264,12 @@ def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     sync_all(folder)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code) if number else str(error)) from None
-
-
 def _file_entry(path: Path) -> dict[str, Any]:
-    """The manifest's entry of a file."""
-    with open(path, "rb") as file:
-        return {"sha256": _sha256(file), "size": os.fstat(file.fileno()).st_size}
-
-
-def _sha256(file: BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # in chunks, without the GIL
+    with open(path, "rb") as file:  # file_digest reads in chunks and releases the GIL
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest without its own."""
     return hashlib.sha256(_encode(manifest)).hexdigest()
 
 
@@ -299,8 +290,9 @@ def _verify(folder: Path) -> _Manifest:
                 raise CheckpointError(f"{folder / name} is damaged: {size} bytes instead of {entry.size}")
         for name, entry in manifest.files.items():
             with _open(folder / name) as file:
-                if _sha256(file) != entry.sha256:
-                    raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry.sha256:
+                raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
     return manifest
@@ -316,9 +308,8 @@ def _read_manifest(folder: Path) -> _Manifest:
     try:
         manifest = _Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {where!a}: {first['msg']}") from None
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))!a}: {first['msg']}") from None
     if STATE not in manifest.files:
         raise CheckpointError(f"{path} lists no {STATE}")
     named = re.search(r"step-([0-9]{8})$", folder.name)
@@ -362,11 +353,11 @@ def _open(path: Path) -> BufferedReader:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether it is a directory, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def make_directory(path: Path) -> None:
+    """Make it and its parents, for this user alone."""
     if not path.is_dir():
         path.mkdir(parents=True, mode=0o700)
         sync(path.parent)
@@ -384,4 +375,4 @@ def _matching(root: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 def _leftovers(root: Path) -> list[Path]:
     """The directories that killed saves and removals left in `root`."""
-    return list(filter(_is_directory, _matching(root, _TEMPORARY)))
+    return [path for path in _matching(root, _TEMPORARY) if _is_directory(path)]

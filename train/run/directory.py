@@ -42,7 +42,6 @@ from fusedgpt.train.run.checkpoint import (
 
 RUNS = Path("runs")
 _CONFIG, _RUN, _METRICS, _CHECKPOINTS = "config.toml", "run.json", "metrics.jsonl", "checkpoints"
-_FILES = (_CONFIG, _RUN, _METRICS, "dataset.json", "trace.json", "trainer.lock")
 
 
 @dataclass(kw_only=True)
@@ -59,10 +58,10 @@ class Run:
 
     def sinks(self) -> list[Sink]:
         """Where metrics go, continued from the resumed checkpoint."""
-        resume_step = self.resumed.step if self.resumed else 0
-        sinks: list[Sink] = [MetricsFile(self.path / _METRICS, resume_step=resume_step)]
+        step = self.resumed.step if self.resumed else 0
+        sinks: list[Sink] = [MetricsFile(self.path / _METRICS, resume_step=step)]
         if self.saving.tensorboard:
-            sinks.append(TensorBoardSink(self.path / "tensorboard", resume_step=resume_step))
+            sinks.append(TensorBoardSink(self.path / "tensorboard", resume_step=step))
         return sinks
 
     def save_due(self, step: int) -> bool:
@@ -128,9 +127,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise ValueError(
-                f"{run_dir} is in use by {_describe_holder(holder)}; end that or choose another --run-dir"
-            ) from None
+            who = _describe_holder(holder)
+            raise ValueError(f"{run_dir} is in use by {who}; end that or choose another --run-dir") from None
         except NotImplementedError:
             raise OSError(errno.ENOSYS, "its file system has no locks") from None
     try:
@@ -171,7 +169,7 @@ def _remove_traces(path: Path) -> None:
     metrics = path / _METRICS
     if metrics.is_file() and metrics.stat().st_size:
         return
-    for name in _FILES:
+    for name in (_CONFIG, _RUN, _METRICS, "dataset.json", "trace.json", "trainer.lock"):
         (path / name).unlink(missing_ok=True)
     for folder in (path / _CHECKPOINTS, path):
         with suppress(OSError):  # somebody else's files are in it

@@ -68,10 +68,9 @@ class Training:
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "fingerprint": self.fingerprint,
         }
-        tensors = {
-            "model": _on_host(dict(self.model.named_parameters())),
-            "optimizer": _on_host(self._optimizer_tensors()),
-        }
+        state_of = self.optimizer.state
+        moments = {f"{n}.{k}": v for n, p in self._named() for k, v in state_of.get(p, {}).items()}
+        tensors = {"model": _on_host(dict(self.model.named_parameters())), "optimizer": _on_host(moments)}
         if self.best and self.progress.validation.best_step != self.progress.step:
             tensors["best"] = self.best
         return Checkpoint(step=self.progress.step, tensors=tensors, state=state)
@@ -80,15 +79,13 @@ class Training:
         """Load what snapshot() copied. Raises CheckpointError if it does not fit this run."""
         state = checkpoint.state
         for name, value in self.fingerprint.items():
-            if (then := state["fingerprint"].get(name)) != value:
-                raise CheckpointError(
-                    f"step {checkpoint.step} was made with another {name}: {then}, now {value}"
-                )
-        parameters = dict(self.model.named_parameters())
-        _expect_alike(checkpoint.tensors.get("model", {}), parameters, "model")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(checkpoint.tensors["model"][name])
+            then = state["fingerprint"].get(name)
+            if then != value:
+                change = f"{then}, now {value}"
+                raise CheckpointError(f"step {checkpoint.step} was made with another {name}: {change}")
+        values = checkpoint.tensors.get("model", {})
+        _check_alike(values, dict(self.model.named_parameters()))
+        self._copy_in(values)
         self._load_optimizer(checkpoint.tensors.get("optimizer", {}))
         dropout, progress = state["dropout"], dict(state["progress"])
         self.model.seed_dropout(dropout["seed"], dropout["step"])
@@ -116,6 +113,9 @@ class Training:
         """Leave the model in fp32 and eval mode, with the weights of the best validation if there was one."""
         values = self.best or _on_host(self.parameters())
         self.model.float().eval()
+        self._copy_in(values)
+
+    def _copy_in(self, values: Tensors) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(values[name])
@@ -124,13 +124,6 @@ class Training:
         """(name, parameter) in the optimizer's order."""
         names = {p: name for name, p in self.model.named_parameters()}
         return [(names[p], p) for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _optimizer_tensors(self) -> Tensors:
-        return {
-            f"{name}.{key}": value
-            for name, p in self._named()
-            for key, value in self.optimizer.state.get(p, {}).items()
-        }
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         state: dict[int, Tensors] = {}
@@ -156,11 +149,11 @@ def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
 
 
-def _expect_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())
-        raise CheckpointError(f"{what}: missing or unexpected tensors: {', '.join(odd[:3])}")
+def _check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError where a name, shape or dtype differs."""
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise CheckpointError(f"model: missing or unexpected tensors: {', '.join(odd[:3])}")
     for name, x in wanted.items():
-        if (found[name].shape, found[name].dtype) != (x.shape, x.dtype):
-            there = f"{tuple(found[name].shape)} {found[name].dtype}"
-            raise CheckpointError(f"{what}: {name} is {there}, expected {tuple(x.shape)} {x.dtype}")
+        there, here = (f"{tuple(t.shape)} {t.dtype}" for t in (found[name], x))
+        if there != here:
+            raise CheckpointError(f"model: {name} is {there}, expected {here}")
