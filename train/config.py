@@ -60,9 +60,7 @@ class ModelConfig(_Frozen):
     n_embd: int | None = _model(None, "Width of the residual stream.", unset="the preset's")
     block_size: int | None = _model(None, "Context length in tokens.", unset="the preset's")
     dropout: float | None = _model(None, "Dropout probability.", unset="0.1")
-    init_from: str | None = _model(
-        None, "GPT-2 model folder to start from, in place of a preset: its weights and shape."
-    )
+    init_from: str | None = _model(None, "GPT-2 model folder that replaces the preset: weights and shape.")
 
     def gpt_config(self, vocab_size: int, trained_length: int | None = None) -> GPTConfig:
         """The GPTConfig these settings mean for a vocabulary and a training window.
@@ -94,9 +92,7 @@ class DataConfig(_Frozen):
 
     tokenizer: str = _setting("gpt2", "Tokenizer: gpt2, char, byte, or the path of a tokenizer.json.")
     max_length: int | None = _data(None, "Tokens per training window.", unset="the context length", ge=1)
-    packing: bool = _data(
-        False, "Fill windows with whole documents instead of cutting documents at their ends."
-    )
+    packing: bool = _data(False, "Pack whole documents into windows instead of cutting them.")
     document_masks: bool = _data(False, "Let tokens attend only within their own document.")
     val_fraction: float = _data(0.1, "Fraction of the documents held out for validation.", ge=0.0, lt=1.0)
     raw_tokens: int | None = _texts(None, "GPT-2 tokens of text to generate.", unset="by preset", ge=1)
@@ -108,14 +104,9 @@ class TrainConfig(_Frozen):
 
     steps: int | None = _setting(None, "Optimizer steps; overrides --epochs.", ge=1)
     epochs: int = _setting(20, "Passes over the training text.", ge=1)
-    batch_size: int = _setting(
-        2, "Windows per micro-batch; also per optimizer step, unless --batch-tokens is given.", ge=1
-    )
+    batch_size: int = _setting(2, "Windows per micro-batch, and per step without --batch-tokens.", ge=1)
     batch_tokens: int | None = _optim(
-        None,
-        "Tokens per optimizer step, reached by gradient accumulation over micro-batches.",
-        unset="one micro-batch",
-        ge=1,
+        None, "Tokens per optimizer step, reached by gradient accumulation.", unset="one micro-batch", ge=1
     )
     learning_rate: float = _setting(3e-4, "Peak learning rate.", gt=0.0)
     min_learning_rate: float | None = _optim(
@@ -135,9 +126,7 @@ class TrainConfig(_Frozen):
     z_loss: float = _optim(0.0, "Weight of logsumexp(logits)^2 in the training loss.", ge=0.0)
     eval_every: int | None = _val(None, "Steps between validations.", unset="a tenth of the run", ge=1)
     eval_tokens: int | None = _val(None, "Held-out tokens per validation, the first ones.", unset="all", ge=1)
-    patience: int | None = _val(
-        None, "Stop after so many validations without improvement.", unset="never", ge=1
-    )
+    patience: int | None = _val(None, "Validations without improvement before a stop.", unset="never", ge=1)
     min_improvement: float = _val(0.0, "Decrease in validation loss that counts as improvement.", ge=0.0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _speed(
         "auto", "Compute precision; fp16 with dynamic loss scaling."
@@ -152,25 +141,17 @@ class TrainConfig(_Frozen):
     log_every: int | None = _logs(
         None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )
-    max_skipped_steps: int = _optim(
-        10, "Stop after so many steps in a row with a non-finite loss or gradient.", ge=1
-    )
-    deterministic: bool = _speed(
-        False, "Make PyTorch's CUDA ops deterministic too; the kernels of fusedgpt always are."
-    )
+    max_skipped_steps: int = _optim(10, "Non-finite steps in a row before a stop.", ge=1)
+    deterministic: bool = _speed(False, "Make PyTorch's CUDA ops deterministic; ours always are.")
     device: str = _speed("auto", "auto, cpu, cuda or cuda:N.")
     seed: int = _speed(0, "Random seed for data, weights, sample order and dropout.", ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _floor_below_peak(self) -> Self:
+    def _check(self) -> Self:
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
         phases = [self.warmup, self.decay] if self.schedule == "wsd" else [self.warmup]
         shares, counted = sum(x for x in phases if x < 1), sum(x for x in phases if x >= 1)
         if shares > 1 or (self.steps and counted + shares * self.steps > self.steps):
@@ -232,17 +213,13 @@ class RunConfig(_Frozen):
         return self.data.max_length or self.model.gpt_config(1).block_size
 
     @model_validator(mode="after")
-    def _windows_fit(self) -> Self:
+    def _check(self) -> Self:
         block_size = self.model.gpt_config(1).block_size
         if self.max_length > block_size:
             raise ValueError(f"max_length {self.max_length} is longer than block_size {block_size}")
         batch_tokens = self.train.batch_tokens
         if batch_tokens is not None and batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {batch_tokens} is less than one window of {self.max_length}")
-        return self
-
-    @model_validator(mode="after")
-    def _patience_has_something_to_watch(self) -> Self:
         if self.train.patience and not self.data.val_fraction:
             raise ValueError("patience needs held-out text: set val_fraction above 0")
         return self
@@ -258,13 +235,7 @@ def windows_per_step(config: TrainConfig, max_length: int) -> int:
 
 
 Sections = dict[str, dict[str, Any]]
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "saving": SavingConfig,
-    "llm": LLMConfig,
-}
+_SECTIONS: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
 # Defaults of a command that differ from the settings' own.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "create": {"learning_rate": 6e-4, "keep_last": 0, "max_length": 128},

@@ -77,7 +77,11 @@ def run_full_pipeline(
     """
     config = config or create_config({})
     if generation_method is not None:
-        config = _with_method(config, generation_method)
+        if generation_method not in GENERATION_METHODS:
+            methods = ", ".join(GENERATION_METHODS)
+            raise ValueError(f"no generation method {generation_method!r}; there are {methods}")
+        llm = config.llm.model_copy(update={"data_source": generation_method})
+        config = config.model_copy(update={"llm": llm})
     monitor = monitor or Monitor(quiet=True)
     check_writable(output_dir)
     domain = choose_domain(prompt)
@@ -91,43 +95,25 @@ def run_full_pipeline(
         write_file(run.path / "dataset.json", dataset_json)
         dataset = tokenise(texts, tokenizer, config)
         model = _new_model(config, tokenizer, monitor)
+        files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
+        folder = output_dir / domain
         return _train_and_save(
-            model,
-            tokenizer,
-            dataset,
-            config,
-            run,
-            monitor,
-            profile=profile,
-            folder=output_dir / domain,
-            provenance=provenance,
-            files={"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"},
+            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, files
         )
 
 
 def _texts_of_run(
     run: Run, task: Task, config: RunConfig, work_dir: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """The refined texts and how they were made; a resumed run keeps those it began with."""
+    """(the refined texts, how they were made); a resumed run keeps those it began with."""
     kept = run.path / "dataset.json"
     if run.resumed is not None and kept.is_file():
         provenance = json.loads(kept.read_text(encoding="utf-8"))
         return provenance.pop("samples"), provenance
     raw, refined = _TOKEN_TARGETS.get(config.model.preset, _TOKEN_TARGETS["117M"])
-    texts, made = collect(
-        task,
-        config.llm,
-        raw_tokens=config.data.raw_tokens or raw,
-        refined_tokens=config.data.refined_tokens or refined,
-        work_dir=work_dir,
-    )
+    raw, refined = config.data.raw_tokens or raw, config.data.refined_tokens or refined
+    texts, made = collect(task, config.llm, raw_tokens=raw, refined_tokens=refined, work_dir=work_dir)
     return texts, {"prompt": task.prompt, "domain": task.domain, **made}
-
-
-def _with_method(config: RunConfig, method: str) -> RunConfig:
-    if method not in GENERATION_METHODS:
-        raise ValueError(f"no generation method {method!r}; there are {', '.join(GENERATION_METHODS)}")
-    return config.model_copy(update={"llm": config.llm.model_copy(update={"data_source": method})})
 
 
 def train_on_files(
@@ -150,21 +136,14 @@ def train_on_files(
     check_writable(output_dir)
     name = config.model.name
     documents = dataset.train_documents + dataset.val_documents
+    provenance = {"data": [str(path) for path in paths], "documents": documents}
     command = {"command": "train", "data": [str(path.resolve()) for path in paths]}
     count_steps(dataset, config.train)  # raises before anything is written or allocated
     model = _new_model(config, tokenizer, monitor)
     with open_run(run_path(name, run_dir, resume), config, command, resume=resume) as run:
+        folder = output_dir / name
         return _train_and_save(
-            model,
-            tokenizer,
-            dataset,
-            config,
-            run,
-            monitor,
-            profile=profile,
-            folder=output_dir / name,
-            provenance={"data": [str(path) for path in paths], "documents": documents},
-            files={},
+            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}
         )
 
 
@@ -183,7 +162,6 @@ def _train_and_save(
     config: RunConfig,
     run: Run,
     monitor: Monitor,
-    *,
     profile: bool,
     folder: Path,  # of the model, without the time
     provenance: dict[str, Any],  # for generation_info.json
@@ -250,8 +228,7 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
         raise ConfigError("how many characters are there? give --data")
     from_data = config.data.tokenizer == "char" or any(map(is_token_set, paths))
     tokenizer = load_data(paths, config)[1] if from_data else build_tokenizer(config.data.tokenizer)
-    vocab_size = tokenizer.vocab_size
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    gpt_config = config.model.gpt_config(vocab_size, trained_length=config.max_length)
+    gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
     return table(estimate(gpt_config, config.train, config.max_length, name))

@@ -11,8 +11,6 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and `fusedgpt --help` needs none of it
     from fusedgpt.train.config import Sections
 
-_SYNONYMS = {"preset": ["--size"]}
-
 
 class SettingsCommand(TyperCommand):
     """A command that has an option for each of its settings (config.settings_of its name).
@@ -34,7 +32,7 @@ class SettingsCommand(TyperCommand):
             default = DEFAULTS.get(command, {}).get(name, field.default)
             option = typer.Option(
                 f"--{name.replace('_', '-')}",
-                *_SYNONYMS.get(name, []),
+                *(["--size"] if name == "preset" else []),
                 help=field.description,
                 rich_help_panel=panel,
                 show_default=unset if unset and default is None else True,

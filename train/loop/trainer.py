@@ -38,7 +38,7 @@ _CHECKPOINT_BYTES = 16  # a parameter: itself, two moments, its value at the bes
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """How a run went; losses in nats a token, None where nothing was held out."""
+    """How a run went; losses in nats per token, None where nothing was held out."""
 
     steps: int
     tokens: int

@@ -21,7 +21,7 @@ _NEVER: Callable[[], bool] = lambda: False  # noqa: E731 - a default argument ne
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A validation: loss in nats a token; bits per byte where the tokens' lengths in bytes are known."""
+    """A validation: loss in nats per token; bits per byte where the tokens' lengths in bytes are known."""
 
     loss: float
     bits_per_byte: float | None

@@ -97,12 +97,12 @@ def open_run(path: Path, config: RunConfig, command: dict[str, Any], *, resume: 
     where `resume` is damaged, ValueError where another process holds the run.
     """
     fresh = not path.exists()
+    content = json.dumps({**command, "versions": versions()}, ensure_ascii=False, indent=2) + "\n"
     try:
         with run_lock(path):
             run = _open(path, config, resume)
             write_file(path / _CONFIG, config.to_toml())
-            content = json.dumps({**command, "versions": versions()}, ensure_ascii=False, indent=2)
-            write_file(path / _RUN, content + "\n")
+            write_file(path / _RUN, content)
             try:
                 yield run
             finally:
@@ -166,9 +166,9 @@ def _open(path: Path, config: RunConfig, resume: Path | None) -> Run:
 
 def _remove_traces(path: Path) -> None:
     """Remove what a run leaves that failed before its first step."""
-    metrics = path / _METRICS
-    if metrics.is_file() and metrics.stat().st_size:
-        return
+    with suppress(OSError):
+        if (path / _METRICS).stat().st_size:
+            return
     for name in (_CONFIG, _RUN, _METRICS, "dataset.json", "trace.json", "trainer.lock"):
         (path / name).unlink(missing_ok=True)
     for folder in (path / _CHECKPOINTS, path):
@@ -194,8 +194,8 @@ def find_run(resume: str, run_dir: Path | None) -> Path | None:
     "auto" means run_dir, or without it the newest run in RUNS. Raises ConfigError for any other path.
     """
     if resume == "auto":
-        found = [run_dir] if run_dir else sorted(RUNS.glob("*"), key=lambda p: p.stat().st_mtime)
-        return next((p for p in reversed(found) if p and (p / _RUN).is_file()), None)
+        runs = [p for p in ([run_dir] if run_dir else RUNS.glob("*")) if (p / _RUN).is_file()]
+        return max(runs, key=lambda p: p.stat().st_mtime, default=None)
     path = Path(resume)
     if not (directory_of(path) / _RUN).is_file():
         raise ConfigError(f"{path} is neither a run directory nor one of its checkpoints")

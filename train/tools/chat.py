@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Unpack
+from typing import Any, Unpack
 
 from fusedgpt.model.generate import Sampling, continue_ids
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import check_stop
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.report.terminal import TerminalWriter
-
-FORGET = "/forget"
 
 
 class Chat:
@@ -38,10 +36,6 @@ class Chat:
         check_stop(self.stop)
         self.history: list[int] = []
 
-    def forget(self) -> None:
-        """Clear the history."""
-        self.history = []
-
     def turn(self, line: str, on_text: Callable[[str], None]) -> str:
         """The reply to `line`, passed to on_text piece by piece; Ctrl-C ends the reply, not the chat.
 
@@ -55,10 +49,9 @@ class Chat:
             pieces.append(text)
             on_text(text)
 
+        options: dict[str, Any] = {"stop": self.stop, "on_text": pass_on, "sampling": self.sampling}
         with suppress(KeyboardInterrupt):
-            continue_ids(
-                self.model, self.tokenizer, [prompt], stop=self.stop, on_text=pass_on, sampling=self.sampling
-            )
+            continue_ids(self.model, self.tokenizer, [prompt], **options)
         text = "".join(pieces)
         self.history = self._within([*prompt, *self._encodable(text.rstrip("\n") + "\n")])
         self.sampling["seed"] = self.sampling.get("seed", 0) + 1
@@ -78,8 +71,8 @@ class Chat:
 def converse(chat: Chat, read: Callable[[str], str | None], writer: TerminalWriter) -> None:
     """Answer lines until `read` returns None (Ctrl-D, Ctrl-C); /forget clears the history."""
     while (line := read("> ")) is not None:
-        if line.strip() == FORGET:
-            chat.forget()
+        if line.strip() == "/forget":
+            chat.history = []
             continue
         try:
             chat.turn(line, writer.write)

@@ -35,13 +35,11 @@ def examine() -> dict[str, dict[str, str]]:
 
 
 def _gpus() -> dict[str, str]:
-    if not torch.cuda.is_available():
-        return {"gpu": "none that torch can use"}
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return {
-        f"gpu {i}": f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        for i, p in enumerate(properties)
-    }
+    gpus = {}
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gpus[f"gpu {i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+    return gpus or {"gpu": "none that torch can use"}
 
 
 def _version(package: str) -> str:

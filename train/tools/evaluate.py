@@ -43,7 +43,7 @@ class _Part(NamedTuple):
 class TextEvaluation:
     """What a model makes of a text."""
 
-    loss: float  # nats a token
+    loss: float  # nats per token
     perplexity: float
     bits_per_byte: float | None  # of the text in UTF-8; None for ids whose lengths are not known
     tokens: int
@@ -73,8 +73,8 @@ def evaluate_text(
 ) -> TextEvaluation:
     """Loss, perplexity and bits per byte of `pieces`, in constant memory.
 
-    window: the context in tokens (None: what training has seen); stride: None is half of it. report is told
-    how many tokens were scored so far. Raises ValueError for settings out of range or text that the
+    window: the context in tokens (None: what training has seen); stride: None is half of it. report gets the
+    number of tokens scored so far. Raises ValueError for settings out of range or text that the
     tokenizer cannot encode, DataError where there is no text.
     """
     return _evaluate(model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, dtype, report)
