@@ -82,16 +82,16 @@ def chat(
     The model sees at most the last half of its context length.
     """
     gpt, tokenizer, sampling = _load(ctx, model, device)
-    from fusedgpt.train.report.terminal import TerminalWriter, read_line, read_lines_from
+    from fusedgpt.train.report.terminal import TerminalWriter, typed_lines
     from fusedgpt.train.tools.chat import Chat, converse
 
     talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
     if not sys.stdin.isatty():
-        converse(talk, read_lines_from(sys.stdin), TerminalWriter(sys.stdout))
+        converse(talk, (line.rstrip("\n") for line in sys.stdin), TerminalWriter(sys.stdout))
         return
     import readline  # noqa: F401 - importing it gives input() line editing and history
 
-    converse(talk, read_line, TerminalWriter(sys.stdout))
+    converse(talk, typed_lines("> "), TerminalWriter(sys.stdout))
     typer.echo()
 
 

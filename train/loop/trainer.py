@@ -72,7 +72,7 @@ def train(
     """Train `model` in place on `dataset`, drawing progress on `monitor`, saving into `run`.
 
     The model ends in eval mode and fp32 on the device it was trained on, with the weights of the best
-    validation if there was one. profile: trace a few steps into `run`, the dearest ops on the monitor.
+    validation if there was one. profile: trace a few steps into `run`, the most expensive ops on the monitor.
 
     Raises ValueError for an unusable device or too little data for a step, TrainingDiverged when losses stop
     being finite, Stopped (once `run` is saved) on SIGINT, SIGTERM or SIGUSR1, OSError where `run` cannot be

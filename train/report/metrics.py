@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fusedgpt.model.files import write_file
 from fusedgpt.train.report.progress import StepMetrics
@@ -21,21 +21,13 @@ _SECONDS_BETWEEN_MEMORY_READINGS = 1.0  # each takes some 100 us
 _SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's files: what a kill loses
 
 
-class Sink(Protocol):
-    """Stores a run's metrics; `evaluation` takes the loss in nats per token."""
-
-    def step(self, metrics: StepMetrics) -> None: ...
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None: ...
-    def close(self) -> None: ...
-
-
 class MetricsFile:
     """metrics.jsonl: one JSON object per line, for each step and each validation.
 
     {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "skipped", "seconds"}
     {"step", "val_loss", "val_bits_per_byte"}
 
-    in the units of StepMetrics and Sink; null where a value is unknown or not finite.
+    in the units of StepMetrics, val_loss in nats per token; null where a value is unknown or not finite.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
@@ -152,6 +144,9 @@ class TensorBoardSink:
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._writer.add_event(self._proto.Event(step=step, wall_time=time.time(), **content))
+
+
+Sink = MetricsFile | TensorBoardSink
 
 
 def _memory() -> dict[str, float]:

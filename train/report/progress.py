@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from fusedgpt.train.report.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _EPOCHS_BETWEEN_AVERAGES = 5
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
@@ -60,38 +63,30 @@ def progress_line(m: StepMetrics, steps: int, width: int | None = None) -> str:
     return next((line for line in tries if width is None or len(line) <= width), count[:width])
 
 
-class _Bar:
+def _start_bar(stream: TextIO, line: Callable[[int | None], str]) -> Progress:
     """One moving line on a terminal, redrawn by a thread of rich."""
+    from rich.console import Console  # rich takes 60 ms to import, and `fusedgpt --help` draws no bar
+    from rich.progress import Progress, ProgressColumn, Task
+    from rich.text import Text
 
-    def __init__(self, stream: TextIO, line: Callable[[int | None], str]) -> None:
-        from rich.console import Console  # rich takes 60 ms to import, and `fusedgpt --help` draws no bar
-        from rich.progress import Progress, ProgressColumn, Task
-        from rich.text import Text
+    class Line(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            # one column stays free: a full line wraps on some terminals
+            return Text(line(console.width - 1), no_wrap=True, overflow="crop")
 
-        class Line(ProgressColumn):
-            def render(self, task: Task) -> Text:
-                # one column stays free: a full line wraps on some terminals
-                return Text(line(console.width - 1), no_wrap=True, overflow="crop")
-
-        console = Console(file=stream, force_terminal=True)
-        self._progress = Progress(
-            Line(),
-            console=console,
-            refresh_per_second=5,  # each costs a few hundred microseconds
-            redirect_stdout=False,  # stdout holds the results, and may be a file
-            redirect_stderr=stream is sys.stderr,  # so that a warning comes out above the bar
-        )
-        self._progress.add_task("")
-        self._progress.start()
-        console.show_cursor(True)  # rich hides it, and a killed run could not bring it back
-        atexit.register(self.close)  # a thread that draws must not outlive the interpreter's state
-
-    def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._progress.stop()
-        atexit.unregister(self.close)
+    console = Console(file=stream, force_terminal=True)
+    bar = Progress(
+        Line(),
+        console=console,
+        refresh_per_second=5,  # each costs a few hundred microseconds
+        redirect_stdout=False,  # stdout holds the results, and may be a file
+        redirect_stderr=stream is sys.stderr,  # so that a warning comes out above the bar
+    )
+    bar.add_task("")
+    bar.start()
+    console.show_cursor(True)  # rich hides it, and a killed run could not bring it back
+    atexit.register(bar.stop)  # a thread that draws must not outlive the interpreter's state
+    return bar
 
 
 class Monitor:
@@ -103,7 +98,7 @@ class Monitor:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._quiet = quiet
-        self._bar: _Bar | None = None
+        self._bar: Progress | None = None
         self._last = self._written = StepMetrics()
 
     def begin(self, *, steps: int, steps_per_epoch: int, step: int = 0) -> None:
@@ -116,7 +111,7 @@ class Monitor:
         self._next_line = -math.inf
         moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         if moving and not self._quiet:
-            self._bar = _Bar(self._stream, self._line)
+            self._bar = _start_bar(self._stream, self._line)
 
     def update(self, metrics: StepMetrics) -> None:
         """Show a step; of steps that come together the line shows the last."""
@@ -157,7 +152,8 @@ class Monitor:
     def note(self, text: str) -> None:
         """Write a line of its own, above the bar."""
         if self._bar:
-            self._bar.note(printable(text))
+            console = self._bar.console
+            console.print(printable(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
         elif not self._quiet:
             self._stream.write(f"{printable(text)}\n")
             self._stream.flush()
@@ -168,4 +164,5 @@ class Monitor:
         bar, self._bar = self._bar, None
         self._written = self._last
         if bar:
-            bar.close()
+            bar.stop()
+            atexit.unregister(bar.stop)

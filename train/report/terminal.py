@@ -6,8 +6,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 _SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
@@ -89,14 +89,8 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
         yield show
 
 
-def read_line(prompt: str) -> str | None:
-    """A line from the keyboard; None at the end of input (Ctrl-D) and for Ctrl-C."""
-    try:
-        return input(prompt)
-    except (EOFError, KeyboardInterrupt):
-        return None
-
-
-def read_lines_from(stream: TextIO) -> Callable[[str], str | None]:
-    """`read_line` for a pipe: no prompt is shown."""
-    return lambda _: line.rstrip("\n") if (line := stream.readline()) else None
+def typed_lines(prompt: str) -> Iterator[str]:
+    """Lines from the keyboard until Ctrl-D or Ctrl-C."""
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input(prompt)

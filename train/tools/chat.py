@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Unpack
 
@@ -68,9 +68,9 @@ class Chat:
             return []
 
 
-def converse(chat: Chat, read: Callable[[str], str | None], writer: TerminalWriter) -> None:
-    """Answer lines until `read` returns None (Ctrl-D, Ctrl-C); /forget clears the history."""
-    while (line := read("> ")) is not None:
+def converse(chat: Chat, lines: Iterable[str], writer: TerminalWriter) -> None:
+    """Answer each line; /forget clears the history."""
+    for line in lines:
         if line.strip() == "/forget":
             chat.history = []
             continue

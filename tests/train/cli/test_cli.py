@@ -119,7 +119,7 @@ def test_plot_schedule_and_estimate_train_nothing(root: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_profile_prints_the_dearest_ops(root: Path, tmp_path: Path) -> None:
+def test_profile_prints_the_most_expensive_ops(root: Path, tmp_path: Path) -> None:
     done = train(root, "--run-dir", "run", "--profile", "--steps", "12")
     assert "Self CPU" in done.stderr
     assert (tmp_path / "run" / "trace.json").stat().st_size > 1000

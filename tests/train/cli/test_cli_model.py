@@ -146,8 +146,8 @@ def test_eval_reads_standard_input(root: Path) -> None:
 def test_export_safetensors_is_a_model_folder(fusedgpt: Run, root: Path, tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "out"
     done = fusedgpt("export", root / "m", "--to", "safetensors", "--dtype", dtype, "--out", out, "--json")
-    told = json.loads(done.stdout)
-    assert (told["dtype"], told["bytes"]) == (dtype, sum(f.stat().st_size for f in out.iterdir()))
+    result = json.loads(done.stdout)
+    assert (result["dtype"], result["bytes"]) == (dtype, sum(f.stat().st_size for f in out.iterdir()))
     assert load_folder(out)[0].config == load_folder(root / "m")[0].config
 
 

@@ -25,8 +25,8 @@ def test_a_run_directory_holds_what_a_resume_needs(tmp_path: Path) -> None:
     assert names == {"config.toml", "run.json", "checkpoints", "metrics.jsonl", "loss.png"}
     assert run_dir.stat().st_mode & 0o777 == 0o700
     assert build_config({}, layers=[read_toml(run_dir / "config.toml")]) == config(steps=10)
-    told, layer = read_run(run_dir)
-    assert told["command"] == "train"
+    command, layer = read_run(run_dir)
+    assert command["command"] == "train"
     assert layer["train"]["steps"] == 10
 
 

@@ -13,7 +13,7 @@ import torch
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
-from fusedgpt.train.report.terminal import TerminalWriter, printable, read_line, read_lines_from
+from fusedgpt.train.report.terminal import TerminalWriter, printable, typed_lines
 from fusedgpt.train.tools.chat import Chat, converse
 
 EOT = 256
@@ -51,9 +51,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 def shown(chat: Chat, lines: list[str]) -> str:
     stream = io.StringIO()
-    converse(
-        chat, read_lines_from(io.StringIO("".join(line + "\n" for line in lines))), TerminalWriter(stream)
-    )
+    converse(chat, lines, TerminalWriter(stream))
     return stream.getvalue()
 
 
@@ -108,11 +106,16 @@ def test_an_empty_stop_is_refused(gpt: GPT) -> None:
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_ctrl_d_and_ctrl_c_end_it(end: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(_: str) -> str:
-        raise end
+    typed: list[Any] = ["a", "", end]
 
-    monkeypatch.setattr("builtins.input", ended)
-    assert read_line("> ") is None
+    def type_in(_: str) -> str:
+        line = typed.pop(0)
+        if line is end:
+            raise end
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    assert list(typed_lines("> ")) == ["a", ""]
 
 
 @pytest.mark.parametrize(
