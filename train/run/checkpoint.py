@@ -83,13 +83,17 @@ class CheckpointStore:
 
         Raises OSError if it cannot be written: what was there before is still there.
         """
-        _check(checkpoint)
         target = self.root / f"step-{checkpoint.step:08d}"
+        saving, replaced = (target.with_name(f".{state}-{target.name}") for state in ("saving", "replaced"))
         with explained(f"cannot save {target}"):
             make_directory(self.root)
             self._clean_up()  # first, for its space
-            try:
-                self._publish(checkpoint, target)
+            try:  # at any moment a whole one can be found
+                _write_checkpoint(checkpoint, saving)
+                if _is_directory(target):
+                    os.rename(target, replaced)
+                os.rename(saving, target)
+                sync(self.root)
             except BaseException:
                 with suppress(OSError):
                     self._clean_up()
@@ -148,15 +152,6 @@ class CheckpointStore:
         """By step, what has a checkpoint's name; a replaced one where its replacement is missing."""
         replaced = [path for path in _leftovers(self.root) if path.name.startswith(".replaced")]
         return {_step(path): path for path in (*replaced, *_matching(self.root, _STEP))}
-
-    def _publish(self, checkpoint: Checkpoint, target: Path) -> None:
-        """Write it under a temporary name and rename it: at any moment a whole one can be found."""
-        saving = target.with_name(f".saving-{target.name}")
-        _write_checkpoint(checkpoint, saving)
-        if _is_directory(target):
-            os.rename(target, target.with_name(f".replaced-{target.name}"))
-        os.rename(saving, target)
-        sync(self.root)
 
     def _clean_up(self) -> None:
         """Remove what a killed save or removal left; put back a replaced checkpoint without replacement."""
@@ -232,8 +227,8 @@ def explained(what: str) -> Iterator[None]:
         raise OSError(f"{what}: {error.strerror or error}; {remedy} or choose another --run-dir") from None
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    """Raises ValueError for what could be written but not loaded."""
+def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint into a new directory, synced. Raises ValueError for what could not be loaded."""
     if not 0 <= checkpoint.step <= _MAX_STEP:
         raise ValueError(f"step {checkpoint.step} is not in 0..{_MAX_STEP}")
     for stem, tensors in checkpoint.tensors.items():
@@ -241,10 +236,6 @@ def _check(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{stem!r} cannot be a file stem: lower-case letters, digits and _ only")
         if "__metadata__" in tensors:
             raise ValueError(f"{stem}: safetensors reserves the name __metadata__")
-
-
-def _write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a checkpoint into a new directory, synced. The state comes first, as it may not be JSON."""
     state = _encode(checkpoint.state)
     if len(state) > _MAX_STATE_BYTES:
         raise ValueError(f"the state has {len(state):,} bytes as JSON, over {_MAX_STATE_BYTES:,}")
