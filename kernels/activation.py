@@ -1,4 +1,4 @@
-"""GELU in its tanh form, alone and with a bias added first; the backward recomputes it from its input.
+"""GELU in its tanh form of x + bias; the backward recomputes it from its inputs.
 
 Shape letters: N rows, C channels, P programs of the backward that share a column.
 
@@ -24,14 +24,13 @@ from fusedgpt.kernels.common import contiguous_like, exp, load_columns, row_bloc
 _SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
 _LARGEST_SQUARE = tl.constexpr(1e12)  # gelu is x or 0 long before: keeps x^2 finite, and so the slope
-_BLOCK = 2048  # elements of a program
 _MAX_BLOCK_C = 1024  # columns of a program at most
 _PROGRAMS_PER_SM = 4  # of the backward that sums the bias gradient
 
 
 @triton.jit
 def _sigmoids(x):
-    """sigmoid(s), sigmoid(-s) and ds/dx of fp32 x."""
+    """sigmoid(s), sigmoid(-s) and ds/dx of fp32 x; x may be infinite."""
     square = tl.minimum(x * x, _LARGEST_SQUARE)
     s = x * (square * _CUBIC + 1.0) * _SLOPE
     small = exp(-tl.abs(s))  # in [0, 1]
@@ -40,48 +39,6 @@ def _sigmoids(x):
     above = s >= 0.0
     slope = (square * (3.0 * _CUBIC) + 1.0) * _SLOPE
     return tl.where(above, of_abs, of_minus_abs), tl.where(above, of_minus_abs, of_abs), slope
-
-
-@triton.jit
-def gelu_value(x):
-    """gelu(x) of fp32 x; infinities and NaN as PyTorch's."""
-    sigmoid, _, _ = _sigmoids(x)
-    return x * sigmoid
-
-
-@triton.jit
-def gelu_slope(x):
-    """gelu'(x) of fp32 x."""
-    sigmoid, complement, slope = _sigmoids(x)
-    return sigmoid + x * sigmoid * complement * slope
-
-
-@triton.jit
-def _gelu_fwd_kernel(
-    x_ptr,  # (numel,)
-    out_ptr,  # (numel,)
-    numel,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
-    tl.store(out_ptr + offs, gelu_value(x), mask=mask)
-
-
-@triton.jit
-def _gelu_bwd_kernel(
-    dout_ptr,  # (numel,)
-    x_ptr,  # (numel,)
-    dx_ptr,  # (numel,)
-    numel,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    dout = tl.load(dout_ptr + offs, mask=mask).to(tl.float32)
-    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
-    tl.store(dx_ptr + offs, dout * gelu_slope(x), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -98,7 +55,8 @@ def _bias_gelu_fwd_kernel(
     bias = load_columns(bias_ptr, first_col, C, ROWS, BLOCK_C)
     _, offs, mask = row_tile(tl.program_id(0).to(tl.int64) * ROWS, first_col, N, C, ROWS, BLOCK_C)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
-    tl.store(out_ptr + offs, gelu_value(x), mask=mask)
+    sigmoid, _, _ = _sigmoids(x)
+    tl.store(out_ptr + offs, x * sigmoid, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -122,33 +80,12 @@ def _bias_gelu_bwd_kernel(
         _, offs, mask = row_tile(first_row, first_col, N, C, ROWS, BLOCK_C)
         dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
-        dx = dout * gelu_slope(x)
+        sigmoid, complement, slope = _sigmoids(x)
+        dx = dout * (sigmoid + x * sigmoid * complement * slope)
         dbias += dx  # 0 where there is no row, because dout is
         tl.store(dx_ptr + offs, dx, mask=mask)
     offs_c = first_col + tl.arange(0, BLOCK_C)
     tl.store(partial_ptr + program * C + offs_c, tl.sum(dbias, axis=0), mask=offs_c < C)
-
-
-def gelu_fwd(x: Tensor) -> Tensor:
-    """Launch; x of any shape."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    if x.numel() > 0:
-        with torch.cuda.device_of(x):
-            _gelu_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
-    return out
-
-
-def gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
-    """Launch; the gradient of x, both of any one shape."""
-    dout, x = dout.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    if x.numel() > 0:
-        with torch.cuda.device_of(x):
-            _gelu_bwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-                dout, x, dx, x.numel(), BLOCK=_BLOCK, num_warps=4
-            )
-    return dx
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
@@ -179,31 +116,8 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx, partial.sum(0).to(bias.dtype)
 
 
-@torch.library.custom_op("fusedgpt::gelu", mutates_args=())
-def gelu(x: Tensor) -> Tensor:
-    """The Triton path of ops.gelu."""
-    return gelu_fwd(x)
-
-
-@gelu.register_fake
-def _(x: Tensor) -> Tensor:
-    return contiguous_like(x)
-
-
-@torch.library.custom_op("fusedgpt::gelu_bwd", mutates_args=())
-def _gelu_bwd(dout: Tensor, x: Tensor) -> Tensor:
-    return gelu_bwd(dout, x)
-
-
-@_gelu_bwd.register_fake
-def _(dout: Tensor, x: Tensor) -> Tensor:
-    return contiguous_like(x)
-
-
-@torch.library.custom_op("fusedgpt::bias_gelu", mutates_args=())
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """The Triton path of ops.bias_gelu."""
-    return bias_gelu_fwd(x, bias)
+bias_gelu = torch.library.custom_op("fusedgpt::bias_gelu", bias_gelu_fwd, mutates_args=())
+_backward_op = torch.library.custom_op("fusedgpt::bias_gelu_bwd", bias_gelu_bwd, mutates_args=())
 
 
 @bias_gelu.register_fake
@@ -211,29 +125,18 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
     return contiguous_like(x)
 
 
-@torch.library.custom_op("fusedgpt::bias_gelu_bwd", mutates_args=())
-def _bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return bias_gelu_bwd(dout, x, bias)
-
-
-@_bias_gelu_bwd.register_fake
+@_backward_op.register_fake
 def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return contiguous_like(x), contiguous_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dout: Tensor) -> Tensor:
-    dx: Tensor = _gelu_bwd(dout, *ctx.saved_tensors)
-    return dx
-
-
-def _bias_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dbias = _bias_gelu_bwd(dout, *ctx.saved_tensors)
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dbias = _backward_op(dout, *ctx.saved_tensors)
     return dx, dbias
 
 
-gelu.register_autograd(_backward, setup_context=_save)
-bias_gelu.register_autograd(_bias_backward, setup_context=_save)
+bias_gelu.register_autograd(_backward, setup_context=_save)

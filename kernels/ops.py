@@ -39,7 +39,6 @@ OPS = (
     "decode_attention",
     "layer_norm",
     "dropout_add_layer_norm",
-    "gelu",
     "bias_gelu",
     "linear_cross_entropy",
     "adamw",
@@ -356,17 +355,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_.linear(x, weight.to(x.dtype), bias)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, any shape and floating dtype. Source: Hendrycks and Gimpel 2016."""
-    _check_floating(x=x)
-    if _takes_triton("gelu", x):
-        y: Tensor = activation_.gelu(x)
-        return y
-    return reference.gelu(x)
-
-
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype. Raises ValueError."""
+    """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype.
+
+    GELU in its tanh form. Raises ValueError. Source: Hendrycks and Gimpel 2016.
+    """
     _check_floating(x=x, bias=bias)
     if x.ndim == 0:
         raise _unexpected("x", "(..., C)", x.shape)

@@ -173,13 +173,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, any shape."""
-    return F.gelu(x, approximate="tanh")
-
-
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias); x (..., C), bias (C,)."""
+    """GELU in its tanh form of x + bias; x (..., C), bias (C,)."""
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
