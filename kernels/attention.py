@@ -22,7 +22,6 @@ Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691); Milakov and Gimelshein
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -379,29 +378,15 @@ def _attention_dq_kernel(
     _store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What an attention is asked for besides its tensors."""
+def _feature(dropout_p: float, documents: Tensor | None) -> str:
+    """What decides on the block sizes."""
+    return "dropout" if dropout_p > 0.0 else "plain" if documents is None else "documents"
 
-    scale: float
-    dropout_p: float = 0.0
-    seed: Tensor | None = None  # int64 scalar
-    offset: Tensor | None = None  # int64 scalar
-    documents: Tensor | None = None  # (B, T) int
 
-    @property
-    def feature(self) -> str:
-        """What decides on the block sizes."""
-        return "dropout" if self.dropout_p > 0.0 else "plain" if self.documents is None else "documents"
-
-    def arguments(self) -> dict[str, Any]:
-        """The kernels' arguments for documents and dropout."""
-        return {
-            "ids_ptr": None if self.documents is None else self.documents.contiguous(),
-            "ranges_ptr": None if self.documents is None else document_ranges(self.documents),
-            **dropout_arguments(self.dropout_p, self.seed, self.offset),
-            "scale": self.scale,
-        }
+def _document_arguments(documents: Tensor | None) -> dict[str, Tensor | None]:
+    if documents is None:
+        return {"ids_ptr": None, "ranges_ptr": None}
+    return {"ids_ptr": documents.contiguous(), "ranges_ptr": document_ranges(documents)}
 
 
 def document_ranges(documents: Tensor) -> Tensor:
@@ -448,13 +433,23 @@ def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, **argumen
         kernel[(triton.cdiv(T, rows_per_program) * B * H,)](**arguments, H=H, T=T, **constants)
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """(out (B, T, H, D), lse (B, H, T) in log2 units) of q, k, v (B, T, H, D) with any strides."""
+def attention_fwd(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # int64 scalar
+    offset: Tensor | None = None,  # int64 scalar
+    documents: Tensor | None = None,  # (B, T) int
+) -> tuple[Tensor, Tensor]:
+    """(out (B, T, H, D), lse (B, H, T) in log2 units) of q, k, v with any strides."""
     B, T, H, D = q.shape
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if out.numel():
-        tile = tuning.attention("fwd", q, feature=options.feature, describable=_describable(q, k, v))
+        feature = _feature(dropout_p, documents)
+        tile = tuning.attention("fwd", q, feature=feature, describable=_describable(q, k, v))
         M, N = tile.BLOCK_M, tile.BLOCK_N
         _launch(
             _attention_fwd_kernel,
@@ -464,7 +459,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
             **_sources(tile, q=(q, M), k=(k, N), v=(v, N)),
             **_pointers(out=out),
             lse_ptr=lse,
-            **options.arguments(),
+            **_document_arguments(documents),
+            **dropout_arguments(dropout_p, seed, offset),
+            scale=scale,
             BLOCK_M=M,
             BLOCK_N=N,
         )
@@ -472,7 +469,17 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """dq, dk, dv as one tensor (B, T, 3, H, D): the gradient of a fused qkv projection."""
     B, T, H, D = q.shape
@@ -484,13 +491,13 @@ def attention_bwd(
     M = _DELTA.BLOCK_M
     pointers = _pointers(out=out, dout=dout)
     _launch(_attention_delta_kernel, _DELTA, M, q, **pointers, delta_ptr=delta, BLOCK_M=M)
-    describable = _describable(q, k, v, dout)
-    arguments = options.arguments()
+    feature, describable = _feature(dropout_p, documents), _describable(q, k, v, dout)
+    arguments = _document_arguments(documents) | dropout_arguments(dropout_p, seed, offset)
     for name, kernel, gradients in (
         ("dkdv", _attention_dkdv_kernel, _pointers(dk=dk, dv=dv)),
         ("dq", _attention_dq_kernel, _pointers(dq=dq)),
     ):
-        tile = tuning.attention(name, q, feature=options.feature, describable=describable)
+        tile = tuning.attention(name, q, feature=feature, describable=describable)
         M, N = tile.BLOCK_M, tile.BLOCK_N
         _launch(
             kernel,
@@ -502,25 +509,11 @@ def attention_bwd(
             delta_ptr=delta,
             **gradients,
             **arguments,
+            scale=scale,
             BLOCK_M=M,
             BLOCK_N=N,
         )
     return dqkv
-
-
-@torch.library.custom_op("fusedgpt::attention", mutates_args=())
-def attention(
-    q: Tensor,  # (B, T, H, D)
-    k: Tensor,  # (B, T, H, D)
-    v: Tensor,  # (B, T, H, D)
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    documents: Tensor | None,  # (B, T) int
-) -> tuple[Tensor, Tensor]:
-    """The Triton path of ops.attention: (out (B, T, H, D), lse (B, H, T))."""
-    return attention_fwd(q, k, v, Options(scale, dropout_p, seed, offset, documents))
 
 
 @torch.library.custom_op("fusedgpt::qkv_attention", mutates_args=())
@@ -532,27 +525,13 @@ def qkv_attention(
     offset: Tensor | None,
     documents: Tensor | None,  # (B, T) int
 ) -> tuple[Tensor, Tensor]:
-    """The same on the fused projection, whose gradient is then one tensor."""
+    """`attention_fwd` on the fused projection, whose gradient is then one tensor."""
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, Options(scale, dropout_p, seed, offset, documents))
+    return attention_fwd(q, k, v, scale, dropout_p, seed, offset, documents)
 
 
-@torch.library.custom_op("fusedgpt::attention_bwd", mutates_args=())
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    documents: Tensor | None,
-) -> Tensor:
-    """The gradients of q, k, v side by side: (B, T, 3, H, D)."""
-    return attention_bwd(dout, q, k, v, out, lse, Options(scale, dropout_p, seed, offset, documents))
+attention = torch.library.custom_op("fusedgpt::attention", attention_fwd, mutates_args=())
+_backward_op = torch.library.custom_op("fusedgpt::attention_bwd", attention_bwd, mutates_args=())
 
 
 @attention.register_fake
@@ -567,7 +546,7 @@ def _(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
 
 
-@attention_backward.register_fake
+@_backward_op.register_fake
 def _(dout: Tensor, q: Tensor, *_: object) -> Tensor:
     B, T, H, D = q.shape
     return q.new_empty(B, T, 3, H, D)
@@ -582,9 +561,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradient(ctx: Any, dout: Tensor, fused: bool) -> Tensor:
     seed, offset, documents, out, lse, *projections = ctx.saved_tensors  # once: a checkpoint allows no more
     q, k, v = projections[0].unbind(2) if fused else projections
-    dqkv: Tensor = attention_backward(
-        dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed, offset, documents
-    )
+    dqkv: Tensor = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed, offset, documents)
     return dqkv
 
 

@@ -153,10 +153,8 @@ def decode_attention_fwd(
     return out
 
 
-@torch.library.custom_op("fusedgpt::decode_attention", mutates_args=())
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """The Triton path of ops.decode_attention; it has no gradient."""
-    return decode_attention_fwd(q, k_cache, v_cache, lengths, scale)
+_NAME = "fusedgpt::decode_attention"
+decode_attention = torch.library.custom_op(_NAME, decode_attention_fwd, mutates_args=())  # without a gradient
 
 
 @decode_attention.register_fake

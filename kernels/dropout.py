@@ -21,17 +21,16 @@ from fusedgpt.kernels.common import contiguous_like
 _BLOCK_C = 1024
 
 
-def keep_threshold(p: float) -> int:
-    """The smallest signed 16-bit lane that is kept; p in steps of 1/65536, as in reference.dropout_mask."""
-    return round(p * 65536) - 32768
-
-
 def dropout_arguments(p: float, seed: Tensor | None, offset: Tensor | None) -> dict[str, Any]:
-    """The arguments of a kernel that has dropout inside; pointers are None for p = 0."""
+    """The arguments of a kernel that has dropout inside; pointers are None for p = 0.
+
+    threshold: the smallest signed 16-bit lane that is kept; p in steps of 1/65536, as in
+    reference.dropout_mask.
+    """
     return {
         "seed_ptr": seed if p > 0.0 else None,
         "offset_ptr": offset if p > 0.0 else None,
-        "threshold": keep_threshold(p),
+        "threshold": round(p * 65536) - 32768,
         "keep_scale": 1.0 / (1.0 - p),
     }
 
@@ -81,10 +80,8 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fusedgpt::dropout", mutates_args=())
-def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    """The Triton path of ops.dropout; the backward is the same op on the gradient."""
-    return dropout_fwd(x, p, seed, offset)
+# The backward is the same op on the gradient.
+dropout = torch.library.custom_op("fusedgpt::dropout", dropout_fwd, mutates_args=())
 
 
 @dropout.register_fake

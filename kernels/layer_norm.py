@@ -167,12 +167,12 @@ def layer_norm_fwd(
     p: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Launch; (y, new_residual, mean, rstd), of which new_residual is None without residual."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch; (y, new_residual, mean, rstd), of which new_residual is empty without residual."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x if residual is None else residual)
-    new_residual = None if residual is None else torch.empty_like(residual)
+    new_residual = y.new_empty(0) if residual is None else torch.empty_like(y)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     N, blocks = mean.numel(), row_blocks(x.shape[-1], MAX_C)
     if N == 0:
@@ -184,7 +184,7 @@ def layer_norm_fwd(
             weight,
             bias,
             y,
-            new_residual,
+            None if residual is None else new_residual,
             mean,
             rstd,
             N=N,
@@ -203,16 +203,16 @@ def layer_norm_bwd(
     mean: Tensor,  # (...)
     rstd: Tensor,  # (...)
     bias_dtype: torch.dtype,
-    x_dtype: torch.dtype | None = None,  # z's if None
+    x_dtype: torch.dtype,
     p: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Launch; (dz, dx, dweight, dbias), of which dx is None unless p > 0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch; (dz, dx, dweight, dbias), of which dx is empty unless p > 0: an op may not return dz twice."""
     dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
     dnew_residual = None if dnew_residual is None else dnew_residual.contiguous()
     dz = torch.empty_like(z)
-    dx = torch.empty_like(z, dtype=x_dtype) if p > 0.0 else None
+    dx = torch.empty_like(z, dtype=x_dtype) if p > 0.0 else z.new_empty(0, dtype=x_dtype)
     N, C, blocks = mean.numel(), z.shape[-1], row_blocks(z.shape[-1], MAX_C)
     per_sm = _WARPS_PER_SM // blocks["num_warps"]
     P = min(triton.cdiv(N, blocks["ROWS"]), per_sm * tuning.multiprocessor_count(z.device))
@@ -231,7 +231,7 @@ def layer_norm_bwd(
             mean,
             rstd,
             dz,
-            dx,
+            dx if p > 0.0 else None,
             partial,
             N=N,
             **dropout_arguments(p, seed, offset),
@@ -244,66 +244,19 @@ def layer_norm_bwd(
     return dz, dx, dweight, dbias
 
 
-def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("fusedgpt::layer_norm", mutates_args=())
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton path of ops.layer_norm: (y, mean, rstd); only y has a gradient."""
-    y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, eps)
-    return y, mean, rstd
+layer_norm = torch.library.custom_op("fusedgpt::layer_norm", layer_norm_fwd, mutates_args=())
+_backward_op = torch.library.custom_op("fusedgpt::layer_norm_bwd", layer_norm_bwd, mutates_args=())
 
 
 @layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return contiguous_like(x), _statistic(x), _statistic(x)
-
-
-@torch.library.custom_op("fusedgpt::dropout_add_layer_norm", mutates_args=())
-def dropout_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The Triton path of ops.dropout_add_layer_norm: (y, new_residual, mean, rstd)."""
-    y, new_residual, mean, rstd = layer_norm_fwd(x, residual, weight, bias, eps, p, seed, offset)
-    assert new_residual is not None
+def _(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = contiguous_like(x if residual is None else residual)
+    new_residual = y.new_empty(0) if residual is None else contiguous_like(residual)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return y, new_residual, mean, rstd
 
 
-@dropout_add_layer_norm.register_fake
-def _(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return contiguous_like(residual), contiguous_like(residual), _statistic(x), _statistic(x)
-
-
-@torch.library.custom_op("fusedgpt::layer_norm_bwd", mutates_args=())
-def _bwd(
-    dy: Tensor,
-    dnew_residual: Tensor | None,
-    z: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bias_dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    p: float,
-    seed: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """layer_norm_bwd, but dx is empty without dropout: a custom op may not return dz twice."""
-    dz, dx, dweight, dbias = layer_norm_bwd(
-        dy, dnew_residual, z, weight, mean, rstd, bias_dtype, x_dtype, p, seed, offset
-    )
-    return dz, z.new_empty(0, dtype=x_dtype) if dx is None else dx, dweight, dbias
-
-
-@_bwd.register_fake
+@_backward_op.register_fake
 def _(
     dy: Tensor,
     dnew_residual: Tensor | None,
@@ -313,7 +266,7 @@ def _(
     rstd: Tensor,
     bias_dtype: torch.dtype,
     x_dtype: torch.dtype,
-    p: float,
+    p: float = 0.0,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = contiguous_like(z, x_dtype) if p > 0.0 else z.new_empty(0, dtype=x_dtype)
@@ -321,37 +274,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _ = inputs
-    ctx.bias_dtype = bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, *output[1:])
-
-
-def _backward(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    dx, _, dweight, dbias = _bwd(dy, None, x, weight, mean, rstd, ctx.bias_dtype, x.dtype, 0.0, None, None)
-    return dx, dweight, dbias, None
-
-
-def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, weight, bias, _, ctx.p, seed, offset = inputs
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
+    x, residual, weight, bias, _, ctx.p, seed, offset = inputs
+    ctx.x_dtype, ctx.bias_dtype, ctx.has_residual = x.dtype, bias.dtype, residual is not None
     ctx.set_materialize_grads(False)  # the final norm's new residual is unused: no zeros to read
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(output[1], weight, *output[2:], seed, offset)
+    ctx.mark_non_differentiable(*output[2 if ctx.has_residual else 1 :])
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, *output[2:], seed, offset)
 
 
-def _backward_add(
-    ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, *_: object
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, *_: object) -> tuple[Any, ...]:
     z, weight, mean, rstd, seed, offset = ctx.saved_tensors
     dy = torch.zeros_like(z) if dy is None else dy
-    dresidual, dx, dweight, dbias = _bwd(
+    dz, dx, dweight, dbias = _backward_op(
         dy, dnew_residual, z, weight, mean, rstd, ctx.bias_dtype, ctx.x_dtype, ctx.p, seed, offset
     )
-    dx = dx if ctx.p > 0.0 else dresidual.to(ctx.x_dtype)
-    return dx, dresidual, dweight, dbias, None, None, None, None
+    dx = dx if ctx.p > 0.0 else dz.to(ctx.x_dtype)
+    return dx, dz if ctx.has_residual else None, dweight, dbias, *[None] * 4
 
 
 layer_norm.register_autograd(_backward, setup_context=_save)
-dropout_add_layer_norm.register_autograd(_backward_add, setup_context=_save_add)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
 from fusedgpt.kernels import reference
-from fusedgpt.kernels.cpu import attention as attention_torch
+from fusedgpt.kernels.cpu import attention as attention_cpu
 from fusedgpt.kernels.cpu import linear as linear_
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
@@ -105,8 +105,7 @@ def _check_floating(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not x.is_floating_point():
             raise _unexpected(name, "a floating-point tensor", x.dtype)
-        if x.device != device:
-            raise _unexpected(name, f"device {device}", x.device)
+        _check_device(name, x, device)
 
 
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -195,7 +194,7 @@ def attention(
         _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
         y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
         return y
-    return attention_torch.attention(
+    return reference.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
@@ -222,7 +221,7 @@ def qkv_attention(
         y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
         return y
     q, k, v = qkv.unbind(2)
-    return attention_torch.attention(
+    return reference.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
@@ -286,7 +285,7 @@ def decode_attention(
             lengths = torch.full((B,), lengths, device=q.device)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
         return y
-    return attention_torch.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+    return attention_cpu.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
 
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -308,7 +307,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        y: Tensor = layer_norm_.layer_norm(x, weight, bias, eps)[0]
+        y: Tensor = layer_norm_.layer_norm(x, None, weight, bias, eps)[0]
         return y
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -333,9 +332,8 @@ def dropout_add_layer_norm(
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        y, new_residual, _, _ = layer_norm_.dropout_add_layer_norm(
-            x, residual, weight, bias, eps, dropout_p, seed, offset
-        )
+        counters = dropout_p, seed, offset
+        y, new_residual, _, _ = layer_norm_.layer_norm(x, residual, weight, bias, eps, *counters)
         return y, new_residual
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
 

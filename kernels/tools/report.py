@@ -292,13 +292,13 @@ def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
         forward = partial(layer_norm.layer_norm_fwd, x)
         backward = partial(layer_norm.layer_norm_bwd, x)
-        saved = (x, weight, rows, rows, weight.dtype)
+        saved = (x, weight, rows, rows, weight.dtype, dtype)
         yield f"C {C}", partial(forward, None, weight, weight, 1e-5)
         yield f"C {C}", partial(backward, None, *saved)
         yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
         yield f"C {C}, residual", partial(backward, x, *saved)
         yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, *_counters())
-        yield f"C {C}, residual, dropout", partial(backward, x, *saved, dtype, 0.1, *_counters())
+        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, *_counters())
 
 
 def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
@@ -316,9 +316,8 @@ def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
             ", documents, dropout": {"documents": documents, "dropout_p": 0.1, **state},
         }
         for label, feature in features.items():
-            options = attention.Options(scale=0.125, **feature)
-            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, options)
-            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, options)
+            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, 0.125, **feature)
+            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, 0.125, **feature)
 
 
 def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:

@@ -145,17 +145,11 @@ def _problem(
     q, k, v = qkv.unbind(2)
     seed, offset = torch.zeros(2, dtype=torch.int64, device=device)
     documents = (torch.arange(T, device=device) * 4 // T).expand(B, T) if feature == "documents" else None
-    options = attention.Options(
-        scale=head_size**-0.5,
-        dropout_p=0.1 if feature == "dropout" else 0.0,
-        seed=seed,
-        offset=offset,
-        documents=documents,
-    )
-    out, lse = attention.attention_fwd(q, k, v, options)
+    options = head_size**-0.5, 0.1 if feature == "dropout" else 0.0, seed, offset, documents
+    out, lse = attention.attention_fwd(q, k, v, *options)
     return (
-        lambda: attention.attention_fwd(q, k, v, options)[0],
-        lambda: attention.attention_bwd(out, q, k, v, out, lse, options),
+        lambda: attention.attention_fwd(q, k, v, *options)[0],
+        lambda: attention.attention_bwd(out, q, k, v, out, lse, *options),
         q,
     )
 

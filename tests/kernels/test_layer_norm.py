@@ -283,9 +283,9 @@ def test_opcheck(p: float, device: torch.device) -> None:
     inputs = list(leaves(device, 3, 2, 24).values())
     _, seed, offset = counter(device).values()
     namespace = torch.ops.fusedgpt
-    torch.library.opcheck(namespace.layer_norm, (inputs[0], *inputs[2:], EPS))
+    torch.library.opcheck(namespace.layer_norm, (inputs[0], None, *inputs[2:], EPS))
     state = (p, seed, offset) if p else (p, None, None)
-    torch.library.opcheck(namespace.dropout_add_layer_norm, (*inputs, EPS, *state))
+    torch.library.opcheck(namespace.layer_norm, (*inputs, EPS, *state))
     z, _, weight, _ = (x.detach() for x in inputs)
     statistics = torch.randn(2, 3, 2, device=device).abs().unbind()
     torch.library.opcheck(

@@ -11,7 +11,6 @@ from fusedgpt.kernels import ops
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.optimizer_plan import (
     Bucket,
-    Plan,
     TorchPlan,
     TritonPlan,
     expect_before_capture,
@@ -79,8 +78,9 @@ class AdamW(torch.optim.Optimizer):
         *,
         fp32_accumulation: bool = False,
     ) -> None:
-        self._plan: Plan | None = None
-        self._captured: list[Plan] = []  # older ones, for the graphs that use them
+        self._plan: TorchPlan | TritonPlan | None = None  # for as long as the next line stays the same
+        self._planned: tuple[list[Any], list[int]] = ([], [])  # gradients' dtypes, parameters' addresses
+        self._captured: list[TorchPlan | TritonPlan] = []  # older ones, for the graphs that use them
         self._fp32_accumulation = fp32_accumulation
         self._sums: dict[Tensor, Tensor] = {}  # fp32_accumulation's gradients
         self.grad_norm, self.skipped = torch.zeros(()), torch.zeros(())
@@ -142,10 +142,11 @@ class AdamW(torch.optim.Optimizer):
         parameters = self._parameters()
         grads = [self._sums.get(p, p.grad) for p in parameters]
         layout = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in grads]
-        if self._plan is None or self._plan.outdated(layout):
+        planned = layout, [local(p).data_ptr() for p in parameters]
+        if self._plan is None or planned != self._planned:
             expect_before_capture("a step with the same parameters and dtypes")
             self._drop_plan()
-            self._plan = self._make_plan(parameters, grads, layout)
+            self._plan, self._planned = self._make_plan(parameters, grads), planned
         self._plan.step([local(g).contiguous() for g in grads if g is not None], max_norm, grad_scale)
 
     def _drop_plan(self) -> None:
@@ -153,7 +154,7 @@ class AdamW(torch.optim.Optimizer):
             self._captured.append(self._plan)
         self._plan = None
 
-    def _make_plan(self, parameters: list[Tensor], grads: list[Tensor | None], layout: list[Any]) -> Plan:
+    def _make_plan(self, parameters: list[Tensor], grads: list[Tensor | None]) -> TorchPlan | TritonPlan:
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         present = [(i, p, g) for i, (p, g) in enumerate(zip(parameters, grads, strict=True)) if g is not None]
         for i, p, grad in present:
@@ -170,10 +171,17 @@ class AdamW(torch.optim.Optimizer):
             ranks = process_groups(p)
             key = (p.dtype, grad.dtype, *ranks, *(() if triton else [group_of[i]]))
             bucket = buckets.setdefault(key, Bucket(process_groups=list(ranks.values())))
-            bucket.add(group=group_of[i], grad=n, param=p, state=self._state_of(p))
+            bucket.groups.append(group_of[i])
+            bucket.grads.append(n)
+            bucket.params.append(local(p).detach())
+            state = self._state_of(p)
+            bucket.masters.append(local(state["master"]) if "master" in state else bucket.params[-1])
+            bucket.exp_avgs.append(local(state["exp_avg"]))
+            bucket.exp_avg_sqs.append(local(state["exp_avg_sq"]))
+            bucket.steps.append(state["step"])
         kind = TritonPlan if triton else TorchPlan
         results = (self.grad_norm, self.skipped, self.skipped_steps)
-        return kind(list(buckets.values()), self.param_groups, results, parameters, layout)
+        return kind(list(buckets.values()), self.param_groups, results)
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """p's state: made, or loaded and now in the dtype and on the device of a step."""

@@ -5,7 +5,6 @@ A plan holds what stays the same from step to step, so that a step costs the CPU
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,58 +30,21 @@ class Bucket:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
 
-    def add(self, *, group: int, grad: int, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Append one parameter."""
-        self.groups.append(group)
-        self.grads.append(grad)
-        self.params.append(local(param).detach())
-        self.masters.append(local(state["master"]) if "master" in state else self.params[-1])
-        self.exp_avgs.append(local(state["exp_avg"]))
-        self.exp_avg_sqs.append(local(state["exp_avg_sq"]))
-        self.steps.append(state["step"])
+
+Results = tuple[Tensor, Tensor, Tensor]  # AdamW's grad_norm, skipped and skipped_steps: written by a step
 
 
-class Plan(ABC):
-    """How the parameters that have gradients are stepped, for as long as they are the same ones."""
+@dataclass(eq=False)
+class TorchPlan:
+    """By torch's fused AdamW, which unscales and checks as it does for torch.amp.GradScaler."""
 
-    def __init__(
-        self,
-        buckets: list[Bucket],
-        groups: list[dict[str, Any]],  # param_groups
-        results: tuple[
-            Tensor, Tensor, Tensor
-        ],  # AdamW's grad_norm, skipped, skipped_steps: written by a step
-        parameters: list[Tensor],
-        layout: list[Any],  # dtype of each parameter's gradient
-    ) -> None:
-        self.buckets, self.groups, self.results = buckets, groups, results
-        self.parameters, self.layout = parameters, layout
-        self.addresses = self._addresses()
+    buckets: list[Bucket]  # each of one parameter group
+    groups: list[dict[str, Any]]  # param_groups
+    results: Results
+    captured = False
 
-    def _addresses(self) -> list[int]:
-        return [local(p).data_ptr() for p in self.parameters]
-
-    def outdated(self, layout: list[Any]) -> bool:
-        """Whether other parameters have gradients now, or memory of the parameters has moved."""
-        return layout != self.layout or self._addresses() != self.addresses
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph reads its memory at every replay."""
-        return False
-
-    @abstractmethod
     def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
         """One step of all buckets; grads: the local ones of the parameters that have any."""
-
-
-class TorchPlan(Plan):
-    """By torch's fused AdamW, which unscales and checks as it does for torch.amp.GradScaler.
-
-    Each bucket is of one parameter group.
-    """
-
-    def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
         norm = self._norm(grads)
         if grad_scale is not None:
             norm = norm / grad_scale
@@ -103,7 +65,6 @@ class TorchPlan(Plan):
             self._step_bucket(bucket, grads, divisor, None if on_cpu else skipped)
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
-        """The norm of all gradients, fp32."""
         norms = []
         for bucket in self.buckets:
             mine = [grads[i] for i in bucket.grads]
@@ -144,11 +105,11 @@ class TorchPlan(Plan):
             torch._foreach_copy_(bucket.params, bucket.masters)
 
 
-class TritonPlan(Plan):
+class TritonPlan:
     """By kernels/adamw.py: a norm launch and an update launch per bucket, of which a model has one or two."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, buckets: list[Bucket], groups: list[dict[str, Any]], results: Results) -> None:
+        self.buckets, self.groups, self.results = buckets, groups, results
         device = self.buckets[0].params[0].device
         self.hyper = torch.zeros(len(self.groups), 8, dtype=torch.float64, device=device)
         self.rows: list[list[float]] = []  # what self.hyper holds
@@ -158,9 +119,11 @@ class TritonPlan(Plan):
 
     @property
     def captured(self) -> bool:
+        """Whether a CUDA graph reads its memory at every replay."""
         return any(table.captured for table in self.tables)
 
     def step(self, grads: list[Tensor], max_norm: float, grad_scale: Tensor | None) -> None:
+        """As TorchPlan.step."""
         self._upload_hyper()
         scale = self.one if grad_scale is None else grad_scale
         batches = [table.batch([grads[i] for i in table.bucket.grads]) for table in self.tables]
@@ -243,10 +206,7 @@ def _upload(source: Tensor, target: Tensor) -> None:
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor; x itself if it is none."""
-    if not _is_sharded(x):
-        return x
-    shard: Tensor = x.to_local()  # type: ignore[attr-defined]
-    return shard
+    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def _is_sharded(x: Tensor) -> bool:
