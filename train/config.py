@@ -254,9 +254,9 @@ def settings_of(command: str) -> dict[str, FieldInfo]:
 
 
 def panel_of(field: FieldInfo) -> tuple[str | None, str]:
-    """(the panel of --help that shows a setting, what happens without a value); LLMConfig has none."""
-    extra: Any = field.json_schema_extra or {"panel": _TEXTS, "unset": ""}
-    return extra["panel"], extra["unset"]
+    """(the panel of --help that shows a setting, what happens without a value); LLMConfig's have no panel."""
+    extra: Any = field.json_schema_extra
+    return extra.get("panel", _TEXTS), extra["unset"]
 
 
 def build_config(

@@ -91,7 +91,8 @@ def grade(
     with Grades(path, config.grader, "walks") as grades:
 
         async def main() -> None:
-            async with LLMClient(config, print) as client:
+            client = LLMClient(config, print)
+            async with client.http:
                 await ask_for_grades(client, lambda done, total: None, grades, grades.missing(texts))
 
         asyncio.run(main())

@@ -19,7 +19,7 @@ from fusedgpt.train.data.synthetic.refine import refine, worth_grading
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 
 _BATCH = 200  # samples whose tokens are counted at once
-_GRADES_KEPT = "the grades so far are kept; run the same command to continue"
+_CONTINUE = "run the same command to continue"
 
 
 def generate_texts(task: Task, n_tokens: int) -> list[str]:
@@ -65,47 +65,30 @@ def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tupl
         texts = generate_texts(task, n_tokens)
         task.note(f"generated {len(texts):,} samples from templates")
         return texts, {"method": "template", "versions": {"fusedgpt": version("fusedgpt")}}
+    models = {"gen_model": config.gen_model}
+    if config.grader is not None:  # checked now, as it is needed later
+        models["refine_model"] = config.grader
     with SampleFile(task, config, n_tokens, path) as samples:
         if samples.texts:
             task.note(f"{path} already holds {samples}")
         try:
             if not samples.enough:
-                _write(samples, config)
+                with task.bar("writing") as show:
+                    use_server(config, lambda c: write_samples(c, show, samples), models, task.note)
         except KeyboardInterrupt:
-            task.note(_kept(samples))
+            task.note(f"{samples} are kept in {path}; {_CONTINUE}")
             raise
         except LLMError as error:
             if not samples.enough:  # the time may be over just when all samples are there
                 if config.fallback == "none":
-                    raise LLMError(f"{error}; {_kept(samples)}" if samples.texts else str(error)) from None
-                return _filled_up(samples, str(error))
+                    kept = f"; {samples} are kept in {path}; {_CONTINUE}" if samples.texts else ""
+                    raise LLMError(f"{error}{kept}") from None
+                filling = generate_texts(task, n_tokens - samples.tokens)
+                task.note(f"{error}; falling back to templates for {len(filling):,} samples")
+                fallback = {"to": "templates", "why": str(error), "samples": len(filling)}
+                return samples.texts + filling, {**samples.report(), "fallback": fallback}
         task.note(f"{config.gen_model} wrote {samples}: {path}")
         return samples.texts, samples.report()
-
-
-def _write(samples: SampleFile, config: LLMConfig) -> None:
-    with samples.task.bar("writing") as show:
-        use_server(
-            config,
-            lambda client: write_samples(client, show, samples),
-            {"gen_model": config.gen_model} | _grader(config),
-            note=samples.task.note,
-        )
-
-
-def _grader(config: LLMConfig) -> dict[str, str | None]:
-    return {} if config.grader is None else {"refine_model": config.grader}
-
-
-def _kept(samples: SampleFile) -> str:
-    return f"{samples} are kept in {samples.path}; run the same command to continue"
-
-
-def _filled_up(samples: SampleFile, why: str) -> tuple[list[str], dict[str, Any]]:
-    filling = generate_texts(samples.task, samples.target_tokens - samples.tokens)
-    samples.task.note(f"{why}; falling back to templates for {len(filling):,} samples")
-    fallback = {"to": "templates", "why": why, "samples": len(filling)}
-    return samples.texts + filling, {**samples.report(), "fallback": fallback}
 
 
 def refine_texts(
@@ -117,25 +100,26 @@ def refine_texts(
     Raises LLMError if the server fails and config.fallback is "none", ValueError if no text is left.
     """
     info: dict[str, Any] = {"grader": config.grader or HEURISTICS}
+    models = {"refine_model": config.grader}
+    saved = f"the grades so far are kept; {_CONTINUE}"
+    started = time.monotonic()
     with Grades(cache, config.grader, task.prompt) as grades:
-        started = time.monotonic()
         try:
             if todo := grades.missing(worth_grading(texts)):
-                _grade(grades, todo, task, config, spent)
+                with task.bar("grading") as show:
+                    use_server(
+                        config, lambda c: ask_for_grades(c, show, grades, todo), models, task.note, spent
+                    )
         except KeyboardInterrupt:
-            task.note(_GRADES_KEPT)
+            task.note(saved)
             raise
         except LLMError as error:
             if config.fallback == "none":
-                raise LLMError(f"{error}; {_GRADES_KEPT}" if grades.report() else str(error)) from None
+                raise LLMError(f"{error}; {saved}" if grades.report() else str(error)) from None
             task.note(f"{error}; falling back to heuristic grades")
             info["fallback"] = {"to": HEURISTICS, "why": str(error)}
         kept, report = refine(
-            texts,
-            task.prompt,
-            target_tokens=n_tokens,
-            count_tokens=count_gpt2_tokens,
-            score=grades.score,
+            texts, task.prompt, target_tokens=n_tokens, count_tokens=count_gpt2_tokens, score=grades.score
         )
     if config.grader:
         info |= {"grades": grades.report(), "seconds": round(time.monotonic() - started, 1)}
@@ -144,14 +128,3 @@ def refine_texts(
         raise ValueError(f"no text is good enough to be kept: {report}")
     task.note(str(report))
     return kept, {**asdict(report), **info}
-
-
-def _grade(grades: Grades, texts: list[str], task: Task, config: LLMConfig, spent: float) -> None:
-    with task.bar("grading") as show:
-        use_server(
-            config,
-            lambda client: ask_for_grades(client, show, grades, texts),
-            _grader(config),
-            note=task.note,
-            spent=spent,
-        )

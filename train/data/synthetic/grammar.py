@@ -102,7 +102,7 @@ class _Choice:
 
 
 class _Run:
-    """The state of one sample: the bound rows, and the alternatives used so far."""
+    """One sample: its bound rows, and the alternatives used so far."""
 
     def __init__(self, rng: Random) -> None:
         self.random = rng.random
@@ -127,12 +127,6 @@ class _Run:
     def bind(self, name: str, choice: _Choice) -> str:
         self.bound[name] = self.pick(choice)
         return ""
-
-    def field(self, name: str, field: str) -> str:
-        return self.join(self.bound[name].fields[field])
-
-    def agree(self, name: str, one: str, many: str) -> str:
-        return many if "plural" in self.bound[name].tags else one
 
     def number(self, numbers: range, noun: str) -> str:
         n = numbers[int(self.random() * len(numbers))]
@@ -184,9 +178,8 @@ class _Grammar:
         for name, bank in banks.items():
             rows = [self._alternative(text, bank["fields"].split()) for text in bank["rows"]]
             self.choices[name].alternatives += rows
-        self.known = frozenset(
-            tag for choice in self.choices.values() for one in choice.alternatives for tag in one.tags
-        )
+        alternatives = [one for choice in self.choices.values() for one in choice.alternatives]
+        self.known = frozenset[str]().union(*(one.tags for one in alternatives))
 
     def add_topic(self, phrase: str, tags: Set[str], many: bool) -> None:
         row = self._alternative(phrase + (" #plural" if many else ""), ["name"])
@@ -196,10 +189,7 @@ class _Grammar:
     def _alternative(self, text: str, names: list[str] | None) -> _Alternative:
         found = _TAGS.search(text)
         body = text[: found.start()] if found else text
-        tags = {
-            stem(tag) if tag != "plural" else tag
-            for tag in (found[0].replace("#", "").split() if found else [])
-        }
+        tags = {stem(tag) if tag != "plural" else tag for tag in re.findall(r"#(\S+)", text[len(body) :])}
         texts = [body] if names is None else [part.strip() for part in body.split(";")]
         if names is not None:
             if len(texts) != len(names):
@@ -217,7 +207,7 @@ class _Grammar:
         depth, inner = 0, [""]
         for token in filter(None, _TOKEN.split(text)):
             depth -= token == "]"
-            if depth and token == "|" and depth == 1:
+            if token == "|" and depth == 1:
                 inner.append("")
             elif depth:
                 inner[-1] += token
@@ -242,7 +232,7 @@ class _Grammar:
             return [lambda run: run.bind(name, choice)]
         if found := _AGREE.fullmatch(slot):
             subject, one, many = found.groups()
-            return [lambda run: run.agree(subject, one, many), space]
+            return [lambda run: many if "plural" in run.bound[subject].tags else one, space]
         if found := _NUMBER.fullmatch(slot):
             numbers, noun = range(int(found[1]), int(found[2]) + 1, int(found[3] or 1)), found[4] or ""
             return [lambda run: run.number(numbers, noun), space]
@@ -250,16 +240,15 @@ class _Grammar:
             raise ValueError(f"template slot {slot!r} is not understood")
         style, source, field_name = _STYLES[found[1]], found[2], found[3] or ""
         if source not in self.choices or field_name:
-            return [lambda run: style(run.field(source, field_name)), space]
+            return [lambda run: style(run.join(run.bound[source].fields[field_name])), space]
         rule = self.choices[source]
         refs.append(rule)
         return [lambda run: style(rule.render(run)), space]
 
 
 def _is_plural(word: str) -> bool:
-    if word in singular_of():
-        return True
-    return word.endswith("s") and not word.endswith(("ss", "us", "is", "ics")) and word != "news"
+    ends = word.endswith("s") and not word.endswith(("ss", "us", "is", "ics"))
+    return word in singular_of() or (ends and word != "news")
 
 
 def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
@@ -276,12 +265,11 @@ def _noun_phrase(words: list[str], before: str) -> tuple[str, bool]:
 
 def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
     """Cut off what cannot head a topic: "brave", "work" in "how clocks work", "soup" in "okra soup"."""
-    while run and (
-        run[-1].endswith("ly")
-        or run[-1] in words_of("adjectives")
-        or stem(run[-1]) in dull
-        or (len(run) > 1 and run[-1] in words_of("verbs"))
-    ):
+    while run:
+        last = run[-1]
+        verb = len(run) > 1 and last in words_of("verbs")
+        if not (verb or last.endswith("ly") or last in words_of("adjectives") or stem(last) in dull):
+            break
         run = run[:-1]
     return run[-_TOPIC_WORDS:]
 

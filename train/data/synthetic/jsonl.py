@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -16,7 +16,7 @@ from fusedgpt.model.files import sync, write_file
 _MAX_LINE_BYTES = 4 << 20
 
 
-class JsonLines:
+class JsonLines(ExitStack):
     """An open JSONL file that only grows; once append() returns, its lines survive kill -9 and power loss.
 
     Opening repairs a truncated last line and reads the `records`. Raises ValueError for a malformed file,
@@ -24,6 +24,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         with ExitStack() as opened:
             try:
@@ -32,43 +33,27 @@ class JsonLines:
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
                 self._file = os.open(path, flags, 0o644)
             except Timeout:
-                raise OSError(
-                    f"another process is writing {path}; wait for it or choose another file"
-                ) from None
+                busy = f"another process is writing {path}; wait for it or choose another file"
+                raise OSError(busy) from None
             except OSError as error:
                 raise OSError(f"cannot write {path}: {error.strerror}") from None
             opened.callback(os.close, self._file)
-            self._repair()
+            content = path.read_bytes()  # of which an interrupted write may have left half a line
+            whole = content.rfind(b"\n") + 1
+            if isinstance(parse_json(content[whole:]), dict):
+                os.write(self._file, b"\n")
+            elif len(content) > whole:
+                os.ftruncate(self._file, whole)
             sync(path.parent)
             self.records = list(read_objects(path))
-            self._opened = opened.pop_all()
-
-    def _repair(self) -> None:
-        """Complete or remove a last line that an interrupted write left."""
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        rest = content[whole:]
-        if isinstance(parse_json(rest), dict):
-            os.write(self._file, b"\n")
-        elif rest:
-            os.ftruncate(self._file, whole)
+            self.push(opened.pop_all())
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the records and sync them."""
-        # ASCII escapes keep even a lone surrogate, which UTF-8 could not
+        """Write the records and sync them; ASCII escapes keep even lone surrogates, which UTF-8 cannot."""
         data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         while data:
             data = data[os.write(self._file, data) :]
         os.fsync(self._file)
-
-    def close(self) -> None:
-        self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def parse_json(data: bytes) -> Any:
@@ -94,9 +79,7 @@ def read_texts(path: Path) -> list[str]:
 
 def _numbered_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE_BYTES + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > _MAX_LINE_BYTES:
                 raise ValueError(f"{path}, line {number}: over {_MAX_LINE_BYTES:,} bytes long")
             if line.isspace():

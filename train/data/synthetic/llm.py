@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
@@ -45,6 +45,7 @@ _ATTEMPTS, _ATTEMPTS_AFTER_TIMEOUT = 5, 2
 _MAX_PAUSE = 60.0  # seconds
 _SECRET_CHARS = 8  # a shorter "key", such as "none", may be part of any text
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_Lines = AsyncIterator[bytes]
 _T = TypeVar("_T")
 
 
@@ -52,7 +53,6 @@ def use_server(
     config: LLMConfig,
     work: Callable[[LLMClient], Coroutine[Any, Any, None]],
     models: Mapping[str, str | None],
-    *,
     note: Callable[[str], object],
     spent: float = 0.0,
 ) -> None:
@@ -64,7 +64,8 @@ def use_server(
     """
 
     async def main() -> None:
-        async with LLMClient(config, note, spent) as client:
+        client = LLMClient(config, note, spent)
+        async with client.http:
             try:
                 async with asyncio.timeout_at(client.deadline):
                     await client.check_models(models)
@@ -83,25 +84,23 @@ def use_server(
 
 
 class LLMClient:
-    """An open connection to the server that `config` names, an async context manager; see use_server."""
+    """Sends requests to the server that `config` names, over `http`; made in a running loop by use_server."""
 
     def __init__(self, config: LLMConfig, note: Callable[[str], object], spent: float = 0.0) -> None:
-        self.config, self.note, self.spent = config, note, spent
+        self.config, self.note = config, note
         self.timeouts = config.resolve_timeouts()
         self.faults: Counter[str] = Counter()  # failed attempts by kind
         self.parallel = config.llm_concurrency  # lowered if the server cannot keep up
         self.protocol = Ollama() if config.data_source == "ollama" else OpenAI()
-        self._key = config.api_key() or ""
-        self._secret = self._key if len(self._key) >= _SECRET_CHARS else ""  # removed from all that comes in
         self._reached = False
         self._models: list[str] = []
         self._shrunk_at = self._resume_at = 0.0
-
-    async def __aenter__(self) -> Self:
+        key = config.api_key() or ""
+        self._secret = key if len(key) >= _SECRET_CHARS else ""  # removed from all that comes in
         try:
-            url = httpx2.URL(self.config.origin)
+            url = httpx2.URL(config.origin)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"llm_host {self.config.origin!r} is not a URL: {error}") from None
+            raise ValueError(f"llm_host {config.origin!r} is not a URL: {error}") from None
         self._addresses = _look_up(url, self.timeouts.connect)
         self._url = url.copy_with(host=self._addresses[0])
         self._extensions = {"sni_hostname": url.raw_host.decode("ascii")}
@@ -110,20 +109,14 @@ class LLMClient:
             "Accept-Encoding": "identity",
             "User-Agent": "fusedgpt",
         }
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        self._http = httpx2.AsyncClient(
-            headers=headers,
+        self.http = httpx2.AsyncClient(
+            headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx2.Timeout(None, connect=self.timeouts.connect),
-            limits=httpx2.Limits(max_connections=self.config.llm_concurrency + 1),
+            limits=httpx2.Limits(max_connections=config.llm_concurrency + 1),
             follow_redirects=False,
             trust_env=False,
         )
-        self.deadline = asyncio.get_running_loop().time() + self.timeouts.total - self.spent
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        self.deadline = asyncio.get_running_loop().time() + self.timeouts.total - spent
 
     async def check_models(self, wanted: Mapping[str, str | None]) -> None:
         """Raises LLMError unless the server answers and, if it lists its models, has those wanted."""
@@ -134,10 +127,8 @@ class LLMClient:
             if not model:
                 raise LLMError(f"{flag} is needed; {self.config.origin} has {self._listing()}")
             if self.config.data_source == "ollama" and model.removesuffix(":latest") not in known:
-                remedy = f"get it with `ollama pull {model}` or choose another {flag}"
-                raise LLMError(
-                    f"{self.config.origin} has no model {model!r}; it has {self._listing()}; {remedy}"
-                )
+                found = f"{self.config.origin} has no model {model!r}; it has {self._listing()}"
+                raise LLMError(f"{found}; get it with `ollama pull {model}` or choose another {flag}")
 
     def _listing(self) -> str:
         return ", ".join(sorted(self._models)[:20]) or "none that it lists"
@@ -148,8 +139,8 @@ class LLMClient:
         seconds = self.timeouts.connect + self.timeouts.grading
         is_ollama = self.config.data_source == "ollama"
 
-        async def attempt() -> list[str]:
-            data = json_object(await self._attempt("GET", path, None, seconds, _join))
+        async def names(lines: _Lines) -> list[str]:
+            data = json_object(await _join(lines))
             try:
                 return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
             except (KeyError, TypeError):
@@ -159,7 +150,7 @@ class LLMClient:
         for address in self._addresses:  # localhost may be ::1 first, where few servers listen
             self._url = self._url.copy_with(host=address)
             try:
-                return await self._retry(attempt, _ATTEMPTS if is_ollama else 1)
+                return await self._request(path, None, seconds, names, _ATTEMPTS if is_ollama else 1)
             except LLMError as error:
                 if self._reached and not is_ollama:
                     return []
@@ -208,18 +199,20 @@ class LLMClient:
     async def ask(self, question: Question) -> Answer:
         """The model's answer. Raises RequestFailed if all attempts failed, LLMError if retrying is no use."""
         path, body = self.protocol.request(question, self.config)
+        return await self._request(path, body, question.seconds, self._read_answer, _ATTEMPTS)
 
-        async def attempt() -> Answer:
-            return await self._attempt("POST", path, body, question.seconds, self._read_answer)
-
-        return await self._retry(attempt, _ATTEMPTS)
-
-    async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], attempts: int) -> _T:
-        """The result of `attempt`, which is called up to that many times."""
+    async def _request(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        seconds: float,
+        read: Callable[[_Lines], Coroutine[Any, Any, _T]],
+        attempts: int,
+    ) -> _T:
+        """What `read` makes of the answer to a GET, or the POST of a body; each attempt has `seconds`."""
 
         def enough(state: RetryCallState) -> bool:
-            fault = state.outcome.exception() if state.outcome else None
-            kind = getattr(fault, "kind", "")
+            kind = getattr(state.outcome and state.outcome.exception(), "kind", "")
             never = kind == "no connection" and not self._reached
             limit = 1 if never else _ATTEMPTS_AFTER_TIMEOUT if kind == "timeout" else attempts
             return state.attempt_number >= limit
@@ -232,31 +225,34 @@ class LLMClient:
             reraise=True,
         )
         try:
-            return await retrying(attempt)
+            return await retrying(self._attempt, path, body, seconds, read)
         except Fault as fault:
             raise RequestFailed(str(fault)) from None
 
     async def _attempt(
         self,
-        method: str,
         path: str,
         body: dict[str, Any] | None,
         seconds: float,
-        read: Callable[[AsyncIterator[bytes]], Coroutine[Any, Any, _T]],
+        read: Callable[[_Lines], Coroutine[Any, Any, _T]],
     ) -> _T:
         """One HTTP request of at most `seconds`. Raises Fault, counted, or LLMError if retrying is no use."""
         await self._wait_as_asked()
         started = time.monotonic()
+        method = "POST" if body else "GET"
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path)
         try:
             async with asyncio.timeout(seconds):
-                async with self._http.stream(method, url, json=body, extensions=self._extensions) as response:
+                async with self.http.stream(method, url, json=body, extensions=self._extensions) as response:
                     self._reached = True
                     await self._check(response, path)
                     return await read(self._lines(response))
         except TimeoutError:
             self._reached = True  # connecting has a timeout of its own
-            self._shrink(started)
+            if self.parallel > 1 and started > self._shrunk_at:  # perhaps it works on one at a time
+                self.parallel //= 2
+                self._shrunk_at = time.monotonic()
+                self.note(f"the server is slow to answer: from now on {self.parallel} request(s) at a time")
             longer = "--timeout-generation, --timeout-grading"
             fault = Fault("timeout", f"no whole answer within {seconds:g} s (for longer: {longer})")
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -276,17 +272,17 @@ class LLMClient:
         where = self.config.origin + path
         if 300 <= status < 400:
             to = self._safe(response.headers.get("location", ""))
-            raise LLMError(
-                f"{where} redirects to {to!r}, which is not followed; give the address as --llm-host"
-            )
+            hint = "which is not followed; give the address as --llm-host"
+            raise LLMError(f"{where} redirects to {to!r}, {hint}")
         said = self._safe(error_text(parse_json(await _join(self._lines(response)))))
         if status in _TRANSIENT_STATUS:
-            self._hold_back(response.headers.get("retry-after"))
+            if (seconds := _seconds_to_wait(response.headers.get("retry-after"))) > 0:
+                self.faults["told to wait"] += 1
+                self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
             raise Fault(str(status), f"{where} answers {status} {said!r}")
         if status in (401, 403):
-            raise LLMError(
-                f"{where} refuses access ({status} {said!r}); --llm-api-key-env names the key's variable"
-            )
+            hint = "--llm-api-key-env names the key's variable"
+            raise LLMError(f"{where} refuses access ({status} {said!r}); {hint}")
         if status == 404:
             hint = f"is that an {self.protocol.name} server, and the address right?"
             hint = f"the server has the models {self._listing()}" if self._models else hint
@@ -298,14 +294,8 @@ class LLMClient:
         shown = " ".join(plain_text(str(text)).split())
         return (shown.replace(self._secret, "[the API key]") if self._secret else shown)[:300]
 
-    def _hold_back(self, retry_after: str | None) -> None:
-        """Start no request before the time that the server asks for."""
-        seconds = _seconds_to_wait(retry_after)
-        if seconds > 0:
-            self.faults["told to wait"] += 1
-            self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
-
     async def _wait_as_asked(self) -> None:
+        """Wait until the time that a Retry-After named. Raises LLMError if that is past the deadline."""
         loop = asyncio.get_running_loop()
         while (seconds := self._resume_at - loop.time()) > 0:
             if self._resume_at >= self.deadline:
@@ -315,14 +305,7 @@ class LLMClient:
                 )
             await asyncio.sleep(seconds)
 
-    def _shrink(self, started: float) -> None:
-        """Halve the requests in flight: a server that works on one at a time lets the others time out."""
-        if self.parallel > 1 and started > self._shrunk_at:
-            self.parallel //= 2
-            self._shrunk_at = time.monotonic()
-            self.note(f"the server is slow to answer: from now on {self.parallel} request(s) at a time")
-
-    async def _read_answer(self, lines: AsyncIterator[bytes]) -> Answer:
+    async def _read_answer(self, lines: _Lines) -> Answer:
         """The text of a streamed answer. Raises Fault if it breaks off."""
         texts: list[str] = []
         end: str | None = None
@@ -335,7 +318,7 @@ class LLMClient:
             raise Fault("cut", "the answer broke off")
         return Answer("".join(texts).replace(self._secret, ""), end != "length")  # two lines may share it
 
-    async def _lines(self, response: httpx2.Response) -> AsyncIterator[bytes]:
+    async def _lines(self, response: httpx2.Response) -> _Lines:
         """The lines of the body, without the key. Raises Fault if it is too big."""
         secret = self._secret.encode()
         size, rest = 0, b""
@@ -350,7 +333,7 @@ class LLMClient:
             yield rest.replace(secret, b"")
 
 
-async def _join(lines: AsyncIterator[bytes]) -> bytes:
+async def _join(lines: _Lines) -> bytes:
     return b"\n".join([line async for line in lines])
 
 

@@ -11,18 +11,15 @@ import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ENV_PREFIX = "FUSEDGPT_OLLAMA_"
+_ENV_PREFIX = "FUSEDGPT_OLLAMA_TIMEOUT_"
 HEURISTICS = "heuristics"  # instead of a model, refine.score_sample grades
 _DEFAULT_HOSTS = {"ollama": "http://localhost:11434", "openai": "http://localhost:8000"}
-_OPENAI = "https://api.openai.com"
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/nvhost-gpu")  # CUDA, ROCm, Jetson
-_LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 class Timeouts(NamedTuple):
@@ -41,63 +38,63 @@ PRESETS = {
 }
 
 
-def _seconds(name: str, purpose: str) -> float | None:
+def _setting(default: Any, text: str, *, unset: str = "", **limits: Any) -> Any:
+    """A field as in train/config.py, whose --help shows `unset` as the default if that is None."""
+    return Field(default=default, description=text, json_schema_extra={"unset": unset}, **limits)
+
+
+def _seconds(name: str, purpose: str) -> Any:
     """A field that overrides one number of the preset."""
-    text = f"Seconds {purpose} (default: {ENV_PREFIX}{name.upper()}, else by --timeouts)."
-    return Field(default=None, gt=0, allow_inf_nan=False, description=text)
+    return _setting(None, f"Seconds {purpose}; overrides {_ENV_PREFIX}{name}.", unset="by --timeouts", gt=0)
 
 
 class LLMConfig(BaseModel):
     """Where the texts come from, and how to reach the server that writes and grades them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data_source: Literal["template", "ollama", "openai"] = Field(
-        default="template",
-        description="What writes and grades texts: template, ollama, openai (any OpenAI-compatible server).",
+    data_source: Literal["template", "ollama", "openai"] = _setting(
+        "template", "What writes and grades texts; openai is any OpenAI-compatible server."
     )
-    llm_host: str | None = Field(
-        default=None,
-        description="URL of the server (default: http://localhost, port 11434 for ollama, 8000 for openai).",
+    llm_host: str | None = _setting(
+        None, "URL of the server.", unset="http://localhost, port 11434 for ollama, 8000 for openai"
     )
-    gen_model: str | None = Field(default=None, description="The model that writes the samples.")
-    refine_model: str | None = Field(
-        default=None,
-        description=f"The model that grades them, or {HEURISTICS} for none (default: --gen-model).",
+    gen_model: str | None = _setting(None, "The model that writes the samples.")
+    refine_model: str | None = _setting(
+        None, f"The model that grades them, or {HEURISTICS} for none.", unset="--gen-model"
     )
-    llm_endpoint: Literal["chat", "completions"] = Field(
-        default="chat", description="openai: chat, or completions for a model without a chat template."
+    llm_endpoint: Literal["chat", "completions"] = _setting(
+        "chat", "Endpoint of an openai server; completions works without a chat template."
     )
-    llm_concurrency: int = Field(default=4, ge=1, le=64, description="Requests in flight.")
-    llm_max_tokens: int = Field(default=768, ge=16, le=32_768, description="Maximum tokens per answer.")
-    llm_api_key_env: str | None = Field(
-        default=None,
-        description="Environment variable of the API key (default: OPENAI_API_KEY, for api.openai.com).",
+    llm_concurrency: int = _setting(4, "Requests in flight.", ge=1, le=64)
+    llm_max_tokens: int = _setting(768, "Maximum tokens per answer.", ge=16, le=32_768)
+    llm_api_key_env: str | None = _setting(
+        None, "Environment variable of the API key.", unset="OPENAI_API_KEY, for api.openai.com"
     )
-    timeouts: Literal["auto", "gpu", "cpu"] = Field(
-        default="auto", description="How fast the server is: gpu, cpu, or auto to look for a GPU."
+    timeouts: Literal["auto", "gpu", "cpu"] = _setting(
+        "auto", "Time limits for a server with or without a GPU; auto looks for one."
     )
-    timeout_connect: float | None = _seconds("timeout_connect", "to connect")
-    timeout_generation: float | None = _seconds("timeout_generation", "per answer")
-    timeout_grading: float | None = _seconds("timeout_grading", "per grade")
-    timeout_interval: float | None = _seconds("timeout_interval", "before the first retry")
-    timeout_total: float | None = _seconds("timeout_total", "for all generation and grading")
-    fallback: Literal["none", "templates"] = Field(
-        default="none", description="If the server fails: none stops, templates write the missing texts."
+    timeout_connect: float | None = _seconds("CONNECT", "to connect")
+    timeout_generation: float | None = _seconds("GENERATION", "per answer")
+    timeout_grading: float | None = _seconds("GRADING", "per grade")
+    timeout_interval: float | None = _seconds("INTERVAL", "before the first retry")
+    timeout_total: float | None = _seconds("TOTAL", "for all generation and grading")
+    fallback: Literal["none", "templates"] = _setting(
+        "none", "What writes the missing texts if the server fails; none stops with an error."
     )
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
         if self.llm_host is not None:
             check_host(self.llm_host)
-        if self.llm_api_key_env is not None and not _ENV_NAME.fullmatch(self.llm_api_key_env):
+        name = self.llm_api_key_env
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
             raise ValueError("llm_api_key_env must name an environment variable; the key itself goes in it")
         if "data_source" not in self.model_fields_set:
-            for name in ("llm_host", "gen_model", "refine_model", "llm_api_key_env"):
-                if getattr(self, name) not in (None, HEURISTICS):
-                    raise ValueError(
-                        f"{name} is given, but no model is used: add --data-source ollama or openai"
-                    )
+            for given in ("llm_host", "gen_model", "refine_model", "llm_api_key_env"):
+                if getattr(self, given) not in (None, HEURISTICS):
+                    unused = f"{given} is given, but no model is used"
+                    raise ValueError(f"{unused}: add --data-source ollama or openai")
         return self
 
     @property
@@ -116,16 +113,18 @@ class LLMConfig(BaseModel):
     def resolve_timeouts(self, environ: Mapping[str, str] = os.environ) -> Timeouts:
         """Each from its flag, else its environment variable, else the preset. Raises ValueError."""
         kind = self.timeouts if self.timeouts != "auto" else _guess_preset(self.origin)
-        given = {name: getattr(self, f"timeout_{name}") for name in Timeouts._fields}
-        for name, value in given.items():
-            variable = f"{ENV_PREFIX}TIMEOUT_{name.upper()}"
-            if value is None and variable in environ:
-                given[name] = _positive(variable, environ[variable])
-        return PRESETS[kind]._replace(**{name: value for name, value in given.items() if value is not None})
+        changed: dict[str, float] = {}
+        for name in Timeouts._fields:
+            variable = _ENV_PREFIX + name.upper()
+            if (value := getattr(self, f"timeout_{name}")) is not None:
+                changed[name] = value
+            elif variable in environ:
+                changed[name] = _positive(variable, environ[variable])
+        return PRESETS[kind]._replace(**changed)
 
     def api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
         """The key for the server, None if it needs none. Raises ValueError, without showing the key."""
-        name = self.llm_api_key_env or ("OPENAI_API_KEY" if self.origin == _OPENAI else None)
+        name = self.llm_api_key_env or ("OPENAI_API_KEY" if self.origin == "https://api.openai.com" else None)
         if name is None:
             return None
         key = environ.get(name, "").strip()
@@ -158,10 +157,10 @@ def check_host(url: str) -> None:
     if not fine or parts.query or parts.fragment or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError(f"llm_host {url!r} is not an http:// or https:// URL like http://localhost:11434")
     try:
-        address = ipaddress.ip_address(parts.hostname or "")
+        address = str(ipaddress.ip_address(parts.hostname or ""))
     except ValueError:
         return  # a name, whose addresses are checked before connecting
-    check_address(str(address))
+    check_address(address)
 
 
 def check_address(address: str) -> None:
@@ -174,7 +173,7 @@ def check_address(address: str) -> None:
 
 def _guess_preset(origin: str) -> str:
     """gpu, unless the server is on this machine and this machine has no GPU."""
-    if (urlsplit(origin).hostname or "") not in _LOCAL:
+    if urlsplit(origin).hostname not in ("localhost", "127.0.0.1", "::1", "0.0.0.0"):
         return "gpu"
     metal = platform.system() == "Darwin" and platform.machine() == "arm64"
     return "gpu" if metal or any(Path(device).exists() for device in _ACCELERATORS) else "cpu"

@@ -8,26 +8,21 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, Self
+from typing import Any
 
 from fusedgpt.model.files import write_file
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of
 from fusedgpt.train.data.synthetic.llm import LLMClient
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import (
-    Answer,
-    LLMError,
-    Question,
-    plain_text,
-    strip_thoughts,
-)
+from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import DuplicateFilter
 from fusedgpt.train.data.synthetic.task import Progress, Task, count_gpt2_tokens
 from fusedgpt.train.data.synthetic.words import WORD, words_of
@@ -36,21 +31,11 @@ _TEXTS_PER_REQUEST = 3
 _MAX_BARREN = 40  # answers in a row without a new sample, until the model counts as exhausted
 _PROMPT_CHARS = 2000
 _KINDS = {
-    "cooking": (
-        "a recipe",
-        "advice for the kitchen",
-        "a short tale of a meal",
-        "an answer to a cook's question",
-    ),
-    "poetry": ("a rhymed poem", "a poem in free verse", "a ballad", "a short poem of few lines"),
-    "technical": ("an explanation", "a how-to", "a question and its answer", "a comparison of two ways"),
-    "general": ("a short story", "a description", "a letter", "a report of something that happened"),
-    "conversation": (
-        "a talk of two friends",
-        "a chat with a stranger",
-        "a talk on the phone",
-        "an interview",
-    ),
+    "cooking": "a recipe; advice for the kitchen; a short tale of a meal; an answer to a cook's question",
+    "poetry": "a rhymed poem; a poem in free verse; a ballad; a short poem of few lines",
+    "technical": "an explanation; a how-to; a question and its answer; a comparison of two ways",
+    "general": "a short story; a description; a letter; a report of something that happened",
+    "conversation": "a talk of two friends; a chat with a stranger; a talk on the phone; an interview",
 }
 _LENGTHS = ("40 to 80", "80 to 150", "150 to 250")
 _STYLES = (
@@ -62,10 +47,8 @@ _MAX_ANSWER_CHARS = 200_000
 _CHAT_MARK = re.compile(r"<\|[a-z_]{1,30}\|>|\[/?INST\]|</?s>")
 _PARTED = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
 _RULE = re.compile(r"^[ \t]*[-*_](?: ?[-*_]){2,}[ \t]*$", re.M)
-_HEADING = re.compile(
-    r"^[^\w\n]*(?:text|sample|example|story|poem|recipe|conversation|answer|option)[ \t]*#?\d{1,3}[^\w\n]*$",
-    re.M | re.I,
-)
+_TITLE = r"(?:text|sample|example|story|poem|recipe|conversation|answer|option)[ \t]*#?\d{1,3}"
+_HEADING = re.compile(rf"^[^\w\n]*{_TITLE}[^\w\n]*$", re.M | re.I)
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)[^\n]*$", re.M)
 _YES = r"(?:sure|certainly|of course|absolutely|okay|ok|great|no problem)(?: thing)?"
 _HERE = r"(?:here(?:['’]s| is| are)|below (?:is|are))"
@@ -75,10 +58,8 @@ _OPENING = re.compile(
     rf"|{_YES}\b[^\n:]{{0,120}}:(?=\s*\n)|{_YES}[!,.]*(?=\s*\n))\s*",
     re.I,
 )
-_CLOSING = re.compile(
-    r"\n(?:i hope (?:this|these)\b|let me know if you\b|feel free to\b|would you like me to\b)[^\n]{0,200}\Z",
-    re.I,
-)
+_OFFER = r"(?:i hope (?:this|these)|let me know if you|feel free to|would you like me to)"
+_CLOSING = re.compile(rf"\n{_OFFER}\b[^\n]{{0,200}}\Z", re.I)
 _REFUSAL = re.compile(
     r"\b(?:as an ai\b|as a (?:large )?language model"
     r"|i(?: am|['’]m) (?:sorry|afraid),? (?:but )?i can(?:not|['’]t)"
@@ -91,7 +72,7 @@ _LAST_END = re.compile(r".*[.!?…。！？][\"')\]”’」]*", re.S)
 def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
     """The request of that number: kind, length, style and two words vary."""
     rng = Random(f"{seed}\n{number}")
-    kind, length, style = (rng.choice(options) for options in (_KINDS[domain], _LENGTHS, _STYLES))
+    kind, length, style = (rng.choice(options) for options in (_KINDS[domain].split("; "), _LENGTHS, _STYLES))
     task = plain_text(prompt[:_PROMPT_CHARS]).strip() or "any texts"
     sparks = " and ".join(rng.sample(_spark_words(prompt, domain), 2))
     return (
@@ -130,12 +111,11 @@ def _clean(text: str) -> str:
         text = text[opening.end() :]
     text = _CLOSING.sub("", text.strip())
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip()
-    return (
-        text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2 else text
-    )
+    quoted = len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2
+    return text[1:-1].strip() if quoted else text
 
 
-class SampleFile:
+class SampleFile(ExitStack):
     """The samples of a task so far: those in the JSONL file `path`, and those appended as they come in.
 
     The file `info_path` beside it says what they were made for. Raises ValueError for samples of another task
@@ -143,18 +123,18 @@ class SampleFile:
     """
 
     def __init__(self, task: Task, config: LLMConfig, target_tokens: int, path: Path) -> None:
+        super().__init__()
         self.task, self.target_tokens, self.path = task, target_tokens, path
         self.info_path = path.with_suffix(".info.json")
         self.faults: Counter[str] = Counter()
         fingerprint = config.fingerprint(task.prompt, task.domain, task.seed)
         self._read_info(fingerprint)  # before the file is touched
-        self.file = JsonLines(path)
-        try:
+        with ExitStack() as opened:
+            self.file = opened.enter_context(JsonLines(path))
             before = self._read_info(fingerprint)
             self.texts = [text_of(record, path) for record in self.file.records]
-        except BaseException:
-            self.file.close()
-            raise
+            self.push(opened.pop_all())
+        self.callback(self._finish)
         self.tokens = sum(count_gpt2_tokens(self.texts))
         self.filter = DuplicateFilter()
         for text in self.texts:
@@ -163,7 +143,6 @@ class SampleFile:
         self.requests: int = max([before.get("requests", 0), *(n + 1 for n in numbers)])
         self.rejected: Counter[str] = Counter(before.get("rejected", {}))
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._saved = 0.0
         self.info = {
             "fingerprint": fingerprint,
             "prompt": task.prompt,
@@ -178,19 +157,15 @@ class SampleFile:
         }
         self.save_info()
 
-    def __str__(self) -> str:
-        return f"{len(self.texts):,} samples ({self.tokens:,} of {self.target_tokens:,} tokens)"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the file, and remove it if it is empty: the next attempt may use another model."""
+    def _finish(self) -> None:
+        """Remove the files if they are empty: the next attempt may use another model."""
         self.save_info()
         if not self.texts:
             self.path.unlink()
             self.info_path.unlink()
-        self.file.close()
+
+    def __str__(self) -> str:
+        return f"{len(self.texts):,} samples ({self.tokens:,} of {self.target_tokens:,} tokens)"
 
     @property
     def enough(self) -> bool:
@@ -201,9 +176,8 @@ class SampleFile:
         path, info_path = self.path, self.info_path
         if not info_path.exists():
             if path.exists() and path.stat().st_size:
-                raise ValueError(
-                    f"{path} exists, and no {info_path.name} says what it is for; choose another file"
-                )
+                missing = f"no {info_path.name} says what it is for"
+                raise ValueError(f"{path} exists, and {missing}; choose another file")
             return {}
         try:
             info = dict(json.loads(info_path.read_text(encoding="utf-8")))
@@ -233,6 +207,8 @@ class SampleFile:
             self.file.append({"text": text, "request": number} for text in kept)
             self.texts += kept
             self.tokens += sum(count_gpt2_tokens(kept))
+        if time.monotonic() - self._saved >= 1:
+            self.save_info()
         return len(kept)
 
     def report(self) -> dict[str, Any]:
@@ -247,23 +223,15 @@ class SampleFile:
             "seconds": round(time.monotonic() - self._began, 1),
         }
 
-    def save_info(self, *, if_older: float = 0.0) -> None:
-        """Update the info file if it is older than `if_older` seconds."""
-        if time.monotonic() - self._saved >= if_older:
-            write_file(self.info_path, json.dumps(self.report(), indent=2) + "\n")
-            self._saved = time.monotonic()
+    def save_info(self) -> None:
+        write_file(self.info_path, json.dumps(self.report(), indent=2) + "\n")
+        self._saved = time.monotonic()
 
 
 async def write_samples(client: LLMClient, progress: Progress, samples: SampleFile) -> None:
-    """Have the model write until the samples reach their target.
-
-    Raises LLMError if the server or the model fails before; accepted samples are on disk.
-    """
+    """Have the model write until the samples reach their target. Raises LLMError if it cannot."""
     task, samples.faults = samples.task, client.faults
     barren = 0
-
-    def show() -> None:
-        progress(min(samples.tokens, samples.target_tokens), samples.target_tokens)
 
     async def write(number: int) -> None:
         nonlocal barren
@@ -276,19 +244,16 @@ async def write_samples(client: LLMClient, progress: Progress, samples: SampleFi
         )
         answer = await client.ask(question)
         barren = 0 if samples.take(number, answer) else barren + 1
-        samples.save_info(if_older=1.0)
-        show()
+        progress(min(samples.tokens, samples.target_tokens), samples.target_tokens)
         if barren >= _MAX_BARREN:
             reasons = ", ".join(f"{n} {why}" for why, n in samples.rejected.most_common(3))
-            raise LLMError(
-                f"{barren} answers in a row held no new sample (rejected so far: {reasons}); "
-                "try another --gen-model"
-            )
+            found = f"{barren} answers in a row held no new sample (rejected so far: {reasons})"
+            raise LLMError(f"{found}; try another --gen-model")
 
-    def requests() -> Iterator[Coroutine[Any, Any, None]]:
+    def jobs() -> Iterator[Coroutine[Any, Any, None]]:
         while True:
             samples.requests += 1
             yield write(samples.requests - 1)
 
-    show()
-    await client.run_jobs(requests(), done=lambda: samples.enough)
+    progress(min(samples.tokens, samples.target_tokens), samples.target_tokens)
+    await client.run_jobs(jobs(), done=lambda: samples.enough)

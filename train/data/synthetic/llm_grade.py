@@ -8,8 +8,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
 
 from fusedgpt.train.data.synthetic.jsonl import JsonLines
 from fusedgpt.train.data.synthetic.llm import LLMClient
@@ -17,14 +17,10 @@ from fusedgpt.train.data.synthetic.llm_protocols import Question, RequestFailed,
 from fusedgpt.train.data.synthetic.refine import score_sample
 from fusedgpt.train.data.synthetic.task import Progress
 
-_MAX_TOKENS = 64
 _PROMPT_CHARS, _TEXT_CHARS = 2000, 12_000
 _NUMBER = r"(\d{1,3}(?:[.,]\d{1,3})?)"
-_AFTER_LABEL = re.compile(
-    rf"\b(?:score|grade|rating|rate)\b(?:\s+(?:it|this|of|is|a|as|the text)\b)*"
-    rf"[\s\"'*_:=]*{_NUMBER}(?![\d.,]*\d)",
-    re.I,
-)
+_LABEL = r"\b(?:score|grade|rating|rate)\b(?:\s+(?:it|this|of|is|a|as|the text)\b)*"
+_AFTER_LABEL = re.compile(rf"{_LABEL}[\s\"'*_:=]*{_NUMBER}(?![\d.,]*\d)", re.I)
 _OUT_OF_TEN = re.compile(rf"(?<![\d.,-]){_NUMBER}\s*(?:/|out of|of)\s*10(?![\d.])", re.I)
 _SCALE = re.compile(r"\b(?:from\s+)?0\s*(?:to|-|–|and|\.\.)\s*10\b|\bout of 10\b", re.I)
 _ALONE = re.compile(rf"(?<![\d.,\w-]){_NUMBER}(?![\d\w]|[.,]\d)")
@@ -44,40 +40,33 @@ def request_text(text: str, prompt: str) -> str:
 def parse_grade(answer: str) -> float | None:
     """The grade, 0 to 10, in an answer; None if there is none, or several that differ."""
     text = strip_thoughts(unicodedata.normalize("NFKC", answer[:20_000]))
-    for pattern in (_AFTER_LABEL, _OUT_OF_TEN):
-        if found := pattern.findall(text):
-            return _in_range(found[-1])
-    alone = set(_ALONE.findall(_SCALE.sub(" ", text)))
-    return _in_range(alone.pop()) if len(alone) == 1 else None
-
-
-def _in_range(number: str) -> float | None:
-    value = float(number.replace(",", "."))
+    found = _AFTER_LABEL.findall(text) or _OUT_OF_TEN.findall(text)
+    if not found:
+        found = list(set(_ALONE.findall(_SCALE.sub(" ", text))))
+        if len(found) != 1:
+            return None
+    value = float(found[-1].replace(",", "."))
     return value if value <= 10 else None
 
 
-class Grades:
+class Grades(ExitStack):
     """A model's grades of texts, cached by content in a JSONL file; without a model there are none.
 
     Raises ValueError for a malformed file, OSError if it cannot be written.
     """
 
     def __init__(self, path: Path, model: str | None, prompt: str) -> None:
+        super().__init__()
         self.model, self.prompt = model, prompt
         self.counts: Counter[str] = Counter()
-        self._file = JsonLines(path) if model is not None else None
         self._known: dict[str, float] = {}
-        for record in self._file.records if self._file else []:
+        if model is None:
+            return
+        self._file = self.enter_context(JsonLines(path))
+        for record in self._file.records:
             grade = record.get("grade")
             if isinstance(grade, (int, float)) and 0 <= grade <= 10:
                 self._known[str(record.get("key"))] = float(grade)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
 
     def missing(self, texts: Sequence[str]) -> list[str]:
         """The distinct texts that the model has not graded yet."""
@@ -89,15 +78,14 @@ class Grades:
         return todo
 
     def keep(self, text: str, grade: float) -> None:
-        """Save a grade, 0 to 10."""
+        """Save the model's grade, 0 to 10."""
         key = self._key(text)
-        if self._file:
-            self._file.append([{"key": key, "grade": grade, "model": self.model}])
+        self._file.append([{"key": key, "grade": grade, "model": self.model}])
         self._known[key] = grade
 
     def score(self, text: str, prompt: str) -> float:
         """For refine(): the model's grade as 0 to 1, or the heuristics' score if it gave none."""
-        grade = self._known.get(self._key(text)) if self.model is not None else None
+        grade = self._known.get(self._key(text)) if self._known else None
         if grade is not None:
             return grade / 10
         self.counts["by heuristics"] += 1
@@ -123,36 +111,26 @@ async def ask_for_grades(client: LLMClient, progress: Progress, grades: Grades, 
 
     async def grade_one(text: str) -> None:
         nonlocal finished
+        question = Question(
+            model=grades.model or "",
+            prompt=request_text(text, grades.prompt),
+            seconds=client.timeouts.grading,
+            max_tokens=64,
+        )
         try:
-            grade = await _grade(client, grades, text)
+            for seed, temperature in ((0, 0.0), (1, 0.7)):  # the same answer again would be of no use
+                answer = await client.ask(question._replace(seed=seed, temperature=temperature))
+                if (grade := parse_grade(answer.text)) is not None:
+                    grades.keep(text, grade)
+                    grades.counts["by the model"] += 1
+                    break
+                grades.counts["answers without a grade"] += 1
         except RequestFailed:
             grades.counts["requests failed"] += 1
             raise
-        else:
-            if grade is not None:
-                grades.keep(text, grade)
-                grades.counts["by the model"] += 1
         finally:
             finished += 1
             progress(finished, len(texts))
 
     progress(0, len(texts))
     await client.run_jobs(grade_one(text) for text in texts)
-
-
-async def _grade(client: LLMClient, grades: Grades, text: str) -> float | None:
-    """The model's grade, asked for at most twice."""
-    for seed, temperature in ((0, 0.0), (1, 0.7)):  # the same answer again would be of no use
-        question = Question(
-            model=grades.model or "",
-            prompt=request_text(text, grades.prompt),
-            seconds=client.timeouts.grading,
-            seed=seed,
-            max_tokens=_MAX_TOKENS,
-            temperature=temperature,
-        )
-        grade = parse_grade((await client.ask(question)).text)
-        if grade is not None:
-            return grade
-        grades.counts["answers without a grade"] += 1
-    return None

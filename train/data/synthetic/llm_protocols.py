@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fusedgpt.train.data.synthetic.jsonl import parse_json
@@ -32,8 +31,7 @@ class Fault(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
+class Question(NamedTuple):
     """One request to a model; `seconds` limits each attempt."""
 
     model: str
@@ -79,13 +77,10 @@ class Ollama:
         return [str(model["name"]) for model in data["models"]]
 
     def request(self, question: Question, config: LLMConfig) -> tuple[str, dict[str, Any]]:
-        options = {
-            "seed": question.seed,
-            "num_predict": question.max_tokens,
-            "temperature": question.temperature,
-        }
-        body = {"model": question.model, "prompt": question.prompt, "stream": True}
-        return "/api/generate", {**body, "think": False, "options": options}
+        options: dict[str, float] = {"seed": question.seed, "num_predict": question.max_tokens}
+        options["temperature"] = question.temperature
+        body = {"model": question.model, "prompt": question.prompt, "stream": True, "think": False}
+        return "/api/generate", {**body, "options": options}
 
     def piece(self, line: bytes) -> Piece:
         data = json_object(line)

@@ -47,10 +47,21 @@ class RefineReport:
         return text + ("; dropped " + ", ".join(f"{n:,} {why}" for why, n in reasons) if reasons else "")
 
 
-def _length_score(n_words: int) -> float:
-    if n_words < _GOOD_WORDS:
-        return n_words / _GOOD_WORDS
-    return min(1.0, _LONG_WORDS / n_words)
+def score_sample(text: str, prompt: str) -> float:
+    """The quality of a text for a prompt, 0 to 1, by length, form, repetition and relevance.
+
+    Form and repetition scale the whole, so that noise scores low whatever its length. Many good samples share
+    the top score on purpose: refine then keeps a mix of them instead of one favoured template.
+    """
+    text = text[:_MAX_CHARS]
+    words = _WORD.findall(text.casefold())
+    n = len(words)
+    if not words:
+        return 0.0
+    length = n / _GOOD_WORDS if n < _GOOD_WORDS else min(1.0, _LONG_WORDS / n)
+    distinct = len(set(zip(words, words[1:], words[2:], strict=False)))  # word 3-grams
+    fresh = min(1.0, distinct / max(n - 2, 1) / 0.85)  # ordinary prose repeats a tenth of them
+    return _form_score(text) * fresh * (0.6 * length + 0.4 * _relevance_score(words, prompt))
 
 
 def _form_score(text: str) -> float:
@@ -68,18 +79,6 @@ def _form_score(text: str) -> float:
     return max(0.0, score)
 
 
-def _repetition_score(words: list[str]) -> float:
-    """The share of distinct 3-grams; the tenth that ordinary prose repeats costs nothing."""
-    n = max(len(words) - 2, 1)
-    distinct = len(set(zip(words, words[1:], words[2:], strict=False)))
-    return min(1.0, distinct / n / 0.85)
-
-
-@lru_cache(maxsize=64)
-def _prompt_stems(prompt: str) -> tuple[frozenset[str], frozenset[str]]:
-    return frozenset(content_stems(prompt)), frozenset(domain_stems(choose_domain(prompt)))
-
-
 def _relevance_score(words: list[str], prompt: str) -> float:
     """How many of the prompt's words are in the text; a word of its domain gives half the score."""
     topic, domain = _prompt_stems(prompt)
@@ -89,18 +88,9 @@ def _relevance_score(words: list[str], prompt: str) -> float:
     return max(min(1.0, len(topic & found) / min(2, len(topic))), 0.5 * bool(domain & found))
 
 
-def score_sample(text: str, prompt: str) -> float:
-    """The quality of a text for a prompt, 0 to 1, by length, form, repetition and relevance.
-
-    Form and repetition scale the whole, so that noise scores low whatever its length. Many good samples share
-    the top score on purpose: refine then keeps a mix of them instead of one favoured template.
-    """
-    text = text[:_MAX_CHARS]
-    words = _WORD.findall(text.casefold())
-    if not words:
-        return 0.0
-    quality = _form_score(text) * _repetition_score(words)
-    return quality * (0.6 * _length_score(len(words)) + 0.4 * _relevance_score(words, prompt))
+@lru_cache(maxsize=64)
+def _prompt_stems(prompt: str) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset(content_stems(prompt)), frozenset(domain_stems(choose_domain(prompt)))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -117,11 +107,7 @@ def _shingles(words: list[str]) -> _Hashes:
 
 
 class DuplicateFilter:
-    """Finds useless texts: of a bad length, or too similar to an earlier one.
-
-    Near duplicates are found by MinHash with banding: a text is compared only to earlier ones that share a
-    band of minima.
-    """
+    """Finds useless texts: of a bad length, or too similar to an earlier one."""
 
     def __init__(self) -> None:
         # Multiply-shift hashes, which wrap around in 64 bits; the factors are odd.
@@ -144,13 +130,9 @@ class DuplicateFilter:
             return "too long", []
         words = _WORD.findall(text.casefold())
         same = " ".join(text.casefold().split())
-        fault: str | None = None
-        if len(words) < _MIN_WORDS:
-            fault = "too short"
-        elif len(words) > _MAX_WORDS:
-            fault = "too long"
-        elif same in self._seen:
-            fault = "duplicate"
+        fault = "duplicate" if same in self._seen else None
+        if not _MIN_WORDS <= len(words) <= _MAX_WORDS:
+            fault = "too short" if len(words) < _MIN_WORDS else "too long"
         self._seen.add(same)
         return fault, words
 

@@ -8,61 +8,54 @@ from importlib.resources import files
 from typing import Any
 
 _PROMPT_CHARS = 4000  # of a prompt that are considered
+_SILENT = ("hour", "honest", "honor", "honour", "heir", "8", "11", "18")  # begin with a vowel's sound
+_YOU_OR_WON = ("uni", "use", "usu", "eu", "one", "once", "uti", "ubi")
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 @lru_cache
 def read_templates(name: str) -> dict[str, Any]:
-    """Returns the content of templates/{name}.toml."""
+    """The content of templates/{name}.toml."""
     return tomllib.loads((files(__package__) / "templates" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 @lru_cache
 def words_of(key: str) -> frozenset[str]:
-    """Returns a word list of shared.toml: "stop", "about", "adjectives", ..."""
+    """A word list of shared.toml: "stop", "about", "adjectives", ..."""
     return frozenset(str(read_templates("shared")["words"][key]).split())
 
 
 @lru_cache
 def proper_names() -> dict[str, str]:
-    """Returns names by their lower-case spelling: python -> Python."""
+    """Names by their lower-case spelling: python -> Python."""
     return {name.casefold(): name for name in str(read_templates("shared")["words"]["proper"]).split()}
 
 
 @lru_cache
-def _irregular() -> dict[str, str]:
-    return dict(read_templates("shared")["irregular"])
-
-
-@lru_cache
 def singular_of() -> dict[str, str]:
-    """Returns irregular singulars by their plural: leaves -> leaf."""
-    return {plural: one for one, plural in _irregular().items()}
+    """Irregular singulars by their plural: leaves -> leaf."""
+    return {plural: one for one, plural in read_templates("shared")["irregular"].items()}
 
 
 def article(text: str) -> str:
-    """Returns `text` behind "a" or "an", by the sound it begins with: an hour, a university, an SQL query."""
+    """`text` after "a" or "an", by the sound it begins with: an hour, a university, an SQL query."""
     word = text.split(maxsplit=1)[0] if text.strip() else ""
     letters = word.split("-")[0].rstrip(".,")
     if len(letters) > 1 and letters.isupper():
         return f"{'an' if letters[0] in 'AEFHILMNORSX' else 'a'} {text}"
     low = word.lower()
-    vowel = low[:1] in "aeiou" or low.startswith(
-        ("hour", "honest", "honor", "honour", "heir", "8", "11", "18")
-    )
-    if low.startswith(("uni", "use", "usu", "eu", "one", "once", "uti", "ubi")) and not low.startswith(
-        "unin"
-    ):
-        vowel = False
-    return f"{'an' if vowel and low else 'a'} {text}"
+    if low.startswith(_YOU_OR_WON) and not low.startswith("unin"):  # uninvited
+        return f"a {text}"
+    return f"{'an' if low and (low[0] in 'aeiou' or low.startswith(_SILENT)) else 'a'} {text}"
 
 
 def plural(noun: str) -> str:
-    """Returns the plural of a noun; of "clove of garlic" it is the head, "cloves of garlic"."""
+    """The plural of a noun; of "clove of garlic" it is the head, "cloves of garlic"."""
     head, of, rest = noun.partition(" of ")
     before, space, last = head.rpartition(" ")
-    if last in _irregular():
-        many = _irregular()[last]
+    irregular: dict[str, str] = read_templates("shared")["irregular"]
+    if last in irregular:
+        many = irregular[last]
     elif last.endswith(("s", "x", "z", "ch", "sh")):
         many = last + "es"
     elif last.endswith("y") and last[-2:-1] not in "aeiou":
@@ -74,7 +67,7 @@ def plural(noun: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def stem(word: str) -> str:
-    """Returns a crude stem, the same for cook, cooks, cooked and cooking; only good for comparing words."""
+    """A crude stem, the same for cook, cooks, cooked and cooking; only good for comparing words."""
     low = word.casefold().removesuffix("'s")
     low = singular_of().get(low, low)
     if low.endswith("ies") and len(low) > 4:
@@ -92,7 +85,7 @@ def stem(word: str) -> str:
 
 
 def normalise(prompt: str) -> str:
-    """Returns the prompt with its known Japanese words put into English; letter case is kept for names."""
+    """The prompt with its known Japanese words put into English; letter case is kept for names."""
     text = unicodedata.normalize("NFKC", prompt[:_PROMPT_CHARS]).replace("\u2019", "'")
     for japanese, english in read_templates("shared")["japanese"].items():
         text = text.replace(japanese, f" {english} ")
@@ -100,14 +93,14 @@ def normalise(prompt: str) -> str:
 
 
 def content_stems(text: str) -> list[str]:
-    """Returns the distinct stems of a prompt's content words in their order: no "the", "write" or "GPT"."""
+    """The distinct stems of a prompt's content words in their order: no "the", "write" or "GPT"."""
     words = (word for word in WORD.findall(normalise(text).casefold()) if word not in words_of("stop"))
     return list(dict.fromkeys(stem(word) for word in words))
 
 
 @lru_cache
 def domain_stems(domain: str) -> dict[str, int]:
-    """Returns the stems that speak for a domain and their weight: 2 for a form (poem), 1 for a subject."""
+    """The stems that speak for a domain and their weight: 2 for a form (poem), 1 for a subject."""
     row = read_templates("shared")["domains"][domain]
     weights = {stem(word): 1 for word in row["subject"].split()}
     return weights | {stem(word): 2 for word in row["form"].split()}
