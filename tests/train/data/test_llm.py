@@ -24,7 +24,7 @@ from ollama_fake import Fake
 from fusedgpt.train.data.synthetic import llm
 from fusedgpt.train.data.synthetic.llm import LLMClient, use_server
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, RequestFailed, plain_text
+from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, RequestFailed, plain_text
 
 EGGS = "Take two eggs and stir them."
 
@@ -42,11 +42,11 @@ def config_for(fake: Fake, source: str = "ollama", **changes: object) -> LLMConf
 
 def ask(config: LLMConfig, times: int = 1, notes: list[str] | None = None, **changes: Any) -> list[Answer]:
     """The answers to `times` questions at once, within the client's deadline."""
-    question = Question(**{"model": "writer", "prompt": "eggs", "seconds": 0.3, "seed": 5, **changes})
+    question = {"model": "writer", "prompt": "eggs", "seconds": 0.3, "seed": 5, "max_tokens": 768, **changes}
     answers: list[Answer] = []
 
     async def work(client: LLMClient) -> None:
-        answers.extend(await asyncio.gather(*(client.ask(question) for _ in range(times))))
+        answers.extend(await asyncio.gather(*(client.ask(**question) for _ in range(times))))
 
     note = (notes if notes is not None else []).append
     use_server(config, work, {"gen_model": config.gen_model}, note=note)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
@@ -32,7 +33,6 @@ from fusedgpt.train.data.synthetic.llm_protocols import (
     LLMError,
     Ollama,
     OpenAI,
-    Question,
     RequestFailed,
     error_text,
     json_object,
@@ -135,14 +135,14 @@ class LLMClient:
 
     async def _list_models(self) -> list[str]:
         """The server's models, [] if it answers but does not list them, as some OpenAI-compatible ones do."""
-        path = self.protocol.models_path
+        path, models, name = self.protocol.model_list
         seconds = self.timeouts.connect + self.timeouts.grading
         is_ollama = self.config.data_source == "ollama"
 
-        async def names(lines: _Lines) -> list[str]:
+        async def read(lines: _Lines) -> list[str]:
             data = json_object(await _join(lines))
             try:
-                return [plain_text(name)[:200] for name in self.protocol.models(data)[:1000]]
+                return [plain_text(str(model[name]))[:200] for model in data[models][:1000]]
             except (KeyError, TypeError):
                 raise Fault("bad JSON", f"its answer to {path} is not a list of models") from None
 
@@ -150,7 +150,8 @@ class LLMClient:
         for address in self._addresses:  # localhost may be ::1 first, where few servers listen
             self._url = self._url.copy_with(host=address)
             try:
-                return await self._request(path, None, seconds, names, _ATTEMPTS if is_ollama else 1)
+                attempt = partial(self._attempt, path, None, seconds, read)
+                return await self._retry(attempt, _ATTEMPTS if is_ollama else 1)
             except LLMError as error:
                 if self._reached and not is_ollama:
                     return []
@@ -196,20 +197,18 @@ class LLMClient:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def ask(self, question: Question) -> Answer:
-        """The model's answer. Raises RequestFailed if all attempts failed, LLMError if retrying is no use."""
-        path, body = self.protocol.request(question, self.config)
-        return await self._request(path, body, question.seconds, self._read_answer, _ATTEMPTS)
+    async def ask(
+        self, model: str, prompt: str, seconds: float, *, seed: int, max_tokens: int, temperature: float = 0.9
+    ) -> Answer:
+        """The model's answer; each attempt has `seconds`.
 
-    async def _request(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        seconds: float,
-        read: Callable[[_Lines], Coroutine[Any, Any, _T]],
-        attempts: int,
-    ) -> _T:
-        """What `read` makes of the answer to a GET, or the POST of a body; each attempt has `seconds`."""
+        Raises RequestFailed if all attempts failed, LLMError if retrying is no use.
+        """
+        path, body = self.protocol.request(self.config, model, prompt, seed, max_tokens, temperature)
+        return await self._retry(partial(self._attempt, path, body, seconds, self._read_answer), _ATTEMPTS)
+
+    async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], attempts: int) -> _T:
+        """The result of `attempt`, which is called up to that many times."""
 
         def enough(state: RetryCallState) -> bool:
             kind = getattr(state.outcome and state.outcome.exception(), "kind", "")
@@ -225,7 +224,7 @@ class LLMClient:
             reraise=True,
         )
         try:
-            return await retrying(self._attempt, path, body, seconds, read)
+            return await retrying(attempt)
         except Fault as fault:
             raise RequestFailed(str(fault)) from None
 
@@ -299,10 +298,8 @@ class LLMClient:
         loop = asyncio.get_running_loop()
         while (seconds := self._resume_at - loop.time()) > 0:
             if self._resume_at >= self.deadline:
-                raise LLMError(
-                    f"{self.config.origin} asks to wait {seconds:,.0f} s, past the end of "
-                    f"--timeout-total {self.timeouts.total:g}; run the same command again later"
-                )
+                end = f"the end of --timeout-total {self.timeouts.total:g}; run the same command again later"
+                raise LLMError(f"{self.config.origin} asks to wait {seconds:,.0f} s, past {end}")
             await asyncio.sleep(seconds)
 
     async def _read_answer(self, lines: _Lines) -> Answer:

@@ -22,7 +22,7 @@ from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of
 from fusedgpt.train.data.synthetic.llm import LLMClient
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, Question, plain_text, strip_thoughts
+from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import DuplicateFilter
 from fusedgpt.train.data.synthetic.task import Progress, Task, count_gpt2_tokens
 from fusedgpt.train.data.synthetic.words import WORD, words_of
@@ -145,12 +145,8 @@ class SampleFile(ExitStack):
         self._began = time.monotonic() - before.get("seconds", 0.0)
         self.info = {
             "fingerprint": fingerprint,
-            "prompt": task.prompt,
-            "domain": task.domain,
-            "seed": task.seed,
-            "method": config.data_source,
-            "server": config.origin,
-            "model": config.gen_model,
+            **{"prompt": task.prompt, "domain": task.domain, "seed": task.seed},
+            **{"method": config.data_source, "server": config.origin, "model": config.gen_model},
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in ("fusedgpt", "httpx2")},
             "runs": before.get("runs", 0) + 1,
@@ -213,15 +209,9 @@ class SampleFile(ExitStack):
 
     def report(self) -> dict[str, Any]:
         """For generation_info.json: counts of requests, kept and rejected samples, and the reasons."""
-        return {
-            **self.info,
-            "requests": self.requests,
-            "samples": len(self.texts),
-            "tokens": self.tokens,
-            "rejected": dict(self.rejected),
-            "faults": dict(self.faults),
-            "seconds": round(time.monotonic() - self._began, 1),
-        }
+        counts = {"requests": self.requests, "samples": len(self.texts), "tokens": self.tokens}
+        reasons = {"rejected": dict(self.rejected), "faults": dict(self.faults)}
+        return {**self.info, **counts, **reasons, "seconds": round(time.monotonic() - self._began, 1)}
 
     def save_info(self) -> None:
         write_file(self.info_path, json.dumps(self.report(), indent=2) + "\n")
@@ -231,18 +221,15 @@ class SampleFile(ExitStack):
 async def write_samples(client: LLMClient, progress: Progress, samples: SampleFile) -> None:
     """Have the model write until the samples reach their target. Raises LLMError if it cannot."""
     task, samples.faults = samples.task, client.faults
+    model = client.config.gen_model or ""
     barren = 0
 
     async def write(number: int) -> None:
         nonlocal barren
-        question = Question(
-            model=client.config.gen_model or "",
-            prompt=request_text(task.prompt, task.domain, task.seed, number),
-            seed=(task.seed * 1_000_003 + number) % (1 << 31),
-            max_tokens=client.config.llm_max_tokens,
-            seconds=client.timeouts.generation,
-        )
-        answer = await client.ask(question)
+        prompt = request_text(task.prompt, task.domain, task.seed, number)
+        seed = (task.seed * 1_000_003 + number) % (1 << 31)
+        seconds, max_tokens = client.timeouts.generation, client.config.llm_max_tokens
+        answer = await client.ask(model, prompt, seconds, seed=seed, max_tokens=max_tokens)
         barren = 0 if samples.take(number, answer) else barren + 1
         progress(min(samples.tokens, samples.target_tokens), samples.target_tokens)
         if barren >= _MAX_BARREN:

@@ -9,11 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from fusedgpt.train.data.synthetic.jsonl import JsonLines
 from fusedgpt.train.data.synthetic.llm import LLMClient
-from fusedgpt.train.data.synthetic.llm_protocols import Question, RequestFailed, plain_text, strip_thoughts
+from fusedgpt.train.data.synthetic.llm_protocols import RequestFailed, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import score_sample
 from fusedgpt.train.data.synthetic.task import Progress
 
@@ -111,15 +112,11 @@ async def ask_for_grades(client: LLMClient, progress: Progress, grades: Grades, 
 
     async def grade_one(text: str) -> None:
         nonlocal finished
-        question = Question(
-            model=grades.model or "",
-            prompt=request_text(text, grades.prompt),
-            seconds=client.timeouts.grading,
-            max_tokens=64,
-        )
+        prompt = request_text(text, grades.prompt)
+        ask = partial(client.ask, grades.model or "", prompt, client.timeouts.grading, max_tokens=64)
         try:
             for seed, temperature in ((0, 0.0), (1, 0.7)):  # the same answer again would be of no use
-                answer = await client.ask(question._replace(seed=seed, temperature=temperature))
+                answer = await ask(seed=seed, temperature=temperature)
                 if (grade := parse_grade(answer.text)) is not None:
                     grades.keep(text, grade)
                     grades.counts["by the model"] += 1

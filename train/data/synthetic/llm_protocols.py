@@ -31,17 +31,6 @@ class Fault(Exception):
         self.kind = kind
 
 
-class Question(NamedTuple):
-    """One request to a model; `seconds` limits each attempt."""
-
-    model: str
-    prompt: str
-    seconds: float
-    seed: int = 0
-    max_tokens: int = 768
-    temperature: float = 0.9
-
-
 class Answer(NamedTuple):
     """What the model wrote, and whether it ended by itself rather than at a limit."""
 
@@ -71,16 +60,14 @@ class Ollama:
     """https://docs.ollama.com/api: newline-delimited JSON, the last object has done: true."""
 
     name = "Ollama"
-    models_path = "/api/tags"
+    model_list = ("/api/tags", "models", "name")  # path, key of the list, key of a model's name
 
-    def models(self, data: dict[str, Any]) -> list[str]:
-        return [str(model["name"]) for model in data["models"]]
-
-    def request(self, question: Question, config: LLMConfig) -> tuple[str, dict[str, Any]]:
-        options: dict[str, float] = {"seed": question.seed, "num_predict": question.max_tokens}
-        options["temperature"] = question.temperature
-        body = {"model": question.model, "prompt": question.prompt, "stream": True, "think": False}
-        return "/api/generate", {**body, "options": options}
+    def request(
+        self, config: LLMConfig, model: str, prompt: str, seed: int, max_tokens: int, temperature: float
+    ) -> tuple[str, dict[str, Any]]:
+        options = {"seed": seed, "num_predict": max_tokens, "temperature": temperature}
+        body = {"model": model, "prompt": prompt, "stream": True, "think": False, "options": options}
+        return "/api/generate", body
 
     def piece(self, line: bytes) -> Piece:
         data = json_object(line)
@@ -92,19 +79,17 @@ class OpenAI:
     """https://platform.openai.com/docs/api-reference: server-sent events, a finish_reason, then [DONE]."""
 
     name = "OpenAI-compatible"
-    models_path = "/v1/models"
+    model_list = ("/v1/models", "data", "id")
 
-    def models(self, data: dict[str, Any]) -> list[str]:
-        return [str(model["id"]) for model in data["data"]]
-
-    def request(self, question: Question, config: LLMConfig) -> tuple[str, dict[str, Any]]:
-        body: dict[str, Any] = {"model": question.model, "stream": True}
-        body |= {"seed": question.seed, "temperature": question.temperature}
+    def request(
+        self, config: LLMConfig, model: str, prompt: str, seed: int, max_tokens: int, temperature: float
+    ) -> tuple[str, dict[str, Any]]:
+        body = {"model": model, "stream": True, "seed": seed, "temperature": temperature}
         if config.llm_endpoint == "completions":
-            return "/v1/completions", {**body, "prompt": question.prompt, "max_tokens": question.max_tokens}
+            return "/v1/completions", {**body, "prompt": prompt, "max_tokens": max_tokens}
         limit = "max_completion_tokens" if config.origin.endswith("api.openai.com") else "max_tokens"
-        messages = [{"role": "user", "content": question.prompt}]
-        return "/v1/chat/completions", {**body, "messages": messages, limit: question.max_tokens}
+        messages = [{"role": "user", "content": prompt}]
+        return "/v1/chat/completions", {**body, "messages": messages, limit: max_tokens}
 
     def piece(self, line: bytes) -> Piece:
         field, _, value = line.partition(b":")
@@ -114,8 +99,7 @@ class OpenAI:
             raise Fault("bad JSON", f"expected a server-sent event, found {line[:60]!r}")
         if value.strip() == b"[DONE]":
             return Piece(end="stop")
-        data = json_object(value)
-        choices = data.get("choices")
+        choices = json_object(value).get("choices")
         if not choices:
             return Piece()  # the usage statistics
         choice = choices[0] if isinstance(choices, list) else None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Any
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 
 from fusedgpt.train.data.synthetic.grammar import choose_domain
 from fusedgpt.train.data.synthetic.words import content_stems, domain_stems, stem
@@ -25,7 +25,6 @@ _MIN_SCORE = 0.45
 _SHINGLE, _BANDS, _ROWS = 3, 10, 3
 _NEAR = 0.75
 _BUCKET, _COMPARE = 48, 6  # texts of a bucket that are considered; texts compared in full
-_Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -98,7 +97,7 @@ def _word_hash(word: str) -> int:
     return crc32(word.encode("utf-8", "replace"))  # hash() would differ between processes
 
 
-def _shingles(words: list[str]) -> _Hashes:
+def _shingles(words: list[str]) -> npt.NDArray[np.uint64]:
     """The distinct word 3-grams as hashes."""
     ids = np.array([_word_hash(word) for word in words], dtype=np.uint64)
     if len(ids) >= _SHINGLE:
