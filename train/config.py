@@ -126,7 +126,7 @@ class TrainConfig(_Frozen):
     z_loss: float = _optim(0.0, "Weight of logsumexp(logits)^2 in the training loss.", ge=0.0)
     eval_every: int | None = _val(None, "Steps between validations.", unset="a tenth of the run", ge=1)
     eval_tokens: int | None = _val(None, "Held-out tokens per validation, the first ones.", unset="all", ge=1)
-    patience: int | None = _val(None, "Validations without improvement before a stop.", unset="never", ge=1)
+    patience: int | None = _val(None, "Validations without improvement before stopping.", unset="never", ge=1)
     min_improvement: float = _val(0.0, "Decrease in validation loss that counts as improvement.", ge=0.0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _speed(
         "auto", "Compute precision; fp16 with dynamic loss scaling."
@@ -141,7 +141,9 @@ class TrainConfig(_Frozen):
     log_every: int | None = _logs(
         None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )
-    max_skipped_steps: int = _optim(10, "Non-finite steps in a row before a stop.", ge=1)
+    max_skipped_steps: int = _optim(
+        10, "Steps in a row with a non-finite loss or gradient before stopping.", ge=1
+    )
     deterministic: bool = _speed(False, "Make PyTorch's CUDA ops deterministic; ours always are.")
     device: str = _speed("auto", "auto, cpu, cuda or cuda:N.")
     seed: int = _speed(0, "Random seed for data, weights, sample order and dropout.", ge=0, lt=2**63)
