@@ -39,7 +39,7 @@ def publish(temporary: Path, path: Path) -> None:
         sync(path.absolute().parent)
     except OSError:
         if path.is_dir():  # whose name may not last; a file has already replaced its predecessor
-            path.replace(temporary)
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 

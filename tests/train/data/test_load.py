@@ -170,8 +170,10 @@ def test_sets_are_mixed_by_their_weights(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give every --data a weight"):
         load_token_sets([Path(f"{one}:3"), two], config())
     for weight in ("0", "-1", "nan", "inf"):
-        with pytest.raises(DataError, match="weights must be positive"):
+        with pytest.raises(ValueError, match="weights must be positive"):
             load_token_sets([Path(f"{one}:{weight}"), Path(f"{two}:1")], config())
+        with pytest.raises(ValueError, match="weights must be positive"):
+            load_token_sets([Path(f"{one}:{weight}")], config())
     other = prepared(tmp_path, "other", vocab_size=300)
     with pytest.raises(DataError, match=r"one and .*other were made with different tokenizers"):
         load_token_sets([one, other], config())

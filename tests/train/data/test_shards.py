@@ -17,7 +17,7 @@ from fusedgpt.train.data.text.encode import Encoded, Ids
 from fusedgpt.train.data.text.sources import DataError
 from fusedgpt.train.data.tokens import shards
 from fusedgpt.train.data.tokens.shard_writer import TokenSetWriter, _StreamWriter, new_set_folder
-from fusedgpt.train.data.tokens.shards import TokenStream, file_hash, open_stream, read_index
+from fusedgpt.train.data.tokens.shards import Part, TokenStream, file_hash, open_stream, read_index
 
 DOCUMENTS = [list(b"first"), list(b"2"), list(b"the third document"), list(b"4"), list(b"five")]
 
@@ -119,7 +119,7 @@ def test_a_stream_is_cut_anywhere(tmp_path: Path, cut: int) -> None:
     assert np.concatenate(parts).tolist() == list(range(cut))
     assert {f.name for f in tmp_path.glob("train-*")} == {shard.file for shard in entry.shards}
     for file in (*entry.shards, entry.document_ends):
-        shards.check_hash(tmp_path / file.file, file.sha256)
+        assert file_hash(tmp_path / file.file) == file.sha256
     assert np.fromfile(tmp_path / "train.documents.bin", "<u8").tolist() == sorted(
         {*(e for e in ends.tolist() if e < cut), cut}
     )
@@ -177,7 +177,7 @@ def test_a_link_in_place_of_the_hidden_folder_is_refused(tmp_path: Path) -> None
 def test_a_stream_reads_like_an_array(lengths: list[int], start: int, stop: int) -> None:
     whole = np.arange(sum(lengths), dtype=np.uint16)
     parts = np.split(whole, np.cumsum(lengths)[:-1]) if lengths else []
-    stream = TokenStream(parts, vocab_size=len(whole) + 1)
+    stream = TokenStream([Part(ids, vocab_size=len(whole) + 1) for ids in parts])
     assert len(stream) == len(whole)
     assert stream[start:stop].tolist() == whole[start:stop].tolist()
     assert stream[:].tolist() == whole.tolist()
@@ -190,12 +190,11 @@ def test_a_stream_reads_like_an_array(lengths: list[int], start: int, stop: int)
 
 def test_a_stream_has_no_steps() -> None:
     with pytest.raises(ValueError, match="a step of 1, not 2"):
-        TokenStream([np.arange(4)])[::2]
+        TokenStream([Part(np.arange(4))])[::2]
 
 
-def test_an_id_outside_the_vocabulary_says_where(tmp_path: Path) -> None:
-    parts = [np.arange(10), np.array([1, 2, 99, 3])]
-    stream = TokenStream(parts, files=[Path("a.bin"), Path("b.bin")], vocab_size=50)
+def test_an_id_outside_the_vocabulary_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = TokenStream([Part(np.arange(10), "a.bin", 50), Part(np.array([1, 2, 99, 3]), "b.bin", 50)])
     assert stream[:12].tolist() == [*range(10), 1, 2]
     for read in (stream, TokenStream.join([stream]), stream.cut(0, 14)):
         with pytest.raises(DataError, match=r"b\.bin: token 2 is id 99, outside the vocabulary of 50"):
@@ -204,7 +203,8 @@ def test_an_id_outside_the_vocabulary_says_where(tmp_path: Path) -> None:
         stream.cut(11, 14)[:]
     with pytest.raises(DataError, match="token 2 is id 99"):
         stream.check_ids()
-    stream.check_ids(12)
+    monkeypatch.setattr(shards, "_CHECKED_ON_OPENING", 12)
+    stream.check_ids()
 
 
 def test_offsets_are_wide(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_offsets_are_wide(tmp_path: Path) -> None:
         file.truncate(2 * n)
         file.seek(2 * (n - 3))
         file.write(np.array([7, 8, 9], dtype="<u2").tobytes())
-    stream = TokenStream([shards.map_file(tmp_path / "big.bin", n, np.dtype("<u2"))], vocab_size=10)
+    stream = TokenStream([Part(shards.map_file(tmp_path / "big.bin", n, np.dtype("<u2")), vocab_size=10)])
     assert stream[n - 4 :].tolist() == [0, 7, 8, 9]
     assert stream.cut(n - 2, n)[:].tolist() == [8, 9]
 

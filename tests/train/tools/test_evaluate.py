@@ -17,7 +17,7 @@ from fusedgpt.model.folder import load_folder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, byte_tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece, Source
-from fusedgpt.train.data.tokens.shards import TokenStream
+from fusedgpt.train.data.tokens.shards import Part, TokenStream
 from fusedgpt.train.tools import evaluate as evaluation
 from fusedgpt.train.tools.evaluate import TextEvaluation, evaluate_text, evaluate_tokens
 
@@ -110,7 +110,7 @@ def test_token_sets_give_what_their_text_gives(
     monkeypatch.setattr(evaluation, "_CHUNK", chunk)
     ids = [[*text.encode(), 256] for text in (TEXTS[0], "", *TEXTS[1:])]
     halves = list(chain(*ids[:4])), list(chain(*ids[4:]))[:-1]
-    streams = [TokenStream([np.asarray(half, dtype=np.uint16)]) for half in halves]
+    streams = [TokenStream([Part(np.asarray(half, dtype=np.uint16))]) for half in halves]
     found = evaluate_tokens(*loaded, streams)
     expected = evaluate_text(*loaded, documents(TEXTS))
     assert found.loss == pytest.approx(expected.loss, rel=1e-7)

@@ -50,26 +50,22 @@ class Encoded(NamedTuple):
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
     """Encode the texts, with end-of-text after each document, and split them into the two streams."""
-    arrays = tokenizer.encode_arrays(chunk.texts)
-    eot = np.array([tokenizer.eot_id], dtype=np.uint32)
     dtype = token_dtype(tokenizer.vocab_size)
-    streams = []
-    for stream in (False, True):
-        mine = [
-            (a, e)
-            for a, e, held_out in zip(arrays, chunk.ends, chunk.held_out, strict=True)
-            if held_out == stream
-        ]
-        parts = [part for ids, ends in mine for part in ((ids, eot) if ends else (ids,))]
-        ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype=dtype)
-        counts = np.cumsum([len(a) + e for a, e in mine], dtype=np.int64)
-        streams.append(Ids(ids, counts[np.fromiter((e for _, e in mine), dtype=bool, count=len(mine))]))
-    text_bytes = sum(map(_utf8_length, chunk.texts))
-    return Encoded(streams[0], streams[1], text_bytes)
-
-
-def _utf8_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    eot = np.array([tokenizer.eot_id], dtype=dtype)
+    parts: list[list[NDArray[Any]]] = [[eot[:0]], [eot[:0]]]  # of the training and the validation stream
+    lengths = [0, 0]
+    ends: list[list[int]] = [[], []]
+    arrays = tokenizer.encode_arrays(chunk.texts)
+    for ids, ends_document, stream in zip(arrays, chunk.ends, chunk.held_out, strict=True):
+        parts[stream] += [ids, eot] if ends_document else [ids]
+        lengths[stream] += len(ids) + ends_document
+        ends[stream] += [lengths[stream]] * ends_document
+    train, val = (
+        Ids(np.concatenate(part, dtype=dtype, casting="unsafe"), np.array(end, dtype=np.int64))
+        for part, end in zip(parts, ends, strict=True)
+    )
+    sizes = (len(text if text.isascii() else text.encode("utf-8", "surrogatepass")) for text in chunk.texts)
+    return Encoded(train, val, sum(sizes))
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
@@ -84,11 +80,10 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -
         yield from (encode_chunk(tokenizer, chunk) for chunk in chunks)
         return
     # fork shares the vocabulary, and does not need to import the main module
-    method = "fork" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (tokenizer, os.getpid()))
+    waiting: deque[Future[Encoded]] = deque()
     try:
-        waiting: deque[Future[Encoded]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) >= _CHUNKS_PER_WORKER * workers:
@@ -110,7 +105,7 @@ def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
     return_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    _worker_tokenizer[:] = [tokenizer]
+    _worker_tokenizer.append(tokenizer)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -123,8 +118,3 @@ def _end_with(parent: int) -> None:
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
     return encode_chunk(_worker_tokenizer[0], chunk)
-
-
-def usable_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
-from fusedgpt.train.data.text.encode import Chunk, encode_chunks, usable_cores
-from fusedgpt.train.data.text.sources import DataError, Errors, Piece, Source, no_text
+from fusedgpt.train.data.text.encode import Chunk, encode_chunks
+from fusedgpt.train.data.text.sources import Cut, DataError, Errors, Piece, Source, no_text
 from fusedgpt.train.data.text.tokenizer_training import train_tokenizer
 from fusedgpt.train.data.tokens.shard_writer import TokenSetWriter, new_set_folder
 from fusedgpt.train.data.tokens.shards import Index
 
-SHARD_TOKENS = 100_000_000
 _CHUNK_CHARACTERS = 1 << 19  # encoded by a worker at a time
 _CHUNK_PIECES = 1 << 13
 _HASHED_CHARACTERS = 1 << 16  # of a document, to decide whether it is held out; pieces are no shorter
@@ -29,7 +29,7 @@ def prepare(
     tokenizer: str = "gpt2",
     vocab_size: int | None = None,
     val_fraction: float = 0.1,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int = 100_000_000,
     workers: int | None = None,
     text_field: str = "text",
     errors: Errors = "strict",
@@ -44,17 +44,18 @@ def prepare(
     """
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
-    if shard_tokens < 1:
-        raise ValueError(f"--shard-tokens: expected 1 or more, got {shard_tokens}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers: expected 1 or more, got {workers}")
-    source = Source(inputs=tuple(inputs), text_field=text_field, errors=errors, cut="words")
-    progress = _Progress(report, source.size)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for option, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
+        if value < 1:
+            raise ValueError(f"{option}: expected 1 or more, got {value}")
+    source = Source(inputs=tuple(inputs), text_field=text_field, errors=errors)
+    progress = _Progress(report, source)
     with new_set_folder(out) as folder:
         chosen = _choose_tokenizer(tokenizer, vocab_size, source, progress)
-        source = replace(source, cut=chosen.safe_cut, on_bytes=progress.begin("tokenising"))
         writer = TokenSetWriter(folder, chosen, shard_tokens)
-        for encoded in encode_chunks(chunked(source, val_fraction), chosen, workers or usable_cores()):
+        chunks = chunked(progress.begin("tokenising", chosen.safe_cut), val_fraction)
+        for encoded in encode_chunks(chunks, chosen, workers):
             writer.append(encoded)
             progress.show(writer.tokens)
         if not writer.tokens:
@@ -66,14 +67,14 @@ def prepare(
 class _Progress:
     """Bytes of the text read so far, passed on to `report`."""
 
-    def __init__(self, report: Report, total: int) -> None:
-        self._report, self._total = report, total
+    def __init__(self, report: Report, source: Source) -> None:
+        self._report, self._source, self._total = report, source, source.size
 
-    def begin(self, title: str) -> Callable[[int], None]:
-        """Start a new pass over the text; the function returned counts its bytes."""
+    def begin(self, title: str, cut: Cut) -> Source:
+        """The text for a new pass, which counts its bytes."""
         self._title, self._done = title, 0
         self.show(0)
-        return self._count
+        return replace(self._source, cut=cut, on_bytes=self._count)
 
     def _count(self, n_bytes: int) -> None:
         self._done += n_bytes
@@ -81,12 +82,6 @@ class _Progress:
     def show(self, tokens: int) -> None:
         """Report the progress."""
         self._report(self._title, self._done, self._total, tokens)
-
-    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """`pieces`, each reported."""
-        for piece in pieces:
-            self.show(0)
-            yield piece
 
 
 def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progress: _Progress) -> Tokenizer:
@@ -97,13 +92,17 @@ def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progres
             f"{source.read_once} can be read only once, but this tokenizer needs two passes over the text: "
             f"write it to a file first"
         )
+
+    def pieces(title: str, cut: Cut) -> Iterator[Piece]:
+        for piece in progress.begin(title, cut):
+            progress.show(0)
+            yield piece
+
     if vocab_size is not None:
-        source = replace(source, on_bytes=progress.begin("training the tokenizer"))
-        return train_tokenizer(progress.watch(source), vocab_size)
-    source = replace(source, cut="anywhere", on_bytes=progress.begin("collecting characters"))
+        return train_tokenizer(pieces("training the tokenizer", "words"), vocab_size)
     characters: set[str] = set()
-    for piece in progress.watch(source):
-        characters.update(piece.text)
+    for text, _ in pieces("collecting characters", "anywhere"):
+        characters.update(text)
     if not characters:
         raise no_text(source.inputs)
     return char_tokenizer("".join(characters))
@@ -130,7 +129,5 @@ def chunked(pieces: Iterable[Piece], val_fraction: float) -> Iterator[Chunk]:
 
 def is_held_out(beginning: str, val_fraction: float) -> bool:
     """Whether the document with this beginning is for validation; equal texts always get the same answer."""
-    if not val_fraction:
-        return False
     digest = blake2b(beginning[:_HASHED_CHARACTERS].encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64

@@ -23,14 +23,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-STANDARD_INPUT = Path("-")
-TEXT_SUFFIXES = (".txt", ".md")
-LINE_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSIONS = (".gz", ".zst")
 Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]
 _Bytes = IO[bytes] | io.BufferedIOBase
 
+_STANDARD_INPUT = Path("-")
+_IN_FOLDERS = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder
 _BLOCK_BYTES = 1 << 18
 _BINARY_BYTES = 8192  # a zero byte among the first means binary, as for git
 _ROWS = 256  # of a table, in memory at once
@@ -60,19 +58,24 @@ class Source:
 
     def __iter__(self) -> Iterator[Piece]:
         """Raises FileNotFoundError for a missing input, DataError for one that cannot be read."""
-        for path in find_files(self.inputs):
+        readers = {".jsonl": _lines, ".ndjson": _lines, ".parquet": _rows, ".arrow": _rows}
+        for path in _files(self.inputs):
             with _readable(path):
-                yield from _reader(path)(self, path)
+                if reader := readers.get(_suffix(path.name)):
+                    yield from (Piece(text, True) for text in reader(self, path) if not _is_blank(text))
+                else:
+                    yield from _text_pieces(self, path)
 
     @property
     def size(self) -> int:
         """Bytes of all files, compressed as they are. Raises as iterating does for unusable paths."""
-        return sum(path.stat().st_size for path in find_files(self.inputs) if path != STANDARD_INPUT)
+        return sum(path.stat().st_size for path in _files(self.inputs) if path != _STANDARD_INPUT)
 
     @property
     def read_once(self) -> Path | None:
         """An input that cannot be read a second time: standard input, or a pipe."""
-        return next((p for p in self.inputs if p == STANDARD_INPUT or (p.exists() and _is_pipe(p))), None)
+        once = (p for p in self.inputs if p == _STANDARD_INPUT or not (p.is_file() or p.is_dir()))
+        return next(once, None)
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
@@ -91,38 +94,30 @@ def no_text(paths: Sequence[Path]) -> DataError:
     return DataError(f"{', '.join(map(str, paths[:4]))} is empty")
 
 
-def _is_pipe(path: Path) -> bool:
-    return not path.is_file() and not path.is_dir()
-
-
 # Which files
 
 
-def find_files(inputs: Sequence[Path]) -> Iterator[Path]:
+def _files(inputs: Sequence[Path]) -> Iterator[Path]:
     """Each input that is a file, and the files with text below each that is a folder, in order of names.
 
     Raises FileNotFoundError for a missing input, DataError for a folder without text and a symlink loop.
     """
     for path in inputs:
-        if path == STANDARD_INPUT or not stat.S_ISDIR(_status(path).st_mode):
+        if path == _STANDARD_INPUT or not stat.S_ISDIR(_status(path).st_mode):
             yield path
             continue
-        empty = True
-        for file in _below(path, ()):
-            empty = False
-            yield file
-        if empty:
-            suffixes = ", ".join((*TEXT_SUFFIXES, *LINE_SUFFIXES))
-            raise DataError(
-                f"{path} holds no {suffixes} or .parquet files (nor any compressed as .gz or .zst)"
-            )
+        files = _below(path, ())
+        if (first := next(files, None)) is None:
+            suffixes = f"{', '.join(_IN_FOLDERS[:-1])} or {_IN_FOLDERS[-1]}"
+            raise DataError(f"{path} holds no {suffixes} files (nor any compressed as .gz or .zst)")
+        yield first
+        yield from files
 
 
 def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     here = _status(folder)
     if (here.st_dev, here.st_ino) in above:
         raise DataError(f"{folder} is a symlink loop, it leads back to a folder above it: remove the link")
-    above = (*above, (here.st_dev, here.st_ino))
     with _readable(folder):
         names = sorted(os.listdir(folder))
     if "dataset_dict.json" in names and "train" in names:  # a saved DatasetDict
@@ -130,10 +125,12 @@ def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     elif "state.json" in names and (tables := [name for name in names if name.endswith(".arrow")]):
         names = tables  # a saved Dataset
     else:
-        names = [name for name in names if (folder / name).is_dir() or _has_text(name)]
-    for name in names:
-        path = folder / name
-        yield from _below(path, above) if stat.S_ISDIR(_status(path).st_mode) else (path,)
+        names = [name for name in names if (folder / name).is_dir() or _suffix(name) in _IN_FOLDERS]
+    for path in (folder / name for name in names):
+        if stat.S_ISDIR(_status(path).st_mode):
+            yield from _below(path, (*above, (here.st_dev, here.st_ino)))
+        else:
+            yield path
 
 
 def _status(path: Path) -> os.stat_result:
@@ -147,23 +144,13 @@ def _status(path: Path) -> os.stat_result:
         raise DataError(f"cannot read {path}: {_reason(error)}") from None
 
 
-def _has_text(name: str) -> bool:
-    return _suffix(name) in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
-
-
 def _suffix(name: str) -> str:
     """The suffix below a compression's, in lower case."""
     path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    return path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
-# How each is read: functions from a source and a path to pieces
-
-
-def _reader(path: Path) -> Callable[[Source, Path], Iterator[Piece]]:
-    readers = {".parquet": _table_pieces, ".arrow": _table_pieces}
-    readers |= dict.fromkeys(LINE_SUFFIXES, _line_pieces)
-    return readers.get(_suffix(path.name), _text_pieces)
+# Text files
 
 
 def _text_pieces(source: Source, path: Path) -> Iterator[Piece]:
@@ -193,7 +180,7 @@ def _decoded(stream: _Bytes, path: Path, errors: Errors) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise _not_utf8(str(path), position - kept + error.start) from None
+            raise _not_utf8(path, position - kept + error.start) from None
         if text:
             yield text
         if not block:
@@ -209,7 +196,7 @@ def _refuse_binary(block: bytes, path: Path) -> None:
         raise DataError(f"{path} is a binary file (byte {place} is zero), not text: leave it out")
 
 
-def _not_utf8(where: str, place: int) -> DataError:
+def _not_utf8(where: Path | str, place: int) -> DataError:
     return DataError(
         f"{where} is not UTF-8 text (byte {place}); convert it first, or choose --errors replace or ignore"
     )
@@ -221,8 +208,7 @@ def cut_again(texts: Iterable[str], cut: Cut) -> Iterator[str]:
     held = [next(texts, "")]
     for following in texts:
         last = held.pop()
-        place = {"anywhere": len(last), "never": 0}.get(cut)
-        place = last_word_end(last) if place is None else place
+        place = last_word_end(last) if cut == "words" else len(last) if cut == "anywhere" else 0
         if place:
             yield "".join((*held, last[:place]))
             held = []
@@ -243,39 +229,40 @@ def last_word_end(text: str) -> int:
             if not text[place - 1].isspace():
                 return place
             place = text.rfind(space, 0, place)
-    ends = [match.end() for match in _IDEOGRAPH_END.finditer(text)]
-    return ends[-1] if ends else 0
+    return max((match.end() for match in _IDEOGRAPH_END.finditer(text)), default=0)
 
 
-def _line_pieces(source: Source, path: Path) -> Iterator[Piece]:
+# JSON lines and tables: the texts of all documents, perhaps blank
+
+
+def _lines(source: Source, path: Path) -> Iterator[str]:
     """One document per line, which is a JSON object with the source's text field."""
     with _opened(path, source.on_bytes) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 _refuse_binary(line, path)
                 line = line.removeprefix(codecs.BOM_UTF8)
-            text = "" if line.isspace() else _field_of_line(line, source, f"{path}, line {number}")
-            if not _is_blank(text):
-                yield Piece(text, True)
+            if line.isspace():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8", source.errors))
+            except UnicodeDecodeError as error:
+                raise _not_utf8(where, error.start) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON: {_reason(error)}") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is not a JSON object with a field {source.text_field!r}")
+            _check_field(where, source.text_field, list(record))
+            yield _checked_text(record[source.text_field], where, source.text_field)
 
 
-def _field_of_line(line: bytes, source: Source, where: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8", source.errors))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, error.start) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {_reason(error)}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is not a JSON object with a field {source.text_field!r}")
-    if source.text_field not in record:
-        raise DataError(f"{where} {_no_field(source.text_field, list(record))}")
-    return _checked_text(record[source.text_field], where, source.text_field)
-
-
-def _no_field(name: str, names: list[str]) -> str:
-    there = ", ".join(names[:8])[:100] or "none"
-    return f"has no field {name!r} (it has: {there}); name the one with the text with --text-field"
+def _check_field(where: object, name: str, names: list[str]) -> None:
+    if name not in names:
+        there = ", ".join(names[:8])[:100] or "none"
+        raise DataError(
+            f"{where} has no field {name!r} (it has: {there}); name the one with the text with --text-field"
+        )
 
 
 def _checked_text(value: object, where: str, field: str) -> str:
@@ -284,49 +271,37 @@ def _checked_text(value: object, where: str, field: str) -> str:
     return value
 
 
-def _table_pieces(source: Source, path: Path) -> Iterator[Piece]:
+def _rows(source: Source, path: Path) -> Iterator[str]:
     """One document per row of a .parquet file, or of an .arrow file that the library `datasets` saved."""
-    row, size, reported = 0, path.stat().st_size, 0
-    batches, n_rows = _table_batches(path, source.text_field)
-    for column in batches:
-        for value in _texts_of(column, source.errors, path, row):
-            text = _checked_text(value, f"{path}, row {row}", source.text_field)
-            if not _is_blank(text):
-                yield Piece(text, True)
-            row += 1
-        done = size * row // max(n_rows, row, 1)
-        source.on_bytes(done - reported)
-        reported = done
-    source.on_bytes(size - reported)
-
-
-def _table_batches(path: Path, field: str) -> tuple[Iterator[Any], int]:
-    """(the column in slices of some rows, the number of rows or 0 if it is unknown)."""
-    pa = _pyarrow(path)
+    pa, field = _pyarrow(path), source.text_field
+    batches: Iterable[Any]
     if _suffix(path.name) == ".parquet":
         file = import_module("pyarrow.parquet").ParquetFile(path, memory_map=False, pre_buffer=False)
         names, n_rows = file.schema_arrow.names, file.metadata.num_rows
-        batches = file.iter_batches(batch_size=_ROWS, columns=[field] if field in names else [])
+        batches = file.iter_batches(batch_size=_ROWS, columns=[field])
     else:
-        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-        names, n_rows, batches = reader.schema.names, 0, reader
-    if field not in names:
-        raise DataError(f"{path} {_no_field(field, names)}")
-    slices = (
-        batch.column(field).slice(i, _ROWS) for batch in batches for i in range(0, batch.num_rows, _ROWS)
-    )
-    return slices, n_rows
+        batches = file = pa.ipc.open_stream(pa.memory_map(str(path)))
+        names, n_rows = file.schema.names, 0  # not known
+    _check_field(path, field, names)
+    row, size, reported = 0, path.stat().st_size, 0
+    for batch in batches:
+        for first in range(0, batch.num_rows, _ROWS):
+            for value in _values(pa, batch.column(field).slice(first, _ROWS), source.errors, path, row):
+                yield _checked_text(value, f"{path}, row {row}", field)
+                row += 1
+            done = size * row // max(n_rows, row)
+            source.on_bytes(done - reported)
+            reported = done
+    source.on_bytes(size - reported)
 
 
-def _texts_of(column: Any, errors: Errors, path: Path, row: int) -> Iterator[object]:
-    pa = _pyarrow(path)
+def _values(pa: Any, column: Any, errors: Errors, path: Path, row: int) -> Iterator[object]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         yield from column.to_pylist()
         return
-    raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
-    for i, value in enumerate(raw.to_pylist(), start=row):
+    for i, value in enumerate(column.cast(pa.large_binary()).to_pylist(), start=row):
         try:
             yield value if value is None else value.decode("utf-8", errors)
         except UnicodeDecodeError as error:
@@ -359,7 +334,7 @@ class _CountingFile(io.FileIO):
 @contextmanager
 def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[_Bytes]:
     """The bytes of a file, or of standard input, decompressed."""
-    if path == STANDARD_INPUT:  # not counted: its size is not known either
+    if path == _STANDARD_INPUT:  # not counted: its size is not known either
         yield sys.stdin.buffer
         return
     with io.BufferedReader(_CountingFile(path, on_bytes), _BLOCK_BYTES) as stream:
@@ -367,8 +342,8 @@ def _opened(path: Path, on_bytes: Callable[[int], None]) -> Iterator[_Bytes]:
         if suffix == ".gz":
             yield gzip.GzipFile(fileobj=stream)
         elif suffix == ".zst":
-            pa = _pyarrow(path)
-            yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _BLOCK_BYTES)
+            compressed = _pyarrow(path).CompressedInputStream(stream, "zstd")
+            yield io.BufferedReader(compressed, _BLOCK_BYTES)
         else:
             yield stream
 

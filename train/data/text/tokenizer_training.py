@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer
-from fusedgpt.model.tokenizer_json import load_tokenizer
+from fusedgpt.model.tokenizer_json import CustomTokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
 
-SMALLEST_VOCAB = 257  # every byte, and end-of-text
+_SMALLEST_VOCAB = 257  # every byte, and end-of-text
 _MAX_CHARACTERS = 1 << 28  # more hardly improve a vocabulary, and word counts take memory
 
 
@@ -21,9 +19,9 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     Learns from the first 268 million characters of `pieces`; gives fewer ids if the text has no more pairs to
     merge. Raises ValueError for an impossible size, DataError if there is no text.
     """
-    if not SMALLEST_VOCAB <= vocab_size <= MAX_VOCAB_SIZE:
+    if not _SMALLEST_VOCAB <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"--train-tokenizer: expected {SMALLEST_VOCAB} to {MAX_VOCAB_SIZE} ids, got {vocab_size}"
+            f"--train-tokenizer: expected {_SMALLEST_VOCAB} to {MAX_VOCAB_SIZE} ids, got {vocab_size}"
         )
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -31,18 +29,15 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     n_characters = 0
 
     def texts() -> Iterator[str]:
         nonlocal n_characters
-        for piece in pieces:
-            n_characters += len(piece.text)
-            yield piece.text
+        for text, _ in pieces:
+            n_characters += len(text)
+            yield text
             if n_characters >= _MAX_CHARACTERS:
                 return
 
@@ -50,7 +45,4 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     if not n_characters:
         raise DataError("there is no text to train a tokenizer on")
     library.add_special_tokens([END_OF_TEXT])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        library.save(os.fspath(file))
-        return load_tokenizer(file)
+    return CustomTokenizer(json.loads(library.to_str()))

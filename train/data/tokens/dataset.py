@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusedgpt.model.tokenizer import Tokenizer
-from fusedgpt.train.data.tokens.shards import TokenStream
+from fusedgpt.train.data.tokens.shards import Part, TokenStream
 from fusedgpt.train.data.tokens.windows import (
     MIX_BLOCK,
     Ints,
@@ -82,8 +81,7 @@ class TokenDataset:
         """
         if not 0 <= position < self.windows_per_epoch:
             raise ValueError(f"position {position} is not in an epoch of {self.windows_per_epoch} windows")
-        inputs, targets = self._windows(seed, epoch, self._positions(position, batch_size))
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+        return self._windows(seed, epoch, self._positions(position, batch_size))
 
     @property
     def has_starts(self) -> bool:
@@ -106,28 +104,28 @@ class TokenDataset:
             return starts, starts + self.max_length
         return self.borders[windows] - 1, self.borders[windows + 1] - 1
 
-    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> tuple[Ints, Ints]:
+    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> Batch:
         """Inputs and targets (B, T) of the windows at `positions` of an epoch."""
-        shape = len(positions), self.max_length
-        inputs = np.full(shape, self.eot_id or 0, dtype=np.int64)
-        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         starts, stops = self._spans(seed, epoch, positions, member)
-        for row, (start, n) in enumerate(zip(starts.tolist(), (stops - starts).tolist(), strict=True)):
-            ids = _ring(self.train, start, n + 1)
-            inputs[row, :n], targets[row, :n] = ids[:-1], ids[1:]
-        return inputs, targets
+        spans = zip(starts.tolist(), stops.tolist(), strict=True)
+        return self._batch(
+            [_ring(self.train, start, stop + 1 - start) for start, stop in spans], self.eot_id or 0
+        )
+
+    def _batch(self, windows: list[NDArray[np.integer]], padding: int) -> Batch:
+        """Inputs and targets (B, T) of windows of up to T + 1 ids."""
+        inputs = np.full((len(windows), self.max_length), padding, dtype=np.int64)
+        targets = np.full_like(inputs, IGNORE_INDEX)
+        for row, ids in enumerate(windows):
+            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def val_batches(self, batch_size: int) -> Iterator[Batch]:
         """The validation stream in order; every token but the first is a target once."""
-        T = self.max_length
-        n_targets = len(self.val) - 1
+        T, n_targets = self.max_length, len(self.val) - 1
         for first in range(0, n_targets, batch_size * T):
-            ids = self.val[first : first + batch_size * T + 1].astype(np.int64)
-            rows = -(-(len(ids) - 1) // T)
-            inputs = np.zeros(rows * T, dtype=np.int64)
-            targets = np.full(rows * T, IGNORE_INDEX, dtype=np.int64)
-            inputs[: len(ids) - 1], targets[: len(ids) - 1] = ids[:-1], ids[1:]
-            yield torch.from_numpy(inputs).view(rows, T), torch.from_numpy(targets).view(rows, T)
+            starts = range(first, min(first + batch_size * T, n_targets), T)
+            yield self._batch([self.val[start : start + T + 1] for start in starts], padding=0)
 
     def document_ids(self, inputs: Tensor) -> Tensor | None:
         """The model's `documents` argument for inputs (B, T): (B, T) int32, None without document masks.
@@ -170,14 +168,14 @@ class MixedDataset(TokenDataset):
         parts = [f"{one.fingerprint} {share}" for one, share in zip(self.sets, self.shares, strict=True)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
-    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> tuple[Ints, Ints]:
-        inputs = np.empty((len(positions), self.max_length), dtype=np.int64)
-        targets = np.empty_like(inputs)
+    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> Batch:
+        inputs = torch.empty(len(positions), self.max_length, dtype=torch.int64)
+        targets = torch.empty_like(inputs)
         sets, ranks = mix_order(seed, epoch * self.windows_per_epoch + positions, self.shares)
         for i in np.unique(sets).tolist():
             epochs, places = np.divmod(ranks, self.sets[i].windows_per_epoch)
             for own_epoch in np.unique(epochs[sets == i]).tolist():
-                rows = (sets == i) & (epochs == own_epoch)
+                rows = np.flatnonzero((sets == i) & (epochs == own_epoch))
                 inputs[rows], targets[rows] = self.sets[i]._windows(seed, own_epoch, places[rows], i + 1)
         return inputs, targets
 
@@ -197,6 +195,7 @@ def mix_datasets(sets: Sequence[TokenDataset], weights: Sequence[float]) -> Toke
     Raises ValueError for a weight that is not positive or below a thousandth of their sum, or sets that
     differ in tokenizer, window length or packing.
     """
+    shares = mix_shares(weights)
     if len(sets) == 1:
         return sets[0]
     if len({(one.max_length, one.eot_id, one.borders is None) for one in sets}) > 1:
@@ -212,12 +211,12 @@ def mix_datasets(sets: Sequence[TokenDataset], weights: Sequence[float]) -> Toke
         borders=sets[0].borders,  # only says that windows are packed; each set has its own
         token_bytes=sets[0].token_bytes,
         sets=tuple(sets),
-        shares=mix_shares(weights),
+        shares=shares,
     )
 
 
 def _as_stream(tokens: Tokens) -> TokenStream:
-    return tokens if isinstance(tokens, TokenStream) else TokenStream([tokens])
+    return tokens if isinstance(tokens, TokenStream) else TokenStream([Part(tokens)])
 
 
 def _ring(tokens: Tokens, start: int, length: int) -> NDArray[np.integer]:
@@ -267,12 +266,6 @@ def build_dataset(
     )
 
 
-def token_bytes(tokenizer: Tokenizer) -> Tensor | None:
-    """TokenDataset.token_bytes of a tokenizer; None if its tokens have no fixed length."""
-    lengths = tokenizer.token_bytes()
-    return None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
-
-
 def check_length(n_train: int, max_length: int) -> None:
     """Raise ValueError if `n_train` tokens are too few for one window."""
     if n_train <= max_length:
@@ -284,11 +277,10 @@ def check_length(n_train: int, max_length: int) -> None:
 
 def _choose_validation(lengths: list[int], budget: int, seed: int) -> set[int]:
     """Indices of documents, drawn by seed, that together fit the token budget; none if under half of it."""
-    rng = np.random.Generator(np.random.Philox(seed))
     chosen: set[int] = set()
     left = budget
-    for i in rng.permutation(len(lengths)):
+    for i in np.random.Generator(np.random.Philox(seed)).permutation(len(lengths)).tolist():
         if lengths[i] <= left:
-            chosen.add(int(i))
+            chosen.add(i)
             left -= lengths[i]
     return chosen if left <= budget / 2 else set()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
 from fusedgpt.train.config import RunConfig
 from fusedgpt.train.data.text.sources import DataError, read_documents
-from fusedgpt.train.data.tokens.dataset import (
-    TokenDataset,
-    build_dataset,
-    check_length,
-    mix_datasets,
-    token_bytes,
-)
+from fusedgpt.train.data.tokens.dataset import TokenDataset, build_dataset, check_length, mix_datasets
 from fusedgpt.train.data.tokens.nanogpt import bin_tokenizer, open_bin, open_nanogpt_set
 from fusedgpt.train.data.tokens.shards import INDEX, TokenSet, TokenStream, open_token_set
 from fusedgpt.train.data.tokens.windows import pack_documents
@@ -25,10 +21,8 @@ from fusedgpt.train.data.tokens.windows import pack_documents
 def split_weight(path: Path) -> tuple[Path, float | None]:
     """`folder:0.3` as (folder, 0.3); (path, None) without a weight, or if a file has that whole name."""
     name, colon, weight = str(path).rpartition(":")
-    if not colon or path.exists():
-        return path, None
     try:
-        return Path(name), float(weight)
+        return (path, None) if not colon or path.exists() else (Path(name), float(weight))
     except ValueError:
         return path, None
 
@@ -63,7 +57,7 @@ def tokenise(documents: Sequence[str], tokenizer: Tokenizer, config: RunConfig) 
         seed=config.train.seed,
         packing=config.data.packing,
     )
-    return replace(dataset, token_bytes=token_bytes(tokenizer), document_masks=config.data.document_masks)
+    return replace(dataset, token_bytes=_token_bytes(tokenizer), document_masks=config.data.document_masks)
 
 
 def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
@@ -74,16 +68,19 @@ def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenData
     .bin files without a meta.json, config.data.tokenizer says what the ids mean; without a val.bin, the last
     config.data.val_fraction is held out. Raises FileNotFoundError, DataError or ValueError for unusable data.
     """
-    wanted = [split_weight(path) for path in paths]
-    opened = [_open(path, config) for path, _ in wanted]
-    for (path, _), one in zip(wanted, opened, strict=True):
-        if not _same_ids(one.tokenizer, opened[0].tokenizer):
+    folders, given = zip(*map(split_weight, paths), strict=True)
+    opened = [_open(path, config) for path in folders]
+    tokenizer = opened[0].tokenizer
+    for path, one in zip(folders, opened, strict=True):
+        if not _same_ids(one.tokenizer, tokenizer):
             raise DataError(
-                f"{wanted[0][0]} and {path} were made with different tokenizers: prepare one of them again"
+                f"{folders[0]} and {path} were made with different tokenizers: prepare one of them again"
             )
     datasets = [_dataset(one, config) for one in opened]
-    weights = _weights([weight for _, weight in wanted], datasets)
-    return mix_datasets(datasets, weights), opened[0].tokenizer
+    weights = [weight for weight in given if weight is not None]
+    if 0 < len(weights) < len(given):
+        raise DataError("give every --data a weight (folder:0.7), or none of them")
+    return mix_datasets(datasets, weights or [len(one.train) for one in datasets]), tokenizer
 
 
 def load_validation_tokens(path: Path, tokenizer: Tokenizer) -> TokenStream:
@@ -145,16 +142,10 @@ def _dataset(one: TokenSet, config: RunConfig) -> TokenDataset:
         eot_id=one.tokenizer.eot_id,
         document_masks=config.data.document_masks,
         borders=borders,
-        token_bytes=token_bytes(one.tokenizer),
+        token_bytes=_token_bytes(one.tokenizer),
     )
 
 
-def _weights(given: list[float | None], datasets: list[TokenDataset]) -> list[float]:
-    weights = [weight for weight in given if weight is not None]
-    if not weights:
-        return [float(len(one.train)) for one in datasets]
-    if len(weights) < len(given):
-        raise DataError("give every --data a weight (folder:0.7), or none of them")
-    if not all(0 < weight < math.inf for weight in weights):
-        raise DataError(f"weights must be positive numbers, got {', '.join(f'{w:g}' for w in weights)}")
-    return weights
+def _token_bytes(tokenizer: Tokenizer) -> Tensor | None:
+    lengths = tokenizer.token_bytes()
+    return None if lengths is None else torch.tensor(lengths, dtype=torch.int64)

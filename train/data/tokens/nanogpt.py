@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
 from fusedgpt.train.data.text.sources import DataError
-from fusedgpt.train.data.tokens.shards import TokenSet, TokenStream, map_file
+from fusedgpt.train.data.tokens.shards import BLOCK, Part, TokenSet, TokenStream, map_file
 
 _MAX_META_BYTES = 64 << 20
 _DTYPE = np.dtype("<u2")
@@ -38,8 +39,8 @@ def open_bin(file: Path, tokenizer: Tokenizer) -> TokenStream:
     if size % _DTYPE.itemsize:
         raise DataError(f"{file} is truncated: {size:,} bytes are not a whole number of uint16 ids")
     ids = map_file(file, size // _DTYPE.itemsize, _DTYPE)
-    stream = TokenStream([ids], files=[file], vocab_size=tokenizer.vocab_size)
-    stream.hash_ends()
+    hashed = f"{len(ids)} ".encode() + ids[:BLOCK].tobytes() + ids[-BLOCK:].tobytes()
+    stream = TokenStream([Part(ids, str(file), tokenizer.vocab_size)], hashlib.sha256(hashed).hexdigest())
     stream.check_ids()
     return stream
 

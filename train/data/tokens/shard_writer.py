@@ -23,6 +23,7 @@ from fusedgpt.train.data.tokens.shards import (
     SPLITS,
     FileEntry,
     Index,
+    Part,
     StreamEntry,
     TokenStream,
     ends_file,
@@ -51,7 +52,8 @@ class _StreamWriter:
 
     def append(self, ids: NDArray[Any], ends: NDArray[np.integer]) -> None:
         """Write tokens; `ends`: where documents end among them."""
-        self._append_ends(ends.astype(np.uint64) + np.uint64(self.tokens))
+        append_array(self._ends_file, ends.astype("<u8") + np.uint64(self.tokens))
+        self.documents += len(ends)
         while len(ids):
             number, used = divmod(self.tokens, self.shard_tokens)
             fitting = ids[: self.shard_tokens - used]
@@ -59,17 +61,13 @@ class _StreamWriter:
             self.tokens += len(fitting)
             ids = ids[len(fitting) :]
 
-    def _append_ends(self, ends: NDArray[np.integer]) -> None:
-        append_array(self._ends_file, ends.astype("<u8"))
-        self.documents += len(ends)
-
     def _ends(self) -> NDArray[Any]:
         return map_file(self._ends_file, self.documents, np.dtype("<u8"))
 
     def blocks(self, start: int = 0) -> Iterator[tuple[NDArray[Any], NDArray[np.integer]]]:
         """Read back what was written from token `start` on, in the form that append takes."""
-        shards, itemsize = self._shards(), self.dtype.itemsize
-        stream = TokenStream([map_file(file, file.stat().st_size // itemsize, self.dtype) for file in shards])
+        sizes = ((file, file.stat().st_size // self.dtype.itemsize) for file in self._shards())
+        stream = TokenStream([Part(map_file(file, size, self.dtype)) for file, size in sizes])
         ends = self._ends()
         for begin in range(start, self.tokens, BLOCK):
             ids = stream[begin : begin + BLOCK]
@@ -80,14 +78,12 @@ class _StreamWriter:
         """Keep the first `tokens`; a document that is cut ends there."""
         ends = self._ends()
         kept = int(np.searchsorted(ends, tokens, side="right"))
-        cuts_document = tokens > (int(ends[kept - 1]) if kept else 0)
+        cut = tokens > (int(ends[kept - 1]) if kept else 0)
         del ends
         os.truncate(self._ends_file, 8 * kept)
-        self.documents = kept
-        if cuts_document:
-            self._append_ends(np.asarray([tokens]))
+        append_array(self._ends_file, np.array([tokens] * cut, dtype="<u8"))
         before = self._shards()
-        self.tokens = tokens
+        self.tokens, self.documents = tokens, kept + cut
         after = self._shards()
         for file in before[len(after) :]:
             file.unlink()

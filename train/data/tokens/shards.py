@@ -90,13 +90,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Consecutive token ids of one file."""
 
     ids: NDArray[Any]
     file: str = ""
-    offset: int = 0  # of the first id in the file
     vocab_size: int | None = None
+    offset: int = 0  # of the first id in the file
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """The ids from start to stop. Raises DataError for one outside the vocabulary."""
@@ -116,25 +116,15 @@ class TokenStream:
     Ids are checked as they are read: one outside the vocabulary raises a DataError that says where it is.
     """
 
-    def __init__(
-        self, arrays: Sequence[NDArray[Any]], *, files: Sequence[Path] = (), vocab_size: int | None = None
-    ) -> None:
-        names = list(map(str, files)) or [""] * len(arrays)
-        self._parts = [_Part(ids, name, 0, vocab_size) for ids, name in zip(arrays, names, strict=True)]
-        self._starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-        self.fingerprint = ""
-
-    @classmethod
-    def _of(cls, parts: list[_Part], fingerprint: str) -> Self:
-        stream = cls([part.ids for part in parts])
-        stream._parts, stream.fingerprint = parts, fingerprint
-        return stream
+    def __init__(self, parts: Sequence[Part], fingerprint: str = "") -> None:
+        self._parts, self.fingerprint = parts, fingerprint
+        self._starts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
 
     @classmethod
     def join(cls, streams: Sequence[TokenStream]) -> Self:
         """`streams`, one after another."""
         parts = [part for stream in streams for part in stream._parts]
-        return cls._of(parts, " ".join(stream.fingerprint for stream in streams))
+        return cls(parts, " ".join(stream.fingerprint for stream in streams))
 
     def cut(self, start: int, stop: int) -> TokenStream:
         """Tokens start .. stop - 1 as a stream of their own; nothing is read."""
@@ -142,7 +132,7 @@ class TokenStream:
         for part, begin in zip(self._parts, self._starts.tolist(), strict=False):
             low, high = max(start - begin, 0), max(stop - begin, 0)
             parts.append(part._replace(ids=part.ids[low:high], offset=part.offset + low))
-        return self._of(parts, f"{self.fingerprint}[{start}:{stop}]")
+        return TokenStream(parts, f"{self.fingerprint}[{start}:{stop}]")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -160,17 +150,11 @@ class TokenStream:
             i += 1
         return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, dtype=np.uint16)])
 
-    def hash_ends(self) -> None:
-        """Fingerprint the length and the first and last ids of each part, for files without an index."""
-        digest = hashlib.sha256()
-        for ids, *_ in self._parts:
-            digest.update(f"{len(ids)} ".encode() + ids[:BLOCK].tobytes() + ids[-BLOCK:].tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    def check_ids(self, n_tokens: int = _CHECKED_ON_OPENING) -> None:
-        """Read the first n_tokens ids. Raises DataError for one outside the vocabulary."""
-        for start in range(0, min(len(self), n_tokens), BLOCK):
-            self[start : min(start + BLOCK, n_tokens)]
+    def check_ids(self) -> None:
+        """Read the ids at the beginning. Raises DataError for one outside the vocabulary."""
+        end = min(len(self), _CHECKED_ON_OPENING)
+        for start in range(0, end, BLOCK):
+            self[start : min(start + BLOCK, end)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +199,13 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{folder} is not a token set: cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
         raise DataError(f"{path} is not the index of a token set: {explain(error)[:300]}") from None
-    for name, stream in (("train", index.train), ("val", index.val)):
+    for split in SPLITS:
+        stream: StreamEntry = getattr(index, split)
         files = [shard.file for shard in stream.shards], stream.document_ends.file
-        expected = [shard_file(name, i) for i in range(len(stream.shards))], ends_file(name)
+        expected = [shard_file(split, i) for i in range(len(stream.shards))], ends_file(split)
         counts = sum(shard.count for shard in stream.shards), stream.document_ends.count
         if files != expected or counts != (stream.tokens, stream.documents):
-            raise DataError(f"{path} is inconsistent in {name!r}: prepare the set again")
+            raise DataError(f"{path} is inconsistent in {split!r}: prepare the set again")
     if index.dtype != token_dtype(index.vocab_size).name:
         raise DataError(f"{path}: {index.dtype} does not go with a vocabulary of {index.vocab_size}")
     return index
@@ -230,18 +215,21 @@ def open_stream(folder: Path, index: Index, split: str) -> tuple[TokenStream, ND
     """The "train" or "val" stream of a set, and where its documents end; raises as open_token_set does."""
     entry: StreamEntry = getattr(index, split)
     dtype = token_dtype(index.vocab_size)
-    parts = [map_file(folder / shard.file, shard.count, dtype) for shard in entry.shards]
-    ends = map_file(folder / entry.document_ends.file, entry.documents, np.dtype("<u8"))
+    arrays = [map_file(folder / shard.file, shard.count, dtype) for shard in entry.shards]
+    ends_path = folder / entry.document_ends.file
+    ends = map_file(ends_path, entry.documents, np.dtype("<u8"))
     if (index.train.tokens + index.val.tokens) * dtype.itemsize <= _HASHED_ON_OPENING:
-        for file in (*entry.shards, entry.document_ends):
-            check_hash(folder / file.file, file.sha256)
-    if len(ends) and (
-        int(ends[-1]) != entry.tokens or not (np.diff(ends[:BLOCK].astype(np.int64)) > 0).all()
-    ):
-        raise DataError(f"{folder / entry.document_ends.file} is damaged: prepare the set again")
-    files = [folder / shard.file for shard in entry.shards]
-    stream = TokenStream(parts, files=files, vocab_size=index.vocab_size)
-    stream.fingerprint = hashlib.sha256(entry.model_dump_json().encode()).hexdigest()
+        for path, sha256 in (
+            (folder / file.file, file.sha256) for file in (*entry.shards, entry.document_ends)
+        ):
+            if file_hash(path) != sha256:
+                raise DataError(f"{path} is damaged, its SHA-256 is another: copy or prepare the set again")
+    ascending = (np.diff(ends[:BLOCK].astype(np.int64)) > 0).all()
+    if len(ends) and not (ascending and int(ends[-1]) == entry.tokens):
+        raise DataError(f"{ends_path} is damaged: prepare the set again")
+    names = (str(folder / shard.file) for shard in entry.shards)
+    parts = [Part(ids, name, index.vocab_size) for ids, name in zip(arrays, names, strict=True)]
+    stream = TokenStream(parts, hashlib.sha256(entry.model_dump_json().encode()).hexdigest())
     stream.check_ids()
     return stream, ends
 
@@ -258,12 +246,6 @@ def map_file(path: Path, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-
-
-def check_hash(path: Path, sha256: str) -> None:
-    """Raise DataError if a file has another SHA-256."""
-    if file_hash(path) != sha256:
-        raise DataError(f"{path} is damaged, its SHA-256 is another: copy or prepare the set again")
 
 
 def file_hash(path: Path) -> str:
