@@ -43,10 +43,10 @@ def generate(
         _refuse_to_overwrite(output)
     task = _task(prompt, domain or choose_domain(prompt), seed, quiet)
     texts, info = make_texts(task, config, tokens, output)
+    if "fallback" in info:
+        output = output.with_suffix(".filled.jsonl")
     if config.data_source == "template" or "fallback" in info:
-        filled = output if config.data_source == "template" else output.with_suffix(".filled.jsonl")
-        write_objects(filled, ({"text": text} for text in texts))
-        output = filled
+        write_objects(output, ({"text": text} for text in texts))
     _report({"path": str(output), "samples": len(texts), **info}, f"{len(texts):,} texts: {output}", as_json)
 
 
@@ -90,9 +90,8 @@ def _task(prompt: str, domain: str, seed: int, quiet: bool) -> "Task":
     from fusedgpt.train.data.synthetic.task import Task
     from fusedgpt.train.report.progress import Monitor
 
-    if quiet:
-        return Task(prompt=prompt, domain=domain, seed=seed)
-    return Task(prompt=prompt, domain=domain, seed=seed, note=Monitor().note, bar=progress_bar)
+    shown: dict[str, Any] = {} if quiet else {"note": Monitor().note, "bar": progress_bar}
+    return Task(prompt=prompt, domain=domain, seed=seed, **shown)
 
 
 def _refuse_to_overwrite(output: Path) -> None:

@@ -27,7 +27,7 @@ from fusedgpt.train.cli import prepare as cli_prepare
 from fusedgpt.train.config import build_config
 from fusedgpt.train.data.text import encode, sources
 from fusedgpt.train.data.text import prepare as prepare_
-from fusedgpt.train.data.text.encode import Chunk, encode_chunk
+from fusedgpt.train.data.text.encode import encode_chunk
 from fusedgpt.train.data.text.prepare import chunked, is_held_out, prepare
 from fusedgpt.train.data.text.sources import DataError, read_documents
 from fusedgpt.train.data.text.tokenizer_training import train_tokenizer
@@ -135,7 +135,7 @@ def test_any_text_has_the_ids_of_tiktoken(tmp_path_factory: pytest.TempPathFacto
     lines = [json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     file.write_text("\n".join(lines), encoding="utf-8", newline="\n")
     there = [text for text in texts if text and not text.isspace()]
-    chunks = list(chunked(sources.Source(inputs=(file,)), 0.0)) or [Chunk([], [], [])]
+    chunks = list(chunked(sources.Source(inputs=(file,)), 0.0)) or [[]]
     encoded = encode_chunk(gpt2_tokenizer(), chunks[0])
     assert encoded.train.ids.tolist() == [i for text in there for i in (*tiktoken_ids(text), EOT)]
     assert len(encoded.train.document_ends) == len(there)
@@ -196,7 +196,7 @@ def test_arrays_are_the_ids(kind: str) -> None:
 
 def test_white_space_without_end_does_not_panic() -> None:
     text = "a" + "\n" * 1_000_100 + "x"
-    chunk = Chunk([text, "b"], [True, True], [False, True])
+    chunk = [(text, True, False), ("b", True, True)]
     encoded = encode_chunk(gpt2_tokenizer(), chunk)
     assert encoded.train.ids.tolist() == [*gpt2_tokenizer().encode(text), EOT]
     assert (encoded.val.ids.tolist(), encoded.val.document_ends.tolist()) == ([65, EOT], [2])
@@ -242,7 +242,7 @@ def test_the_same_text_is_on_one_side() -> None:
 def test_all_of_a_document_is_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_, "_CHUNK_PIECES", 7)
     pieces = [sources.Piece(f"{document} {i}", i == 9) for document in range(40) for i in range(10)]
-    drawn = [held_out for chunk in chunked(pieces, 0.3) for held_out in chunk.held_out]
+    drawn = [held_out for chunk in chunked(pieces, 0.3) for _, _, held_out in chunk]
     assert drawn == [is_held_out(f"{document} 0", 0.3) for document in range(40) for _ in range(10)]
     assert 20 < sum(drawn) < 250
 
@@ -410,6 +410,7 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_starts_anew(tmp_path: Path)
     (tmp_path / ".new.partial" / "precious.txt").write_text("x")
     with pytest.raises(OSError, match=r"precious\.txt that fusedgpt did not make"):
         prepare([tmp_path / "a.txt"], tmp_path / "new")
+    assert (tmp_path / ".new.partial" / "precious.txt").read_text() == "x"
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -430,7 +431,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_begin_worker", lambda *_: os._exit(3))
-    chunks = [Chunk(["text"], [True], [False])] * 3
+    chunks = [[("text", True, False)]] * 3
     with pytest.raises(OSError, match=r"a worker process was killed.*fewer --workers"):
         list(encode.encode_chunks(chunks, byte_tokenizer(), 2))
 
@@ -439,8 +440,8 @@ def test_workers_end_with_their_parent() -> None:
     script = """if True:
         import itertools, multiprocessing
         from fusedgpt.model.tokenizer import byte_tokenizer
-        from fusedgpt.train.data.text.encode import Chunk, encode_chunks
-        chunks = itertools.repeat(Chunk(["text"], [True], [False]))
+        from fusedgpt.train.data.text.encode import encode_chunks
+        chunks = itertools.repeat([("text", True, False)])
         for _ in encode_chunks(chunks, byte_tokenizer(), 2):
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     """

@@ -84,7 +84,9 @@ def test_a_cut_is_before_a_space_that_follows_a_word(text: str, place: int) -> N
 @given(st.lists(text_of_all_kinds.filter(bool)), st.sampled_from(["anywhere", "words", "never"]))
 @settings(max_examples=200, deadline=None)
 def test_cutting_again_loses_nothing(blocks: list[str], cut: sources.Cut) -> None:
-    parts = list(cut_again(iter(blocks), cut))
+    pieces = list(cut_again(iter(blocks), cut))
+    parts = [text for text, _ in pieces]
+    assert [ends for _, ends in pieces] == [False] * (len(parts) - 1) + [True]
     assert "".join(parts) == "".join(blocks)
     assert all(parts) or parts == [""]
     if cut == "never":

@@ -25,12 +25,8 @@ from fusedgpt.train.data.tokens.shards import token_dtype
 _CHUNKS_PER_WORKER = 3  # one being encoded, the others read ahead or waiting to be written
 
 
-class Chunk(NamedTuple):
-    """Texts to encode."""
-
-    texts: list[str]
-    ends: list[bool]  # whether a document ends with each
-    held_out: list[bool]  # whether each belongs to the validation stream
+# Texts to encode, each with whether a document ends with it and whether it belongs to the validation stream
+Chunk = list[tuple[str, bool, bool]]
 
 
 class Ids(NamedTuple):
@@ -55,8 +51,10 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
     parts: list[list[NDArray[Any]]] = [[eot[:0]], [eot[:0]]]  # of the training and the validation stream
     lengths = [0, 0]
     ends: list[list[int]] = [[], []]
-    arrays = tokenizer.encode_arrays(chunk.texts)
-    for ids, ends_document, stream in zip(arrays, chunk.ends, chunk.held_out, strict=True):
+    text_bytes = 0
+    arrays = tokenizer.encode_arrays([text for text, _, _ in chunk])
+    for ids, (text, ends_document, stream) in zip(arrays, chunk, strict=True):
+        text_bytes += len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
         parts[stream] += [ids, eot] if ends_document else [ids]
         lengths[stream] += len(ids) + ends_document
         ends[stream] += [lengths[stream]] * ends_document
@@ -64,8 +62,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         Ids(np.concatenate(part, dtype=dtype, casting="unsafe"), np.array(end, dtype=np.int64))
         for part, end in zip(parts, ends, strict=True)
     )
-    sizes = (len(text if text.isascii() else text.encode("utf-8", "surrogatepass")) for text in chunk.texts)
-    return Encoded(train, val, sum(sizes))
+    return Encoded(train, val, text_bytes)
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:

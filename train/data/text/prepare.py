@@ -110,20 +110,19 @@ def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progres
 
 def chunked(pieces: Iterable[Piece], val_fraction: float) -> Iterator[Chunk]:
     """Pieces in chunks for the workers, each marked as held out if its document is."""
-    chunk, size = Chunk([], [], []), 0
+    chunk: Chunk = []
+    size = 0
     held_out = begins = True
     for text, ends in pieces:
         if begins:
             held_out = is_held_out(text, val_fraction)
         begins = ends
-        chunk.texts.append(text)
-        chunk.ends.append(ends)
-        chunk.held_out.append(held_out)
+        chunk.append((text, ends, held_out))
         size += len(text)
-        if size >= _CHUNK_CHARACTERS or len(chunk.texts) >= _CHUNK_PIECES:
+        if size >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_PIECES:
             yield chunk
-            chunk, size = Chunk([], [], []), 0
-    if chunk.texts:
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 

@@ -156,13 +156,11 @@ def _suffix(name: str) -> str:
 def _text_pieces(source: Source, path: Path) -> Iterator[Piece]:
     """One document. Raises DataError for a binary file, and for bytes that are not UTF-8."""
     with _opened(path, source.on_bytes) as stream:
-        texts = cut_again(_decoded(stream, path, source.errors), source.cut)
-        held, in_parts = next(texts), False
-        for text in texts:
-            yield Piece(held, False)
-            held, in_parts = text, True
-        if in_parts or not _is_blank(held):
-            yield Piece(held, True)
+        whole = True
+        for piece in cut_again(_decoded(stream, path, source.errors), source.cut):
+            if not (whole and piece.ends and _is_blank(piece.text)):
+                yield piece
+            whole = False
 
 
 def _is_blank(text: str) -> bool:
@@ -202,18 +200,18 @@ def _not_utf8(where: Path | str, place: int) -> DataError:
     )
 
 
-def cut_again(texts: Iterable[str], cut: Cut) -> Iterator[str]:
-    """`texts` joined and cut again near the same places, but where words of the tokenizer end."""
+def cut_again(texts: Iterable[str], cut: Cut) -> Iterator[Piece]:
+    """A document that comes as `texts`, cut near the same places, but where words of the tokenizer end."""
     texts = iter(texts)
     held = [next(texts, "")]
     for following in texts:
         last = held.pop()
         place = last_word_end(last) if cut == "words" else len(last) if cut == "anywhere" else 0
         if place:
-            yield "".join((*held, last[:place]))
+            yield Piece("".join((*held, last[:place])), False)
             held = []
         held += [last[place:], following]
-    yield "".join(held)
+    yield Piece("".join(held), True)
 
 
 def last_word_end(text: str) -> int:

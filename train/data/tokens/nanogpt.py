@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,10 +69,12 @@ def _meta_tokenizer(meta: Path) -> Tokenizer:
         content = json.loads(meta.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {meta}: {' '.join(str(error).split())[:200]}") from None
-    if isinstance(content, dict) and isinstance(content.get("tokenizer"), str):
-        return build_tokenizer(content["tokenizer"])
-    stoi: Any = content.get("stoi") if isinstance(content, dict) else None
-    if not _is_character_table(stoi):
+    name, stoi = (
+        (content.get("tokenizer"), content.get("stoi")) if isinstance(content, dict) else (None, None)
+    )
+    if isinstance(name, str):
+        return build_tokenizer(name)
+    if not isinstance(stoi, dict) or not stoi or not all(map(_is_character, stoi, stoi.values())):
         raise DataError(f'{meta} needs "stoi", the id of each character, or "tokenizer", a name or a path')
     characters = sorted(stoi)
     if [stoi[character] for character in characters] != list(range(len(characters))):
@@ -81,6 +82,5 @@ def _meta_tokenizer(meta: Path) -> Tokenizer:
     return char_tokenizer("".join(characters))
 
 
-def _is_character_table(stoi: Any) -> bool:
-    whole = isinstance(stoi, dict) and bool(stoi) and all(type(i) is int for i in stoi.values())
-    return whole and all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in stoi)
+def _is_character(name: str, number: object) -> bool:
+    return type(number) is int and len(name) == 1 and not "\ud800" <= name <= "\udfff"

@@ -178,23 +178,20 @@ def new_set_folder(out: Path) -> Iterator[Path]:
         if partial.is_symlink():
             raise OSError(f"{partial} is a symbolic link: remove it")
         partial.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OSError(f"another process is writing {out}; wait for it, or choose another --out") from None
-    try:
-        _clear(partial)
-        with _write_errors(out):
-            yield partial
-            _refuse_taken(out)
-            (partial / ".lock").unlink(missing_ok=True)
-            publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+        try:
+            lock = FileLock(partial / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise OSError(f"another process is writing {out}; wait for it, or choose another --out") from None
+        with lock:
+            _clear(partial)
+            try:
+                yield partial
+                _refuse_taken(out)
+                (partial / ".lock").unlink(missing_ok=True)
+                publish(partial, out)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
 
 
 def _refuse_taken(out: Path) -> None:
@@ -205,11 +202,12 @@ def _refuse_taken(out: Path) -> None:
 def _clear(partial: Path) -> None:
     """Remove the files of a token set that a killed process left; refuse if there are others."""
     ours = re.compile(r"(train|val)(-\d{5,}|\.documents)\.bin|tokenizer(_config)?\.json|index\.json")
-    for file in partial.iterdir():
-        if ours.fullmatch(file.name) and not file.is_dir():
-            file.unlink()
-        elif file.name != ".lock":
+    files = [file for file in partial.iterdir() if file.name != ".lock"]
+    for file in files:
+        if not ours.fullmatch(file.name) or file.is_dir():
             raise OSError(f"{partial} has a {file.name} that fusedgpt did not make: move it away")
+    for file in files:
+        file.unlink()
 
 
 @contextmanager
