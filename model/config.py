@@ -24,13 +24,9 @@ class GPTConfig(BaseModel):
     layer_norm_epsilon: float = Field(default=1e-5, gt=0.0)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        return self
-
-    @model_validator(mode="after")
-    def _trained_length_fits(self) -> Self:
         if self.window > self.block_size:
             raise ValueError(f"trained_length {self.window} is longer than block_size {self.block_size}")
         return self

@@ -99,7 +99,11 @@ def _new(out: Path, n_bytes: int) -> Iterator[Path]:
     """A temporary path that becomes `out` at the end; nothing is left of it after an error."""
     try:
         _refuse_taken(out)
-        _check_space(out.absolute().parent, n_bytes + _OTHER_BYTES)
+        folder, needed = out.absolute().parent, n_bytes + _OTHER_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            wanted = f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
+            raise ExportError(f"{folder} has too little space: {wanted}; choose another --out")
         with beside(out) as temporary:
             yield temporary
             _refuse_taken(out)
@@ -114,19 +118,11 @@ def _refuse_taken(out: Path) -> None:
         raise ExportError(f"{out} exists: remove it, or choose another --out")
 
 
-def _check_space(folder: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        wanted = f"{n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
-        raise ExportError(f"{folder} has too little space: {wanted}; choose another --out")
-
-
 def _add_shape(writer: gguf.GGUFWriter, model: GPT, dtype: str, name: str) -> None:
     """The metadata that convert_hf_to_gguf.py of llama.cpp writes for a GPT2LMHeadModel."""
     import gguf
 
-    file_types = gguf.LlamaFileType
-    config = model.config
+    config, types = model.config, gguf.LlamaFileType
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_block_count(config.n_layer)
@@ -135,8 +131,8 @@ def _add_shape(writer: gguf.GGUFWriter, model: GPT, dtype: str, name: str) -> No
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    file_type = {"f32": file_types.ALL_F32, "f16": file_types.MOSTLY_F16, "q8_0": file_types.MOSTLY_Q8_0}
-    writer.add_file_type(file_type[dtype])
+    of_dtype = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "q8_0": types.MOSTLY_Q8_0}
+    writer.add_file_type(of_dtype[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

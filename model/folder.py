@@ -110,7 +110,7 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer]:
         raise ModelFolderError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         )
-    return load_model(folder), tokenizer
+    return load_weights(folder, config), tokenizer
 
 
 def load_model(folder: Path) -> GPT:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model
@@ -46,7 +45,8 @@ def init_from(
             f"the new ones repeat the old until they are trained"
         )
     model.config = config
-    positions = _positions(model.wpe.weight, config.block_size)
+    rows = torch.arange(config.block_size) % stored.block_size
+    positions = model.wpe.weight.detach()[rows]
     model.wpe = Embedding(config.block_size, config.n_embd, _weight=positions)
     return model
 
@@ -69,12 +69,6 @@ def fitted_config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:
     seen = min(stored.window, merged["block_size"])  # shorter training windows keep longer ones usable
     merged["trained_length"] = max(seen, overrides.get("trained_length") or 0)
     return GPTConfig(**merged)
-
-
-def _positions(table: Tensor, length: int) -> Tensor:
-    """The first `length` rows of `table`, which repeats if it is too short."""
-    rows = torch.arange(length, device=table.device) % len(table)
-    return table.detach()[rows]
 
 
 def check_tokenizer(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's
 _MAX_INDEX_BYTES = 64 << 20
 _TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-_LEGACY_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks in old checkpoints
+# Causal masks in old checkpoints; the head, which is tied: the embedding is the head.
+_NOT_READ = re.compile(r"\.attn\.(bias|masked_bias)$|^lm_head\.weight$")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
@@ -37,7 +38,7 @@ def unpadded(model: GPT) -> Iterator[tuple[str, Tensor]]:
         yield name, value[: model.config.vocab_size] if name == "wte.weight" else value
 
 
-def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def hf_tensors(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parameters under Hugging Face's names and shapes, on the CPU.
 
     Raises ValueError if a finite value overflows in dtype.
@@ -58,7 +59,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return low
 
 
-def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     """Write `tensors` into the existing `folder`, not atomically: one file, or shards with an index.
 
     A shard has at most max_shard_bytes of tensors, or a single larger one.
@@ -71,27 +72,16 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int 
             size = 0
         shards[-1][name] = value
         size += value.nbytes
-    if len(shards) == 1:
-        _save_file(tensors, folder / WEIGHTS)
-        return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _save_file(shard, folder / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(value.nbytes for value in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors lets only the owner read it
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights, in one file or in shards."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors lets only the owner read it
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(value.nbytes for value in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def load_weights(folder: Path, config: GPTConfig) -> GPT:
@@ -107,7 +97,8 @@ def load_weights(folder: Path, config: GPTConfig) -> GPT:
             stored: dict[str, tuple[Any, str]] = {}
             for path in _weight_files(folder):
                 file = stack.enter_context(safe_open(path, framework="pt"))
-                stored |= {key.removeprefix("transformer."): (file, key) for key in _parameter_names(file)}
+                keys = (key for key in file.keys() if not _NOT_READ.search(key))  # noqa: SIM118 - no mapping
+                stored |= {key.removeprefix("transformer."): (file, key) for key in keys}
             state = _state_dict(model, stored, folder)
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path} is damaged: {error}") from None
@@ -143,12 +134,6 @@ def _shard_names(index: Path) -> list[str]:
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):  # perhaps outside the folder
             raise ModelFolderError(f"{index} names {name!r}, which is no safetensors file beside it")
     return names
-
-
-def _parameter_names(file: Any) -> Iterator[str]:
-    for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-        if not _LEGACY_BUFFER.search(key) and key != "lm_head.weight":  # tied: the embedding is the head
-            yield key
 
 
 def _state_dict(model: GPT, stored: dict[str, tuple[Any, str]], folder: Path) -> dict[str, Tensor]:
