@@ -42,29 +42,26 @@ class Ceilings:
     gbps: float
 
 
-def samples(prepare: Callable[[], Any], call: Call, pedantic: Any = None) -> list[float]:
-    """Milliseconds of call(prepare()) without prepare; repeated by pytest-benchmark's `pedantic` if given."""
+def samples(prepare: Callable[[], Any], call: Call) -> list[float]:
+    """Milliseconds of each call(prepare()), without prepare, after a warm-up (compiling, memory, clocks)."""
+    for _ in range(choose(5, 1)):
+        call(prepare())
+    rounds = 3
+    if CUDA:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(prepare())
+        torch.cuda.synchronize()
+        rounds = min(max(int(_SECONDS / (time.perf_counter() - start)), _ROUNDS[0]), _ROUNDS[1])
     flush = torch.empty(_FLUSH_BYTES if CUDA else 0, dtype=torch.uint8, device=DEVICE)
-    spans: list[tuple[Any, Any]] = []
-
-    def set_up() -> tuple[tuple[Any], dict[str, Any]]:
-        prepared = prepare()
+    spans = []
+    for _ in range(rounds):
+        prepared, begin, end = prepare(), moment(), moment()
         flush.zero_()
-        return (prepared,), {}
-
-    def timed(prepared: Any) -> None:
-        begin, end = _moment(), _moment()
         begin.record()
         call(prepared)
         end.record()
         spans.append((begin, end))
-
-    rounds = _rounds(prepare, call)
-    if pedantic is not None:
-        pedantic(timed, setup=set_up, rounds=rounds)
-    else:
-        for _ in range(rounds):
-            timed(*set_up()[0])
     if CUDA:
         torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in spans]
@@ -80,23 +77,8 @@ class _HostMoment:
         return 1e3 * (end.seconds - self.seconds)
 
 
-def _moment() -> Any:
+def moment() -> Any:
     return torch.cuda.Event(enable_timing=True) if CUDA else _HostMoment()
-
-
-def _rounds(prepare: Callable[[], Any], call: Call) -> int:
-    """Warm up (compiling, allocating, clocks); how often to measure."""
-    if not CUDA:
-        call(prepare())
-        return 3
-    for _ in range(5):
-        call(prepare())
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call(prepare())
-    torch.cuda.synchronize()
-    fitting = int(_SECONDS / (time.perf_counter() - begin))
-    return min(max(fitting, _ROUNDS[0]), _ROUNDS[1])
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:

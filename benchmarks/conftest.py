@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
 
 os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see kernels/cpu/process.py
 
@@ -16,19 +15,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, for the check
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.kernels.harness import DTYPE, Bench, table
-from benchmarks.report import record
+from benchmarks.kernels.harness import DTYPE, Bench
+from benchmarks.report import page, record, sections
 
 IMPORTANCE = ("attention", "linear_cross_entropy", "layer_norm", "adamw", "activation", "decode_attention")
 FIRST = ((64, 1024), (64, 4096))  # head size and T of the attention benchmarks that come first
-_RESULTS = pytest.StashKey[list[record.Row]]()
-_CEILINGS = pytest.StashKey[Ceilings]()
+_ROWS = pytest.StashKey[list[record.Row]]()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RESULTS] = []
-    config.option.benchmark_quiet = True  # pytest-benchmark's own table is of the host's clock
+    config.stash[_ROWS] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,28 +42,27 @@ def _importance(item: pytest.Item) -> tuple[bool, bool, int]:
 
 
 @pytest.fixture(scope="session")
-def ceilings(request: pytest.FixtureRequest) -> Ceilings:
-    measured = measure_ceilings(DTYPE)
-    request.config.stash[_CEILINGS] = measured
-    return measured
+def ceilings() -> Ceilings:
+    return measure_ceilings(DTYPE)
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark: Any, ceilings: Ceilings) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[Bench]:
     """Measures one contender at one point."""
     torch.manual_seed(0)
-    yield Bench(benchmark, ceilings)
-    if benchmark.extra_info:
-        request.config.stash[_RESULTS].append(benchmark.extra_info)
-        _keep(benchmark.extra_info)
+    made = Bench(ceilings)
+    yield made
+    if made.row:
+        _keep(request.config, made.row)
     torch.cuda.empty_cache()  # the next contender starts with all memory
 
 
-def _keep(row: record.Row) -> None:
-    """Write the row to the results of bench.py at once, if that runs these benchmarks."""
+def _keep(config: pytest.Config, row: record.Row) -> None:
+    """Keep the row for the table, and write it at once to the results of bench.py if that runs these."""
+    config.stash[_ROWS].append(record.stamp({"part": "kernels", **row}))
     if path := os.environ.get("BENCHMARK_RESULTS"):
         with open(path, "a") as file:
-            file.write(json.dumps(record.stamp({"part": "kernels", **row})) + "\n")
+            file.write(json.dumps(config.stash[_ROWS][-1]) + "\n")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -80,21 +75,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Keep why a benchmark has no figures."""
-    error = call.excinfo
-    if (
-        "bench" in getattr(item, "fixturenames", ())
-        and error
-        and not error.errisinstance(pytest.skip.Exception)
-    ):
-        _keep({"suite": "kernels", "name": item.name, "fault": str(error.value).splitlines()[0]})
+    fails = call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception)
+    if fails and "bench" in getattr(item, "fixturenames", ()):
+        fault = str(call.excinfo.value).splitlines()[0]
+        _keep(item.config, {"suite": "kernels", "name": item.name, "fault": fault})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = config.stash[_RESULTS]
-    if not results:
-        return
-    terminalreporter.section("kernel benchmarks")
-    for line in table(results):
-        terminalreporter.write_line(line)
-    for when, c in (("first", config.stash[_CEILINGS]), ("last", measure_ceilings(DTYPE))):
-        terminalreporter.write_line(f"ceilings {when}: {c.tflops:.1f} TFLOP/s, {c.gbps:.0f} GB/s")
+    if rows := record.timed(config.stash[_ROWS]):
+        terminalreporter.section("kernel benchmarks")
+        terminalreporter.write_line(page.markdown([sections.kernels(list(rows.values()))]))

@@ -1,18 +1,17 @@
 """Times one contender of one op at one shape, after the op has passed its check.
 
-    python -m pytest benchmarks/ [-k attention] [--benchmark-json FILE]
+    python -m pytest benchmarks/ [-k attention]
 
 On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a large bf16 matmul and
-a large copy of the same run, measured again at its end. On a CPU: toy sizes in fp32 that exercise every line
+a large copy of the same run. On a CPU: toy sizes in fp32 that exercise every line
 and say nothing about speed; `ours` is what the model uses there, with FUSEDGPT_KERNELS=triton the kernel.
-Nothing is timed unless the op's check against float64 passes. The figures are in pytest-benchmark's
-extra_info: its own statistics are of the host's clock, which on a GPU sees launches only.
+Nothing is timed unless the op's check against float64 passes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,17 +73,15 @@ def weight(*shape: int) -> Tensor:
 
 def counters() -> dict[str, Tensor]:
     """seed and offset of a dropout."""
-    return {
-        "seed": torch.tensor(cases.SEED, device=DEVICE),
-        "offset": torch.tensor(cases.OFFSET, device=DEVICE),
-    }
+    return {name: torch.tensor(x, device=DEVICE) for name, x in cases.COUNTERS.items()}
 
 
 class Bench:
     """The fixture `bench`: one test measures one contender at one point."""
 
-    def __init__(self, benchmark: Any, ceilings: Ceilings) -> None:
-        self.benchmark, self.ceilings = benchmark, ceilings
+    def __init__(self, ceilings: Ceilings) -> None:
+        self.ceilings = ceilings
+        self.row: Row = {}  # what was measured
 
     def contend(
         self,
@@ -93,22 +90,15 @@ class Bench:
         inputs: dict[str, Tensor],
         direction: str = "forward",
         *,
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         flops: float,
         bytes_: float,
         **functions: Callable[..., Any],
     ) -> None:
         """Time functions[contender] on `inputs`; "compiled" is functions["eager"] under torch.compile."""
-        self.need_kernel(case.op, contender)
         function = compiled(functions["eager"]) if contender == "compiled" else functions[contender]
         prepare, call = phases(function, inputs, direction)
-        label = f"({', '.join(map(str, shape))})"
-        self.run(case, contender, direction, label, prepare, call, flops=flops, bytes_=bytes_)
-
-    def need_kernel(self, op: str, contender: str) -> None:
-        """Skip ours on a GPU where the op would run its reference."""
-        if contender.startswith("ours") and CUDA and ops.backend(op, DEVICE, DTYPE) != "triton":
-            pytest.skip(f"{op} has no Triton kernel here")
+        self.run(case, contender, direction, str(shape), prepare, call, flops=flops, bytes_=bytes_)
 
     def run(
         self,
@@ -124,32 +114,32 @@ class Bench:
     ) -> None:
         """Check the op, then time call(prepare()), which costs `flops` and `bytes_` of memory traffic.
 
-        case: one object per file, for it is checked once.
+        Skips ours on a GPU where the op would run its reference. Each object `case` is checked once.
         """
+        if contender.startswith("ours") and CUDA and ops.backend(case.op, DEVICE, DTYPE) != "triton":
+            pytest.skip(f"{case.op} has no Triton kernel here")
         if wrong := faults(case):
             pytest.fail(f"no speed for a wrong kernel: {wrong[0]}", pytrace=False)
-        self.benchmark.group = f"{case.op} {shape} {direction}"
         peak_mb = _peak_mb(prepare, call)
-        row = summary([samples(prepare, call, self.benchmark.pedantic)])
+        time = summary([samples(prepare, call)])
         compute_ms, memory_ms = flops / self.ceilings.tflops * 1e-9, bytes_ / self.ceilings.gbps * 1e-6
         floor_ms = max(compute_ms, memory_ms)  # the two may overlap
-        bound = {"rate": bytes_ / row["ms"] * 1e-6, "unit": "GB/s"}
-        if compute_ms > memory_ms:
-            bound = {"rate": flops / row["ms"] * 1e-9, "unit": "TFLOP/s"}
-        self.benchmark.extra_info.update(
-            suite="kernels",
-            name=f"{case.op} {direction}",
-            shape=shape,
-            dtype=PRECISION,
-            contender=contender,
-            **row,
-            **bound,
-            flops=flops,
-            bytes=bytes_,
-            floor_ms=floor_ms,
-            gap=row["ms"] / floor_ms,
-            peak_mb=peak_mb,
-        )
+        work, unit = (flops * 1e-9, "TFLOP/s") if compute_ms > memory_ms else (bytes_ * 1e-6, "GB/s")
+        self.row = {
+            "suite": "kernels",
+            "name": f"{case.op} {direction}",
+            "shape": shape,
+            "dtype": PRECISION,
+            "contender": contender,
+            **time,
+            "rate": work / time["ms"],
+            "unit": unit,
+            "flops": flops,
+            "bytes": bytes_,
+            "floor_ms": floor_ms,
+            "gap": time["ms"] / floor_ms,
+            "peak_mb": peak_mb,
+        }
 
 
 def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
@@ -163,18 +153,3 @@ def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
     call(prepared)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def table(results: Sequence[Row]) -> list[str]:
-    """Lines of text; the last column is how many times faster ours is than the contender."""
-    lines = [f"{'op, direction, shape':<58}{'contender':<14}{'ms':<20}{'rate':<15}ceiling     MB  ours"]
-    ours = {(row["name"], row["shape"]): row["ms"] for row in results if row["contender"] == "ours"}
-    for row in results:
-        mine = ours.get((row["name"], row["shape"]))
-        op, spread = f"{row['name']} {row['shape']}", f"{row['ms']:.4f} ± {row['spread'] / 2:.1%}"
-        rate, peak = f"{row['rate']:.1f} {row['unit']}", row["peak_mb"]
-        lines.append(
-            f"{op:<58}{row['contender']:<14}{spread:<20}{rate:<15}{1 / row['gap']:>6.1%}"
-            f"{'' if peak is None else f'{peak:.0f}':>7}  " + (f"{row['ms'] / mine:.2f}x" if mine else "")
-        )
-    return lines

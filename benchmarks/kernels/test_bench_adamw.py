@@ -62,7 +62,6 @@ def torchs(made: list[nn.Parameter], **kind: bool) -> Callable[[], object]:
 @pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium", "gpt2-xl"], ["tiny", "12M"]))
 def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> None:
     made = parameters(PRESETS.get(size, TINY), dtype)
-    bench.need_kernel("adamw", contender)
     if contender.startswith("ours"):
         step = ours(flat(made) if contender == "ours_flat" else made)
     else:

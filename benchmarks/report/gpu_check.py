@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -27,12 +28,12 @@ import torch
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import bench
-from benchmarks.report.bench import MODULE
 from benchmarks.report.runner import Part, choose_parts, run_parts
 from fusedgpt.kernels.tools import cases, check
 
+MODULE = [sys.executable, "-m"]
 CLI = [*MODULE, "fusedgpt.train.cli.main"]
-PYTEST = [*bench.PYTEST, "-p", "benchmarks.report.gpu_pytest", "--durations=10"]
+PYTEST = [sys.executable, *shlex.split(bench.PYTEST), "-p", "benchmarks.report.gpu_pytest", "--durations=10"]
 
 
 def all_parts(

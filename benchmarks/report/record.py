@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,13 @@ Row = dict[str, Any]
 Key = tuple[str, ...]
 
 
-def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """(p20, median, p80)."""
-    p20, median, p80 = np.percentile(times, [20, 50, 80]).tolist()
-    return p20, median, p80
-
-
 def summary(runs: Sequence[Sequence[float]]) -> Row:
     """ms, spread and runs_ms from the milliseconds of one or more runs."""
-    parts = [percentiles(run) for run in runs]
-    spread = max((p80 - p20) / median for p20, median, p80 in parts)
+    parts = [np.percentile(run, [20, 50, 80]).tolist() for run in runs]
     repeated = any(len(run) > 1 for run in runs)
-    found: Row = {"ms": percentiles([x for run in runs for x in run])[1]}
-    found["spread"] = round(spread, 4) if repeated else None
-    return found | ({"runs_ms": [median for _, median, _ in parts]} if len(runs) > 1 else {})
+    found: Row = {"ms": float(np.percentile([x for run in runs for x in run], 50))}
+    found["spread"] = round(max((p80 - p20) / p50 for p20, p50, p80 in parts), 4) if repeated else None
+    return found | ({"runs_ms": [p50 for _, p50, _ in parts]} if len(runs) > 1 else {})
 
 
 def contest(
@@ -71,11 +64,11 @@ def contest(
     that has a time.
     """
     contenders = list(contenders)
-    runs: dict[str, list[Row]] = {}
+    runs: dict[str, list[Row]] = {name: [] for name in contenders}
     rows = []
     for name in (*contenders, *reversed(contenders)):
-        mine = runs.setdefault(name, [])
-        if mine and "times" not in mine[-1]:
+        mine = runs[name]
+        if mine and "times" not in mine[0]:
             continue
         mine.append(run(name))
         row = {**base, "contender": name}
@@ -90,37 +83,30 @@ def contest(
     return rows
 
 
-def commit() -> str:
-    """HEAD's hash, with a + if tracked files differ from it; $COMMIT goes before it."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    found = ""
-    with suppress(OSError):
-        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return os.environ.get("COMMIT") or found or "unknown"
-
-
 @functools.cache
 def machine() -> Row:
-    """What does not change during a run."""
+    """What does not change during a run; a + after the commit: tracked files differ from it."""
     import torch
 
     cpu = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     return {
         "device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores",
         "driver": gpu_state().get("driver_version"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": commit(),
+        "triton": next((found.version for found in distributions(name="triton")), None),
+        "commit": os.environ.get("COMMIT") or _output(git) or "unknown",
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _output(command: list[str]) -> str:
+    """What the command prints; empty if it is not there, fails or hangs."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+    return ""
 
 
 def _cpu_lines(field: str) -> list[str]:
@@ -134,11 +120,8 @@ def _cpu_lines(field: str) -> list[str]:
 def gpu_state() -> dict[str, str]:
     """Clocks, temperature, power and so on from nvidia-smi; {} without it."""
     names = "name,driver_version,pstate,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        return dict(zip(names.split(","), text.splitlines()[0].split(", "), strict=False))
-    return {}
+    text = _output(["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"])
+    return dict(zip(names.split(","), text.splitlines()[0].split(", "), strict=False)) if text else {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,16 +154,20 @@ def emit_each(suite: str, works: Mapping[str, Callable[[], Iterable[Row]]]) -> i
                 emit(row)
                 code |= "fault" in row
         except Exception as error:  # the others are still worth measuring
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            emit({"suite": suite, "name": name, "contender": "ours", "fault": fault})
+            emit({"suite": suite, "name": name, "contender": "ours", "fault": text(error)})
             code = 1
     return code
 
 
-def json_rows(text: str) -> list[Row]:
-    """The JSON objects among the lines of `text`, also those in lists; other lines are left out."""
+def text(error: Exception) -> str:
+    """The error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def json_rows(lines: str) -> list[Row]:
+    """The JSON objects among the lines, also those in lists; other lines are left out."""
     rows: list[Row] = []
-    for line in text.splitlines():
+    for line in lines.splitlines():
         with suppress(ValueError):
             found = json.loads(line) if line.startswith(("{", "[")) else []
             rows += [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]

@@ -15,10 +15,8 @@ same loop under torch.autocast.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import CUDA, DEVICE, DTYPES
+from benchmarks.ceilings import CUDA, DEVICE, DTYPES, moment
 from benchmarks.workloads.plain_gpt import PlainGPT
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
@@ -83,10 +81,10 @@ def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: 
     """fusedgpt's step as its trainer would build it for a long run, except for what `name` undoes."""
     undone = name.removeprefix("ours-without-")
     undo(undone)
-    device, length = batch[0].device, batch[0].shape[1]
-    if device.type == "cpu" and undone != "kept_memory":
+    length = batch[0].shape[1]
+    if not CUDA and undone != "kept_memory":
         keep_freed_memory()
-    model = GPT(config, seed=0).to(device)
+    model = GPT(config, seed=0).to(DEVICE)
     cast_parameters(model, DTYPES[precision])
     forward = partial(model, dtype=DTYPES[precision])
     train_config = TrainConfig(batch_size=len(batch[0]), learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
@@ -119,16 +117,10 @@ def plain(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str, *, co
     """Plain PyTorch's step."""
     model = PlainGPT(config)
     model.load_state_dict(GPT(config, seed=0).state_dict())
-    model.to(batch[0].device)
+    model.to(DEVICE)
     forward: Callable[..., Tensor] = torch.compile(model) if compiled else model
     optimizer = model.build_optimizer(LEARNING_RATE)
-    context = autocast(batch, precision)
-
-    def loss() -> Tensor:
-        with context:
-            return model(*batch)
-
-    return loss, usual_step(lambda: forward(*batch), model, optimizer, context), model
+    return usual(lambda: model(*batch), lambda: forward(*batch), model, optimizer, precision)
 
 
 def peer_model(path: Path, config: GPTConfig, weights: dict[str, Tensor]) -> Any:
@@ -147,40 +139,33 @@ def peer_model(path: Path, config: GPTConfig, weights: dict[str, Tensor]) -> Any
 
 def peer(path: Path, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str) -> Side:
     """nanoGPT's model, optimizer and step, from the weights that ours starts with."""
-    model = peer_model(path, config, GPT(config, seed=0).state_dict())
-    device = batch[0].device.type
-    model.to(device)
-    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), device)
+    model = peer_model(path, config, GPT(config, seed=0).state_dict()).to(DEVICE)
+    optimizer = model.configure_optimizers(0.01, LEARNING_RATE, (0.9, 0.999), DEVICE.type)
     torch.set_float32_matmul_precision("high")  # TF32, on a GPU
-    forward = torch.compile(model) if device == "cuda" else model
-    context = autocast(batch, precision)
+    forward = torch.compile(model) if CUDA else model
 
     def loss() -> Tensor:  # as ours: without the padded vocabulary
-        with context:
-            logits = model(*batch)[0][..., : config.vocab_size].float()
+        logits = model(*batch)[0][..., : config.vocab_size].float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
 
-    return loss, usual_step(lambda: forward(*batch)[1], model, optimizer, context), model
+    return usual(loss, lambda: forward(*batch)[1], model, optimizer, precision)
 
 
-def autocast(batch: tuple[Tensor, Tensor], precision: str) -> Any:
-    """The context of a rival's forward pass."""
-    bf16 = precision == "bf16"
-    return torch.autocast(batch[0].device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-def usual_step(forward: Callable[[], Tensor], model: Any, optimizer: Any, context: Any) -> Callable[[], None]:
-    """The usual loop: backward, clip, step, zero the gradients of the loss that `forward` returns."""
+def usual(
+    loss: Callable[[], Tensor], forward: Callable[[], Tensor], model: Any, optimizer: Any, precision: str
+) -> Side:
+    """A rival in the usual loop: backward, clip, step, zero the gradients of the loss of `forward`."""
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
-        with context:
-            loss = forward()
-        loss.backward()
+        with autocast:
+            value = forward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return autocast(loss), step, model
 
 
 def build(
@@ -195,18 +180,13 @@ def build(
     return plain(config, batch, precision, compiled=name != "plain")
 
 
-def step_seconds(step: Callable[[], object], steps: int) -> list[float]:
-    """Of each step after the warm-ups, on the device's own clock."""
-    if not CUDA:
-        moments = [time.perf_counter()]
-        for _ in range(WARM_UPS + steps):
-            step()
-            moments.append(time.perf_counter())
-        return [end - begin for begin, end in pairwise(moments)][WARM_UPS:]
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UPS + steps + 1)]
-    events[0].record()
-    for event in events[1:]:
+def step_times(step: Callable[[], object], steps: int) -> list[float]:
+    """Milliseconds of each step after the warm-ups, on the device's own clock."""
+    moments = [moment() for _ in range(WARM_UPS + steps + 1)]
+    moments[0].record()
+    for end in moments[1:]:
         step()
-        event.record()
-    torch.cuda.synchronize()
-    return [1e-3 * begin.elapsed_time(end) for begin, end in pairwise(events)][WARM_UPS:]
+        end.record()
+    if CUDA:
+        torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairwise(moments)][WARM_UPS:]

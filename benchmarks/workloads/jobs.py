@@ -29,11 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,24 +50,12 @@ PARITY_STEPS, LARGEST_GAP = 300, 0.02  # nats
 VALIDATION = re.compile(r"step \d+: .*val(?:idation)? loss ([\d.]+)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(NamedTuple):
     """How a command ran."""
 
     ms: float  # from launch to exit
     matches: list[tuple[float, str]]  # (milliseconds since its launch, what the pattern matched)
-    output: list[str]
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """What --json printed."""
-        found: dict[str, Any] = json.loads(next(line for line in self.output if line.startswith("{")))
-        return found
-
-    @property
-    def validations(self) -> list[tuple[float, float]]:
-        """(Milliseconds since its launch, loss)."""
-        return [(ms, float(loss)) for ms, loss in self.matches]
+    result: dict[str, Any]  # what --json printed
 
 
 def run(command: list[str], folder: Path, pattern: re.Pattern[str] = VALIDATION, **environment: str) -> Run:
@@ -82,18 +69,18 @@ def run(command: list[str], folder: Path, pattern: re.Pattern[str] = VALIDATION,
                 matches.append((1e3 * (time.perf_counter() - start), found[1]))
     if process.returncode:
         raise RuntimeError(" ".join(output[-5:]).strip())
-    return Run(ms=1e3 * (time.perf_counter() - start), matches=matches, output=output)
+    ms, result = 1e3 * (time.perf_counter() - start), record.json_rows("".join(output))
+    return Run(ms, matches, result[0] if result else {})
 
 
 def row(name: str, shape: str, contender: str, done: Run, dtype: str = "auto") -> Row:
     """One result; the JSON of ours says how long it trained."""
     found = {"suite": "jobs", "name": name, "shape": shape, "dtype": dtype, "contender": contender}
     found |= {"ms": done.ms, "spread": None}
-    if contender.startswith("ours"):
-        told = done.result
+    if told := done.result:
         found |= {"train_ms": 1e3 * told["seconds"], "rate": told["tokens_per_second"], "unit": "tok/s"}
-    if done.validations:
-        found["val_loss"] = min(loss for _, loss in done.validations)
+    if done.matches:
+        found["val_loss"] = min(float(loss) for _, loss in done.matches)
     return found
 
 
@@ -120,17 +107,17 @@ def shakespeare(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ours.items()]
     commands = {"ours": [*CLI, "train", f"--data={arguments.text}", "--tokenizer=char", "--json", *flags]}
     if arguments.peer:
-        install(arguments.peer, arguments.text, scratch)
+        install_nanogpt(arguments.peer, arguments.text, scratch)
         flags = [f"--{name}={value}" for name, value in theirs.items()]
         commands["peer"] = [sys.executable, "train.py", "--dataset=text", *flags]
     for contender, command in commands.items():
         done = run(command, scratch)
         shape = f"{layers} layers of {width}, {batch} x {length}, {steps} steps"
         found = row("shakespeare", shape, contender, done) | {"goal": GOAL}
-        yield found | {"goal_ms": next((ms for ms, loss in done.validations if loss <= GOAL), None)}
+        yield found | {"goal_ms": next((ms for ms, loss in done.matches if float(loss) <= GOAL), None)}
 
 
-def install(peer: Path, text: Path, folder: Path) -> None:
+def install_nanogpt(peer: Path, text: Path, folder: Path) -> None:
     """Put nanoGPT's loop into `folder`, with `text` encoded as its data/shakespeare_char does."""
     for name in ("train.py", "model.py", "configurator.py"):
         shutil.copy(peer / name, folder)

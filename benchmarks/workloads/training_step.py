@@ -77,30 +77,27 @@ def measure(contender: str, point: Point, steps: int, began: float) -> Row:
         model.train(point.dropout == 0.0)  # the losses of the gate are without dropout
         losses, first_step_s = gate(loss, step, began)
         model.train()
-        seconds = contenders.step_seconds(step, steps) if steps else []
+        times = contenders.step_times(step, steps) if steps else []
     peak = 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if CUDA:
         peak = torch.cuda.max_memory_allocated()
-    times = [1e3 * s for s in seconds]
     return {"times": times, "losses": losses, "first_step_s": first_step_s, "peak_mb": peak / 1e6}
 
 
 def gate(loss: Callable[[], Tensor], step: Callable[[], object], began: float) -> tuple[list[float], float]:
     """The losses before and after GATE_STEPS steps, and the seconds from `began` to the end of the first."""
-
-    def current() -> float:
-        with torch.no_grad():
-            return float(loss())
-
     start = time.time()
-    losses, lost = [current()], time.time() - start
+    with torch.no_grad():
+        before = float(loss())
+    lost = time.time() - start
     step()
     if CUDA:
         torch.cuda.synchronize()
     first_step_s = time.time() - began - lost
     for _ in range(GATE_STEPS - 1):
         step()
-    return [*losses, current()], first_step_s
+    with torch.no_grad():
+        return [before, float(loss())], first_step_s
 
 
 def run(contender: str, point: Point, steps: int) -> Row:
@@ -109,9 +106,8 @@ def run(contender: str, point: Point, steps: int) -> Row:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(measure, contender, point, steps, time.time()).result()
     except Exception as error:  # whatever a contender raises, the others are still worth measuring
-        name = type(error).__name__
-        text = f"{name}: {' '.join(str(error).split())[:300]}"
-        return {"skipped" if name == "OutOfMemoryError" else "fault": text}
+        memory = isinstance(error, torch.OutOfMemoryError)
+        return {"skipped" if memory else "fault": record.text(error)}
 
 
 def different(losses: list[float], expected: list[float], precision: str) -> str:
@@ -131,10 +127,7 @@ def compare(names: list[str], point: Point, steps: int) -> list[Row]:
         "name": next((kind for kind, sign in kinds.items() if any(sign in name for name in names)), "step"),
         "shape": f"{point.preset} {point.batch_size} x {point.length}",
         "dtype": point.precision,
-        "preset": point.preset,
-        "batch_size": point.batch_size,
-        "length": point.length,
-        "dropout": point.dropout,
+        **{name: getattr(point, name) for name in ("preset", "batch_size", "length", "dropout")},
     }
     truth = run("plain", point, 0)
     if "losses" not in truth:

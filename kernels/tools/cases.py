@@ -15,7 +15,7 @@ from fusedgpt.kernels import ops, reference
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
-SEED, OFFSET = 7, 3 << 40  # of every dropout here
+COUNTERS = {"seed": 7, "offset": 3 << 40}  # of every dropout here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,35 +70,26 @@ def cases(device: torch.device) -> list[Case]:
 
 def dropout_case(N: int, C: int, p: float = 0.3) -> Case:
     """ops.dropout on (N, C)."""
-    return _case("dropout", f"({N}, {C}), p {p}", lambda g: _randn(g, x=(N, C)), _with_counters(p=p))
+    return _case("dropout", f"({N}, {C})", lambda g: _randn(g, x=(N, C)), p=p)
 
 
 def attention_case(
-    B: int,
-    T: int,
-    H: int,
-    D: int,
-    *,
-    dropout_p: float = 0.0,
-    documents: bool | Callable[[int], Tensor] = False,
-    scale: float | None = None,
+    B: int, T: int, H: int, D: int, *, documents: bool | Callable[[int], Tensor] = False, **options: Any
 ) -> Case:
-    """ops.attention on (B, T, H, D).
+    """ops.attention on (B, T, H, D) with options, e.g. dropout_p.
 
     documents: T -> the id of each token's document; True for a new document every 50 tokens.
     """
 
     def inputs(generator: torch.Generator) -> Inputs:
-        shape = (B, T, H, D)
-        made = _randn(generator, q=shape, k=shape, v=shape)
+        made = _randn(generator, **dict.fromkeys("qkv", (B, T, H, D)))
         if documents:
             ids = documents(T) if callable(documents) else torch.arange(T) // 50
             made["documents"] = torch.stack([ids + b for b in range(B)])
         return made
 
-    extras = (f", p {dropout_p}" if dropout_p else "") + (", documents" if documents else "")
-    wrap = _with_counters if dropout_p else _with
-    return _case("attention", f"({B}, {T}, {H}, {D}){extras}", inputs, wrap(dropout_p=dropout_p, scale=scale))
+    shape = f"({B}, {T}, {H}, {D}){', documents' if documents else ''}"
+    return _case("attention", shape, inputs, **options)
 
 
 def decode_attention_case(B: int, T: int, H: int, D: int) -> Case:
@@ -109,22 +100,16 @@ def decode_attention_case(B: int, T: int, H: int, D: int) -> Case:
         lengths = torch.linspace(1, T, B).round().long()
         return _randn(generator, q=(B, H, D), k_cache=cache, v_cache=cache) | {"lengths": lengths}
 
-    return _case("decode_attention", f"({B}, {T}, {H}, {D})", inputs, torch.no_grad())
+    return _case("decode_attention", f"({B}, {T}, {H}, {D})", inputs, wrap=torch.no_grad())
 
 
 def linear_cross_entropy_case(
-    N: int,
-    C: int,
-    V: int,
-    *,
-    reduction: str = "none",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    fp32_weight: bool = False,
+    N: int, C: int, V: int, *, reduction: str = "none", fp32_weight: bool = False, **options: Any
 ) -> Case:
-    """ops.linear_cross_entropy on (N, C) with every seventh target ignored and V padded to a multiple of 128.
+    """ops.linear_cross_entropy on (N, C) with options, e.g. z_loss.
 
-    "mean" and "sum" run 16 problems at once: the error of a single number is chance.
+    Every seventh target is ignored, and V padded to a multiple of 128. "mean" and "sum" run 16 problems at
+    once: the error of a single number is chance.
     """
     problems = 1 if reduction == "none" else 16
 
@@ -135,35 +120,29 @@ def linear_cross_entropy_case(
         return made | {"weight": made["weight"] / math.sqrt(C), "targets": targets}
 
     def wrap(op: Callable[..., Any]) -> Function:
-        def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
-            pairs = zip(hidden, targets, strict=True)
-            return torch.stack([op(h, weight, t, vocab_size=V, **options) for h, t in pairs])
+        def run(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+            return torch.stack([op(h, weight, t, **options) for h, t in zip(hidden, targets, strict=True)])
 
         return run
 
-    extras = "".join(f", {name} {x}" for name, x in (("smoothing", label_smoothing), ("z-loss", z_loss)) if x)
-    shape = f"({N}, {C}), V {V}, {reduction}{extras}"
-    return _case("linear_cross_entropy", shape, inputs, wrap, ["weight"] if fp32_weight else [])
+    fp32 = ["weight"] if fp32_weight else []
+    options |= {"vocab_size": V, "reduction": reduction}
+    return _case("linear_cross_entropy", f"({N}, {C})", inputs, fp32, wrap=wrap, **options)
 
 
 def layer_norm_case(N: int, C: int, *, fp32_weights: bool = False) -> Case:
     """ops.layer_norm on (N, C)."""
-    shape = f"({N}, {C}){', fp32 weights' if fp32_weights else ''}"
     fp32 = ["weight", "bias"] if fp32_weights else []
-    return _case("layer_norm", shape, lambda g: _norm_inputs(N, C, g), fp32_inputs=fp32)
+    return _case("layer_norm", f"({N}, {C})", lambda g: _norm_inputs(N, C, g), fp32)
 
 
 def dropout_add_layer_norm_case(N: int, C: int, p: float = 0.3, *, fp32_inputs: Iterable[str] = ()) -> Case:
     """ops.dropout_add_layer_norm on (N, C)."""
-    fp32 = sorted(fp32_inputs)
-    return _case(
-        "dropout_add_layer_norm",
-        f"({N}, {C}), p {p}{', fp32 ' if fp32 else ''}{' '.join(fp32)}",
-        lambda g: _randn(g, residual=(N, C)) | _norm_inputs(N, C, g),
-        _with_counters(dropout_p=p),
-        fp32,
-    )
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        return _randn(generator, residual=(N, C)) | _norm_inputs(N, C, generator)
+
+    return _case("dropout_add_layer_norm", f"({N}, {C})", inputs, fp32_inputs, dropout_p=p)
 
 
 def _norm_inputs(N: int, C: int, generator: torch.Generator) -> Inputs:
@@ -178,12 +157,11 @@ def bias_gelu_case(N: int, C: int, *, fp32_bias: bool = False) -> Case:
         made = _randn(generator, x=(N, C), bias=(C,))
         return made | {"x": 2.0 * made["x"]}
 
-    shape = f"({N}, {C}){', fp32 bias' if fp32_bias else ''}"
-    return _case("bias_gelu", shape, inputs, fp32_inputs=["bias"] if fp32_bias else [])
+    return _case("bias_gelu", f"({N}, {C})", inputs, ["bias"] if fp32_bias else [])
 
 
-def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Case:
-    """Step number `steps` + 1 of kernels.adamw on a parameter (N, C): weight decay, fp32 moments and master.
+def adamw_case(N: int, C: int, *, max_norm: float = 0.0) -> Case:
+    """Step 11 of kernels.adamw on a parameter (N, C): weight decay, fp32 moments and master.
 
     The learning rate is large: a step crosses many bf16 values, so that rounding does not look like a bias.
     """
@@ -198,7 +176,7 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Cas
 
         x = {name: tensor.detach().clone() for name, tensor in inputs.items()}
         norm, skipped = torch.zeros(2, device=x["grad"].device).unbind()
-        step, counter = torch.full_like(norm, steps), torch.zeros_like(norm, dtype=torch.int64)
+        step, counter = torch.full_like(norm, 10), torch.zeros_like(norm, dtype=torch.int64)
         master, moments = x["param"].float(), ([x["exp_avg"]], [x["exp_avg_sq"]])
         batch = adamw.make_batch([x["param"]], [x["grad"]], [master], *moments, [step], [0])
         partials = torch.empty(adamw.PARTIALS, device=norm.device)
@@ -211,7 +189,7 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0, steps: int = 10) -> Cas
         wide = grad.detach().to(exp_avg.dtype)
         clip = max(1.0, reference.grad_norm([wide]).item() / max_norm) if max_norm else 1.0
         state = (param.detach(), wide / clip, exp_avg.detach(), exp_avg_sq.detach())
-        return reference.adamw(*state, steps + 1, **options)
+        return reference.adamw(*state, 11, **options)
 
     return Case(
         op="adamw",
@@ -227,37 +205,32 @@ def _case(
     op: str,
     shape: str,
     inputs: Callable[[torch.Generator], Inputs],
-    wrap: Callable[[Function], Function] = lambda function: function,
     fp32_inputs: Iterable[str] = (),
+    *,
+    wrap: Callable[[Function], Function] = lambda function: function,
+    **options: Any,
 ) -> Case:
-    """The case of an op and its reference, each called as `wrap` says."""
-    return Case(
-        op=op,
-        shape=shape,
-        inputs=inputs,
-        ours=wrap(getattr(ops, op)),
-        reference=wrap(getattr(reference, op)),
-        fp32_inputs=frozenset(fp32_inputs),
-    )
+    """The case of an op and its reference, each called with `options` and, for dropout, its counters."""
 
-
-def _with(**options: Any) -> Callable[[Function], Function]:
-    """Call a function with these options."""
-    return lambda function: lambda **inputs: function(**inputs, **options)
-
-
-def _with_counters(**options: Any) -> Callable[[Function], Function]:
-    """The same, and with the seed and offset of a dropout on the inputs' device."""
-
-    def wrap(function: Function) -> Function:
+    def call(function: Function) -> Function:
         def run(**inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            device = next(iter(inputs.values())).device
-            seed, offset = (torch.tensor(counter, device=device) for counter in (SEED, OFFSET))
-            return function(**inputs, **options, seed=seed, offset=offset)
+            state = {}
+            if op.startswith("dropout") or options.get("dropout_p"):
+                device = next(iter(inputs.values())).device
+                state = {name: torch.tensor(x, device=device) for name, x in COUNTERS.items()}
+            return wrap(function)(**inputs, **options, **state)
 
         return run
 
-    return wrap
+    labels = [shape, *(f"{name} {x}" for name, x in options.items() if x)]
+    return Case(
+        op=op,
+        shape=", ".join([*labels, *(f"fp32 {name}" for name in sorted(fp32_inputs))]),
+        inputs=inputs,
+        ours=call(getattr(ops, op)),
+        reference=call(getattr(reference, op)),
+        fp32_inputs=frozenset(fp32_inputs),
+    )
 
 
 def _randn(generator: torch.Generator, **shapes: tuple[int, ...]) -> Inputs:

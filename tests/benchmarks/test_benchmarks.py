@@ -135,8 +135,8 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path: Path) -> None:
     assert "ms" not in wrong
     assert right["name"] == "dropout forward"
     table = done.stdout[done.stdout.index("kernel benchmarks") :]
-    assert "dropout forward" in table
-    assert "bias_gelu forward" not in table
+    assert "| dropout forward" in table
+    assert "| bias_gelu forward" not in table
 
 
 def test_wrong_usage_is_told_in_one_line(tmp_path: Path) -> None:
