@@ -15,6 +15,7 @@ NAME is of these, default all:
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -24,11 +25,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import record
 from benchmarks.workloads.jobs import CLI, PROMPT, run
-from benchmarks.workloads.tokenising import stock_tiktoken
+from benchmarks.workloads.tokenising import encode
 from benchmarks.workloads.training_step import SHAPES
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model, save_folder
@@ -41,29 +43,27 @@ from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore, load_chec
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def timed(work: Callable[[], object], rounds: int) -> list[float]:
-    """Milliseconds of each of `rounds` calls, after a first one that fills imports and caches."""
+def timed(name: str, shape: str, work: Callable[[], object], rounds: int, **rate: Any) -> record.Row:
+    """The result of `rounds` calls, after a first one that fills imports and caches; see `row`."""
     work()
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
         work()
         times.append(1e3 * (time.perf_counter() - start))
-    return times
+    return row(name, shape, times, **rate)
 
 
-def row(name: str, shape: str, times: list[float], work: float = 0.0, unit: str = "") -> record.Row:
-    """One result; `work` is the amount done in the time, for a rate in `unit`."""
+def row(name: str, shape: str, times: list[float], amount: float = 0.0, unit: str = "") -> record.Row:
+    """One result from its milliseconds; `amount` is the work done in the time, for a rate in `unit`."""
     found = {"suite": "everyday", "name": name, "shape": shape, "dtype": "fp32", "contender": "ours"}
     found |= record.summary([times])
-    return found | ({"rate": work / (1e-3 * found["ms"]), "unit": unit} if work else {})
+    return found | ({"rate": amount / (1e-3 * found["ms"]), "unit": unit} if amount else {})
 
 
 def measure_help(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    def work() -> None:
-        subprocess.run([*CLI, "--help"], check=True, stdout=subprocess.DEVNULL)
-
-    yield row("help", "", timed(work, arguments.rounds))
+    work = partial(subprocess.run, [*CLI, "--help"], check=True, stdout=subprocess.DEVNULL)
+    yield timed("help", "", work, arguments.rounds)
 
 
 def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
@@ -95,57 +95,55 @@ def measure_templates(arguments: argparse.Namespace) -> Iterator[record.Row]:
     made, count = texts(arguments.tokens)
 
     def work() -> None:
-        for _, text in zip(made, generate_samples(PROMPT), strict=False):
-            assert text
+        for _ in zip(made, generate_samples(PROMPT), strict=False):
+            pass
 
-    yield row("templates", f"{arguments.tokens:,} tokens", timed(work, arguments.rounds), count, "tok/s")
+    shape = f"{arguments.tokens:,} tokens"
+    yield timed("templates", shape, work, arguments.rounds, amount=count, unit="tok/s")
 
 
 def measure_tokenise(arguments: argparse.Namespace) -> Iterator[record.Row]:
     made, count = texts(arguments.tokens)
-    shape = f"{arguments.tokens:,} tokens"
+    measure = partial(timed, "tokenise", f"{arguments.tokens:,} tokens", amount=count, unit="tok/s")
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "text.txt"
+        file, out = Path(scratch) / "text.txt", Path(scratch) / "out"
         file.write_text("\n\n".join(made))
 
         def work() -> None:
-            prepare([file], Path(scratch) / "out", val_fraction=0.0)
-            shutil.rmtree(Path(scratch) / "out")
+            prepare([file], out, val_fraction=0.0)
+            shutil.rmtree(out)
 
-        yield row("tokenise", shape, timed(work, arguments.rounds), count, "tok/s")
-    encode = stock_tiktoken().encode_ordinary
-    alone = timed(lambda: [encode(text) for text in made], arguments.rounds)
-    yield {**row("tokenise", shape, alone, count, "tok/s"), "contender": "tiktoken, one thread"}
+        yield measure(work, arguments.rounds)
+    yield {**measure(lambda: encode(made), arguments.rounds), "contender": "tiktoken, one thread"}
 
 
 def measure_folder(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    gpt, tokenizer = GPT(SHAPES[arguments.preset]), gpt2_tokenizer()
-    if arguments.preset == "toy":
-        gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8))  # with the vocabulary of the tokenizer
-    megabytes = 4e-6 * gpt.config.parameter_counts()[0]
+    preset, rounds = arguments.preset, arguments.rounds
+    toy = GPTConfig(n_layer=1, n_head=1, n_embd=8)  # with the vocabulary of the tokenizer
+    gpt, tokenizer = GPT(toy if preset == "toy" else SHAPES[preset]), gpt2_tokenizer()
+    rate = {"amount": 4e-6 * gpt.config.parameter_counts()[0], "unit": "MB/s"}
     with tempfile.TemporaryDirectory() as scratch:
-        saved = iter(range(1_000_000))
-        save = timed(lambda: save_folder(gpt, tokenizer, Path(scratch), f"m{next(saved)}"), arguments.rounds)
-        yield row("save folder", arguments.preset, save, megabytes, "MB/s")
-        load = timed(lambda: load_model(Path(scratch) / "m0"), arguments.rounds)
-        yield row("load folder", arguments.preset, load, megabytes, "MB/s")
+        root, saved = Path(scratch), itertools.count()
+        save = partial(save_folder, gpt, tokenizer, root)
+        yield timed("save folder", preset, lambda: save(f"m{next(saved)}"), rounds, **rate)
+        yield timed("load folder", preset, lambda: load_model(root / "m0"), rounds, **rate)
 
 
 def measure_checkpoint(arguments: argparse.Namespace) -> Iterator[record.Row]:
-    model = {name: p.detach() for name, p in GPT(SHAPES[arguments.preset]).named_parameters()}
+    preset, rounds = arguments.preset, arguments.rounds
+    model = {name: p.detach() for name, p in GPT(SHAPES[preset]).named_parameters()}
     moments = {f"{name}.{kind}": p.clone() for name, p in model.items() for kind in ("exp_avg", "exp_avg_sq")}
-    megabytes = 1e-6 * sum(p.nbytes for p in (*model.values(), *moments.values()))
+    rate = {"amount": 1e-6 * sum(p.nbytes for p in (*model.values(), *moments.values())), "unit": "MB/s"}
     with tempfile.TemporaryDirectory() as scratch:
-        store, step = CheckpointStore(Path(scratch) / "checkpoints", keep_last=1), iter(range(1, 1_000_000))
+        store, step = CheckpointStore(Path(scratch) / "checkpoints", keep_last=1), itertools.count(1)
 
         def save() -> Path:
             tensors = {"model": model, "optimizer": moments}
             return store.save(Checkpoint(step=next(step), tensors=tensors, state={}))
 
-        yield row("save checkpoint", arguments.preset, timed(save, arguments.rounds), megabytes, "MB/s")
+        yield timed("save checkpoint", preset, save, rounds, **rate)
         path = save()
-        load = timed(lambda: load_checkpoint(path), arguments.rounds)
-        yield row("load checkpoint", arguments.preset, load, megabytes, "MB/s")
+        yield timed("load checkpoint", preset, lambda: load_checkpoint(path), rounds, **rate)
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace], Iterator[record.Row]]] = {

@@ -63,10 +63,9 @@ class Finding:
 
     def cells(self) -> dict[str, str]:
         """Column -> text, for a table."""
-        names = {"op": self.op, "dtype": self.dtype, "shape": self.shape, "direction": self.direction}
         errors = {"error": self.error, "PyTorch": self.torch_error, "limit": self.limit}
         return {
-            **names,
+            **{name: getattr(self, name) for name in ("op", "dtype", "shape", "direction")},
             "worst output": self.output,
             **{name: f"{error:.2e}" for name, error in errors.items()},
             "bias": f"{self.bias:+.3f}",
@@ -114,10 +113,8 @@ def _refuse_unknown(what: str, asked: Iterable[str], known: Iterable[str]) -> No
 def measure(case: Case, dtype: torch.dtype, device: torch.device, *, seed: int = 0) -> list[Finding]:
     """[forward, backward] findings of the Triton path of `case`; [forward] if nothing has a gradient."""
     exact = case.inputs(torch.Generator().manual_seed(seed))
-    rounded = {
-        name: _cast(x, torch.float32 if name in case.fp32_inputs else dtype).to(device)
-        for name, x in exact.items()
-    }
+    dtypes = dict.fromkeys(exact, dtype) | dict.fromkeys(case.fp32_inputs, torch.float32)
+    rounded = {name: _cast(x, dtypes[name]).to(device) for name, x in exact.items()}
     wide = {name: _cast(x, torch.float64) for name, x in rounded.items()}
     truth, upstream = _run(case.reference, wide, None, dtype)
     with patch.dict(os.environ, FUSEDGPT_KERNELS="triton"):

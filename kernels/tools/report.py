@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,23 +112,21 @@ def report(
 
 def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
     """One row for each distinct kernel that the launches of one file start."""
-    found: list[tuple[str, str, Any]] = []  # label, kernel, CompiledKernel or Exception
+    rows: dict[str, Row] = {}
     with _only_compile(arch) as compiled:
         for label, launch in LAUNCHES[stem](_MORE_DTYPES[dtype], full):
             try:
                 launch()
             except Exception as error:  # a launcher that raises is reported like a compiler error
                 compiled.append((stem, error))
-            found += [(label, *each) for each in compiled]
+            for kernel, result in compiled:
+                common: dict[str, Any] = {"kernel": kernel, "arch": arch, "dtype": dtype, "label": label}
+                if isinstance(result, Exception):
+                    problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
+                    rows.setdefault(f"{kernel} {problem}", Row(**common, problem=problem))
+                elif result.hash not in rows:
+                    rows[result.hash] = _examine(result, **common)
             compiled.clear()
-    rows: dict[str, Row] = {}
-    for label, kernel, result in found:
-        common: dict[str, Any] = {"kernel": kernel, "arch": arch, "dtype": dtype, "label": label}
-        if isinstance(result, Exception):
-            problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
-            rows.setdefault(f"{kernel} {problem}", Row(**common, problem=problem))
-        elif result.hash not in rows:
-            rows[result.hash] = _examine(result, **common)
     return list(rows.values())
 
 
@@ -148,29 +147,18 @@ def _only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
         compiled.append((self.fn.__name__, result))
 
     JITFunction.run = compile_and_record
-    driver.set_active(_CompileOnlyDriver(arch))
+    asked = {  # what Triton's launch code asks of a driver before it compiles
+        "get_current_device": lambda: f"sm_{arch}",  # the key of Triton's cache; no real device shares it
+        "get_current_stream": lambda device: 0,
+        "get_current_target": lambda: GPUTarget("cuda", arch, 32),
+    }
+    driver.set_active(SimpleNamespace(**asked))
     try:
         with tuning.assume_capability((arch // 10, arch % 10)):
             yield compiled
     finally:
         JITFunction.run = run
         driver.set_active(None)  # Triton looks for the real one at the next launch
-
-
-class _CompileOnlyDriver:
-    """What Triton's launch code asks of a driver before it compiles."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> str:
-        return f"sm_{self.arch}"  # the key of Triton's kernel cache; no real device shares it
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 def _examine(compiled: Any, **common: Any) -> Row:
@@ -260,9 +248,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _counters() -> tuple[Tensor, Tensor]:
-    """seed, offset."""
-    return _meta(dtype=torch.int64), _meta(dtype=torch.int64)
+def _counters() -> dict[str, Tensor]:
+    return {name: _meta(dtype=torch.int64) for name in ("seed", "offset")}
 
 
 # The launches of each kernel file. Imported inside the function: a file that fails to import hides no other.
@@ -282,7 +269,7 @@ def _dropout(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 
     for C in (768, 65) if full else (768,):
         x = _meta(64, C, dtype=dtype)
-        yield f"C {C}", partial(dropout.dropout_fwd, x, 0.1, *_counters())
+        yield f"C {C}", partial(dropout.dropout_fwd, x, 0.1, **_counters())
 
 
 def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
@@ -297,8 +284,8 @@ def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         yield f"C {C}", partial(backward, None, *saved)
         yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
         yield f"C {C}, residual", partial(backward, x, *saved)
-        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, *_counters())
-        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, *_counters())
+        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, **_counters())
+        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, **_counters())
 
 
 def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
@@ -307,13 +294,13 @@ def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
         q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
         out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
-        state = dict(zip(("seed", "offset"), _counters(), strict=True))
-        documents = _meta(8, 1024, dtype=torch.int64)
+        documents = {"documents": _meta(8, 1024, dtype=torch.int64)}
+        dropout = {"dropout_p": 0.1, **_counters()}
         features: dict[str, dict[str, Any]] = {
             "": {},
-            ", documents": {"documents": documents},
-            ", dropout": {"dropout_p": 0.1, **state},
-            ", documents, dropout": {"documents": documents, "dropout_p": 0.1, **state},
+            ", documents": documents,
+            ", dropout": dropout,
+            ", documents, dropout": documents | dropout,
         }
         for label, feature in features.items():
             yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, 0.125, **feature)
@@ -358,12 +345,5 @@ def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
 
 
-LAUNCHES: dict[str, Callable[[torch.dtype, bool], Iterator[Launch]]] = {
-    "activation": _activation,
-    "adamw": _adamw,
-    "attention": _attention,
-    "cross_entropy": _cross_entropy,
-    "decode_attention": _decode_attention,
-    "dropout": _dropout,
-    "layer_norm": _layer_norm,
-}
+_FILES = (_activation, _adamw, _attention, _cross_entropy, _decode_attention, _dropout, _layer_norm)
+LAUNCHES = {launches.__name__.removeprefix("_"): launches for launches in _FILES}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton.testing
@@ -78,18 +79,11 @@ def tune(
             raise ValueError(f"head size {size}: expected 1 to 128")
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
-    total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
+    total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), itertools.count(1)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "feature": feature, "deadline": deadline}
     found: list[Choice] = []
     for head_size in head_sizes:
-        new = search(
-            device, head_size=head_size, dtype=DTYPES[dtype], feature=feature, deadline=deadline, step=step
-        )
+        new = search(device, head_size=head_size, **options, step=lambda: progress(next(done), total))
         tuning.save_tiles(path, gpu, {choice.key: choice.tile for choice in new})
         found += new
     return found, path
