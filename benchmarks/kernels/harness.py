@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -59,6 +61,15 @@ def phases(
         return torch.autograd.grad(made, leaves, upstream)
 
     return (outputs, backward) if direction == "backward" else ((lambda: None), lambda _: backward(outputs()))
+
+
+@functools.cache
+def liger(name: str) -> Callable[..., Tensor]:
+    """A function of Liger-Kernel; skips the test where there is no GPU or no such package."""
+    if not (CUDA and find_spec("liger_kernel")):
+        pytest.skip("Liger needs a GPU and its package")
+    function: Callable[..., Tensor] = getattr(import_module("liger_kernel.transformers.functional"), name)
+    return function
 
 
 def randn(*shape: int) -> Tensor:

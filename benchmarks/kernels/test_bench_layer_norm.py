@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
-from importlib.util import find_spec
 
 import pytest
-from torch import Tensor
 
-from benchmarks.kernels.harness import CUDA, DIRECTIONS, DTYPE, Bench, choose, counters, randn, weight
+from benchmarks.kernels.harness import DIRECTIONS, DTYPE, Bench, choose, counters, liger, randn, weight
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.tools import cases
 
@@ -25,19 +22,10 @@ FUSED_FLOPS = {"forward": 11, "backward": 13, "both": 24}
 CONTENDERS = ["ours", "eager", "compiled"]
 
 
-def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Liger-Kernel's."""
-    functional = importlib.import_module("liger_kernel.transformers.functional")
-    y: Tensor = functional.liger_layer_norm(x, weight, bias, 1e-5)
-    return y
-
-
 @pytest.mark.parametrize("contender", [*CONTENDERS, "liger"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("N", "C"), SHAPES)
 def test_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench) -> None:
-    if contender == "liger" and not (CUDA and find_spec("liger_kernel")):
-        pytest.skip("Liger needs a GPU and its package")
     bench.contend(
         CASE,
         contender,
@@ -48,7 +36,7 @@ def test_layer_norm(contender: str, N: int, C: int, direction: str, bench: Bench
         bytes_=PASSES[direction] * N * C * DTYPE.itemsize,
         ours=ops.layer_norm,
         eager=reference.layer_norm,
-        liger=liger,
+        liger=lambda x, weight, bias: liger("liger_layer_norm")(x, weight, bias, 1e-5),
     )
 
 
