@@ -318,13 +318,22 @@ def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
 
     hyper: (G, 8) fp64, see hyper_row. The same bits every time.
     """
-    tensors = batch.table, batch.chunks, hyper, batch.scalars, partials
-    constants = {"GRAD_DTYPE": TRITON_DTYPES[batch.grad_dtype], "CHUNK": _CHUNK, "PARTIALS": PARTIALS}
     n_chunks = len(batch.chunks)
     programs = tuning.multiprocessor_count(partials.device) * _NORM_PROGRAMS_PER_SM
     with torch.cuda.device_of(partials):
         _grad_norm_kernel[(max(1, min(n_chunks, programs, PARTIALS)),)](
-            *tensors, len(batch.table), n_chunks, **constants, BLOCK=_NORM_BLOCK, num_warps=8
+            batch.table,
+            batch.chunks,
+            hyper,
+            batch.scalars,
+            partials,
+            len(batch.table),
+            n_chunks,
+            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
+            CHUNK=_CHUNK,
+            BLOCK=_NORM_BLOCK,
+            PARTIALS=PARTIALS,
+            num_warps=8,
         )
 
 
@@ -347,15 +356,23 @@ def adamw(
     Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or 0), which is added to
     skipped_steps (int64 scalar). Source: Loshchilov and Hutter 2019, algorithm 2.
     """
-    grad_scale = torch.ones_like(norm) if grad_scale is None else grad_scale
-    tensors = batch.table, batch.chunks, batch.scalars, partials, norm, skipped, skipped_steps, grad_scale
     n_chunks = len(batch.chunks)
-    numbers = len(batch.table), n_chunks, partials.numel(), float(max_norm), int(report)
     programs = tuning.multiprocessor_count(partials.device) * _PROGRAMS_PER_SM
     with torch.cuda.device_of(partials):
         _adamw_kernel[(max(1, min(n_chunks, programs)),)](
-            *tensors,
-            *numbers,
+            batch.table,
+            batch.chunks,
+            batch.scalars,
+            partials,
+            norm,
+            skipped,
+            skipped_steps,
+            torch.ones_like(norm) if grad_scale is None else grad_scale,
+            len(batch.table),
+            n_chunks,
+            partials.numel(),
+            float(max_norm),
+            int(report),
             PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
             GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
             CHUNK=_CHUNK,

@@ -127,12 +127,25 @@ def decode_attention_fwd(
     parts = out if S == 1 else torch.empty(S, B, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, B, H, dtype=torch.float32, device=q.device)
     BLOCK_D = block_size(D)
-    strides = q.stride(), k_cache.stride(), v_cache.stride()
-    numbers = H, T, S, scale * LOG2_E.value
-    constants = {"D": D, "BLOCK_D": BLOCK_D, "BLOCK_N": _BLOCK_N}
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(B * H, S)](
-            q, k_cache, v_cache, lengths, *strides, parts, lse, *numbers, **constants, num_warps=4
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            q.stride(),
+            k_cache.stride(),
+            v_cache.stride(),
+            parts,
+            lse,
+            H,
+            T,
+            S,
+            scale * LOG2_E.value,
+            D=D,
+            BLOCK_D=BLOCK_D,
+            BLOCK_N=_BLOCK_N,
+            num_warps=4,
         )
         if S > 1:
             BLOCK_S = triton.next_power_of_2(S)

@@ -177,10 +177,21 @@ def layer_norm_fwd(
     N, blocks = mean.numel(), row_blocks(x.shape[-1], MAX_C)
     if N == 0:
         return y, new_residual, mean, rstd
-    tensors = x, residual, weight, bias, y, None if residual is None else new_residual, mean, rstd
-    grid = (triton.cdiv(N, blocks["ROWS"]),)
     with torch.cuda.device_of(x):
-        _layer_norm_fwd_kernel[grid](*tensors, N=N, eps=eps, **dropout_arguments(p, seed, offset), **blocks)
+        _layer_norm_fwd_kernel[(triton.cdiv(N, blocks["ROWS"]),)](
+            x,
+            residual,
+            weight,
+            bias,
+            y,
+            None if residual is None else new_residual,
+            mean,
+            rstd,
+            N=N,
+            eps=eps,
+            **dropout_arguments(p, seed, offset),
+            **blocks,
+        )
     return y, new_residual, mean, rstd
 
 
@@ -211,10 +222,21 @@ def layer_norm_bwd(
         return dz, dx, dweight.zero_(), dbias.zero_()
     BLOCK_C = block_size(blocks["BLOCK_C"] // 128)  # the last step: few columns each, to have many programs
     stages = 1 if C * z.element_size() % 16 and z.dtype == torch.float32 else 2  # else too many registers
-    tensors = dy, dnew_residual, z, weight, mean, rstd, dz, dx if p > 0.0 else None, partial
     with torch.cuda.device_of(z):
         _layer_norm_bwd_kernel[(P,)](
-            *tensors, N=N, **dropout_arguments(p, seed, offset), STAGES=stages, **blocks
+            dy,
+            dnew_residual,
+            z,
+            weight,
+            mean,
+            rstd,
+            dz,
+            dx if p > 0.0 else None,
+            partial,
+            N=N,
+            **dropout_arguments(p, seed, offset),
+            STAGES=stages,
+            **blocks,
         )
         _sum_partials_kernel[(triton.cdiv(C, BLOCK_C),)](
             partial, dweight, dbias, P, C=C, BLOCK_P=4096 // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=8

@@ -194,7 +194,7 @@ def attention(
         _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
         y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
         return y
-    return reference.attention(
+    return attention_cpu.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
@@ -221,7 +221,7 @@ def qkv_attention(
         y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
         return y
     q, k, v = qkv.unbind(2)
-    return reference.attention(
+    return attention_cpu.attention(
         q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
@@ -387,6 +387,20 @@ def linear_cross_entropy(
     z_loss * logsumexp(logits)^2 per row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
     """
     _check_floating(hidden=hidden, weight=weight)
+    _check_loss(hidden, weight, targets, reduction, label_smoothing, z_loss)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= len(weight):
+        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
+    options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
+    path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
+    return linear_cross_entropy_.linear_cross_entropy(
+        hidden, weight, targets, options, reduction=reduction, backend=path
+    )
+
+
+def _check_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, label_smoothing: float, z_loss: float
+) -> None:
     if hidden.ndim != 2:
         raise _unexpected("hidden", "(N, C)", hidden.shape)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -400,11 +414,3 @@ def linear_cross_entropy(
         raise _unexpected("label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
     if not 0.0 <= z_loss < math.inf:
         raise _unexpected("z_loss", "a number >= 0", z_loss)
-    vocab_size = len(weight) if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= len(weight):
-        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
-    options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
-    path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
-    return linear_cross_entropy_.linear_cross_entropy(
-        hidden, weight, targets, options, reduction=reduction, backend=path
-    )

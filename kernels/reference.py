@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LOW_MASK = 0xFFFFFFFF
-_SLOW_SDPA = 256  # tokens up to which SDPA in bf16 is slow: docs/experiments.md, "SDPA in bf16 on a CPU"
 _PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Random123, section 5.2)
 
 
@@ -85,16 +84,30 @@ def attention(
     scale: float | None = None,
     documents: Tensor | None = None,  # (B, T) int
 ) -> Tensor:
-    """Causal self-attention; see ops.attention. Returns (B, T, H, D).
-
-    By SDPA where that can do it, else with all weights (B, H, T, T) in memory.
-    """
-    T, D = q.shape[1], q.shape[3]
-    slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T < _SLOW_SDPA
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    if dropout_p == 0.0 and documents is None and not slow_sdpa:
+    """Causal self-attention; see ops.attention. Returns (B, T, H, D)."""
+    if dropout_p == 0.0 and documents is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    return attention_by_weights(
+        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+    )
+
+
+def attention_by_weights(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """The same with all weights (B, H, T, T) in memory."""
+    T, D = q.shape[1], q.shape[3]
     scale = 1.0 / math.sqrt(D) if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)

@@ -1,4 +1,4 @@
-"""Attention against a key-value cache without Triton: the reference, and what is faster on a CPU."""
+"""Attention without Triton: the reference, and what is faster on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt.kernels import reference
+
+_SLOW_SDPA = 256  # tokens up to which SDPA in bf16 is slow: docs/experiments.md, "SDPA in bf16 on a CPU"
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,  # (B, T) int
+) -> Tensor:
+    """See ops.attention."""
+    slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] < _SLOW_SDPA
+    function = reference.attention_by_weights if slow_sdpa else reference.attention
+    return function(q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents)
 
 
 def decode_attention(

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import ops, reference
+from fusedgpt.kernels.cpu import attention as kernel
+
+
+@pytest.mark.parametrize("T", [1, 2, 17, 130])
+def test_attention_is_the_references(T: int) -> None:
+    q, k, v = torch.randn(3, 2, T, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(kernel.attention(q, k, v), reference.attention(q, k, v))
+    torch.testing.assert_close(kernel.attention(q, k, v, scale=0.7), reference.attention(q, k, v, scale=0.7))
 
 
 @pytest.mark.parametrize("T", [17, 128, 255, 256])
@@ -14,7 +22,7 @@ def test_attention_in_bf16_is_as_exact_as_sdpa(T: int) -> None:
     generator = torch.Generator().manual_seed(T)
     exact = torch.randn(3, 1, T, 2, 64, dtype=torch.float64, generator=generator).bfloat16().double()
     errors = []
-    for attention in (ops.attention, sdpa):
+    for attention in (kernel.attention, sdpa):
         inputs = exact.bfloat16().requires_grad_()
         wide = exact.clone().requires_grad_()
         out, truth = attention(*inputs), sdpa(*wide)
