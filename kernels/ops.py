@@ -6,8 +6,8 @@ FUSEDGPT_KERNELS=auto (default) takes a Triton kernel where the device has one, 
 `reference` never does. With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors. Where no
 kernel is taken, kernels/cpu/ has the faster form of some references.
 
-All dropout is counter-based: the same (seed, offset), both int64 scalar tensors, give the same mask; a new
-mask needs another offset, at least numel / 8 further on.
+Dropout is counter-based: the same (seed, offset), int64 scalar tensors, give the same mask; a new mask needs
+another offset, at least numel / 8 further on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ OPS = (
     "adamw",
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
-_OLDEST_GPU = (8, 0)
 _LARGEST_HEAD = 128
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -79,7 +78,7 @@ def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in TRITON_DTYPES:
         return f"has no Triton kernel for {dtype}"
     if device.type == "cuda":
-        old = torch.cuda.get_device_capability(device) < _OLDEST_GPU
+        old = torch.cuda.get_device_capability(device) < (8, 0)
         return "needs a GPU of compute capability 8.0 or newer" if old else ""
     if device.type == "cpu" and _INTERPRETED:
         return "in bf16 is miscomputed by Triton's interpreter, use fp32" if dtype == torch.bfloat16 else ""
@@ -220,9 +219,8 @@ def qkv_attention(
         _check_size("qkv", "a head size D", qkv.shape[-1], _LARGEST_HEAD)
         y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
         return y
-    q, k, v = qkv.unbind(2)
     return attention_cpu.attention(
-        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+        *qkv.unbind(2), dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
     )
 
 
@@ -255,15 +253,14 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor | int,  # (B,) int, or one number for all
+    lengths: Tensor,  # (B,) int
     *,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence over the first lengths[b] >= 1 rows of its cache.
 
     Row t of a cache (B, T, H, D) belongs to token t; lengths beyond T count as T, a length of 0 gives NaN.
-    On a CPU one number for all sequences costs less than a tensor, which has to be read. scale: > 0,
-    1 / sqrt(D) if None. Returns (B, H, D) in q's dtype. Raises ValueError naming the argument.
+    scale: > 0, 1 / sqrt(D) if None. Returns (B, H, D) in q's dtype. Raises ValueError naming the argument.
     """
     _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 3:
@@ -274,15 +271,10 @@ def decode_attention(
     if k_cache.dtype != q.dtype:
         raise _unexpected("k_cache", f"the dtype of q, {q.dtype}", k_cache.dtype)
     _check_like("v_cache", v_cache, "k_cache", k_cache)
-    if not isinstance(lengths, int):
-        _check_integers("lengths", lengths, q.shape[:1], q.device)
-    elif lengths < 1:
-        raise _unexpected("lengths", "1 or more", lengths)
+    _check_integers("lengths", lengths, q.shape[:1], q.device)
     scale = _checked_scale(scale, D)
     if _takes_triton("decode_attention", q):
-        _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
-        if isinstance(lengths, int):
-            lengths = torch.full((B,), lengths, device=q.device)
+        _check_size("q", "a head size D", D, _LARGEST_HEAD)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
         return y
     return attention_cpu.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
@@ -332,9 +324,8 @@ def dropout_add_layer_norm(
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        counters = dropout_p, seed, offset
-        y, new_residual, _, _ = layer_norm_.layer_norm(x, residual, weight, bias, eps, *counters)
-        return y, new_residual
+        out = layer_norm_.layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+        return out[0], out[1]
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
 
 
@@ -354,9 +345,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias) in x's dtype; x (..., C), bias (C,) of any floating dtype.
+    """gelu(x + bias) by the tanh form, in x's dtype; x (..., C), bias (C,) of any floating dtype.
 
-    GELU in its tanh form. Raises ValueError. Source: Hendrycks and Gimpel 2016.
+    Raises ValueError. Source: Hendrycks and Gimpel 2016.
     """
     _check_floating(x=x, bias=bias)
     if x.ndim == 0:
@@ -387,20 +378,6 @@ def linear_cross_entropy(
     z_loss * logsumexp(logits)^2 per row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
     """
     _check_floating(hidden=hidden, weight=weight)
-    _check_loss(hidden, weight, targets, reduction, label_smoothing, z_loss)
-    vocab_size = len(weight) if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= len(weight):
-        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
-    options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
-    path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
-    return linear_cross_entropy_.linear_cross_entropy(
-        hidden, weight, targets, options, reduction=reduction, backend=path
-    )
-
-
-def _check_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, label_smoothing: float, z_loss: float
-) -> None:
     if hidden.ndim != 2:
         raise _unexpected("hidden", "(N, C)", hidden.shape)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -414,3 +391,10 @@ def _check_loss(
         raise _unexpected("label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
     if not 0.0 <= z_loss < math.inf:
         raise _unexpected("z_loss", "a number >= 0", z_loss)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= len(weight):
+        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
+    options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
+    path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
+    function = linear_cross_entropy_.linear_cross_entropy
+    return function(hidden, weight, targets, options, reduction=reduction, backend=path)

@@ -126,12 +126,11 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor | int,  # (B,) int, how many cache rows are valid, or one number for all
+    lengths: Tensor,  # (B,) int, how many cache rows are valid
     *,
     scale: float | None = None,
 ) -> Tensor:
     """One query token against a key-value cache; see ops.decode_attention. Returns (B, H, D)."""
-    lengths = torch.as_tensor(lengths, device=q.device).expand(len(q))
     valid = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, T)
     return F.scaled_dot_product_attention(
         q[:, :, None],

@@ -2,7 +2,7 @@
 
 A step reads its token, its position and the lengths of the caches from tensors on the device and writes into
 buffers that stay where they are. Nothing in it depends on a host value, so a CUDA graph can replay it. Only
-the plain ops of a CPU are told the length as a number, which costs them less to read.
+the plain fp32 ops of a CPU take the length as a number, which costs them less to read.
 
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 """
@@ -47,8 +47,8 @@ class Decoder:
         self.model, self.length, self.window = model, 0, config.window
         self.qkv_shape = batch_size, 3, config.n_head, config.head_dim
         plain = ops.backend("decode_attention", weight.device, weight.dtype) == "reference"
-        self.host_length = plain and weight.device.type == "cpu"
-        self.kernels: Any = decoding if self.host_length and weight.dtype == torch.float32 else ops
+        on_cpu = plain and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.kernels: Any = decoding if on_cpu else ops
         self.layers = [
             _Layer(block, self.kernels, weight.new_empty(shape), weight.new_empty(shape))
             for block in model.blocks()
@@ -100,7 +100,7 @@ class Decoder:
         q, k, v = qkv.view(self.qkv_shape).unbind(1)  # (B, H, D)
         layer.k.index_copy_(1, self.position, k.unsqueeze(1))
         layer.v.index_copy_(1, self.position, v.unsqueeze(1))
-        lengths = self.length if self.host_length else self.lengths
+        lengths = self.length if self.kernels is decoding else self.lengths
         y: Tensor = self.kernels.decode_attention(q, layer.k, layer.v, lengths)
         return y
 

@@ -32,22 +32,19 @@ def decode_attention(
     q: Tensor,  # (B, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor | int,  # (B,) int, or one number for all
+    lengths: Tensor,  # (B,) int
     *,
     scale: float | None = None,
 ) -> Tensor:
     """See ops.decode_attention. On a CPU the rows beyond the longest sequence are not read."""
-    valid = None
-    if isinstance(lengths, int):
-        k_cache, v_cache = k_cache[:, :lengths], v_cache[:, :lengths]
-    elif lengths.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for a GPU
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for a GPU
         return reference.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
-    else:
-        shortest, longest = (int(length) for length in lengths.aminmax())
-        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
-        T = k_cache.shape[1]
-        if shortest < T:
-            valid = (torch.arange(T) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+    shortest, longest = (int(length) for length in lengths.aminmax())
+    k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
+    T = k_cache.shape[1]
+    valid = None
+    if shortest < T:
+        valid = (torch.arange(T) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
     return F.scaled_dot_product_attention(
         q[:, :, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2), attn_mask=valid, scale=scale
     )[:, :, 0]
