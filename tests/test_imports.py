@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,10 @@ def test_transformers_imports_beside_our_kernels_folder() -> None:
     """A top-level package `kernels` in the working directory once broke this."""
     code = "import sys; sys.path.insert(0, '.'); from transformers import GPT2LMHeadModel"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_a_wheel_has_every_folder() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {file.parent for room in ("kernels", "model", "train") for file in (ROOT / room).rglob("*.py")}
+    names = {"fusedgpt." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert names == set(settings["packages"])
