@@ -36,7 +36,7 @@ from fusedgpt.train.data.tokens.load import tokenise
 from fusedgpt.train.report import terminal
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
-SHAKESPEARE = Path(__file__).parents[4] / "shared" / "data" / "tinyshakespeare.txt"
+SHAKESPEARE = Path(__file__).parents[5] / "shared" / "data" / "tinyshakespeare.txt"
 EOT = 50256
 MIXED = "Zoë's 猫 sat。\n\n  It's 3.14 😀👩‍👩‍👧‍👦 \x1b[0m\x85 rained\r\n\tдождь שלום مرحبا ไทย\u3000 don't "
 

@@ -176,7 +176,7 @@ def test_adamw_accesses_full_blocks_16_bytes_at_once() -> None:
 
 
 def test_every_file_with_kernels_is_inspected() -> None:
-    folder = Path(__file__).parents[2] / "kernels"
+    folder = Path(__file__).parents[3] / "kernels"
     with_kernels = {path.stem for path in folder.glob("*.py") if "_kernel(\n" in path.read_text()}
     listed = report("--kernel", "none").stderr.split("there are ")[1]
     assert set(listed.strip().split(", ")) == with_kernels
