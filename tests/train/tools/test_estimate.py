@@ -109,7 +109,7 @@ def test_activations_on_a_cpu(dtype: torch.dtype, T: int, dropout: float, checkp
 def test_flops_are_nanogpts() -> None:
     gpt2 = PRESETS["gpt2"]
     assert flops_per_token(gpt2, 1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert flops_per_token(gpt2, 1024) == pytest.approx(8.6e8, rel=0.01)  # docs/performance.md
+    assert flops_per_token(gpt2, 1024) == pytest.approx(8.6e8, rel=0.01)
 
 
 def test_full_recomputes_the_blocks_but_for_their_last_matrix() -> None:
@@ -158,7 +158,7 @@ def test_rows_of_gpt2_on_an_h200() -> None:
     assert full.activations == M * (
         12 * 2 * 768 * 2 + 8
     )  # the first block has one input, the last norm a row
-    assert none.loss < 2e9  # docs/performance.md's target
+    assert none.loss < 2e9  # the target in benchmarks/README.md
     assert none.total > selective.total > full.total
     for row in (none, selective, full):
         parts = row.parameters + row.optimizer + row.activations
