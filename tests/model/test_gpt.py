@@ -173,7 +173,7 @@ def test_gradients_equal_those_of_a_plain_gpt2(tiny_gpt: GPT) -> None:
     from fusedgpt.model.weights import hf_tensors
 
     plain = GPT2LMHeadModel(GPT2Config(**hf_config(tiny_gpt.config, eot_id=60)))
-    plain.load_state_dict(hf_tensors(tiny_gpt), strict=False)
+    plain.load_state_dict(hf_tensors(tiny_gpt, torch.float32), strict=False)
     plain.eval()(IDS, labels=IDS).loss.backward()
     tiny_gpt(IDS[:, :-1], IDS[:, 1:]).backward()
     assert tiny_gpt.wte.weight.grad is not None

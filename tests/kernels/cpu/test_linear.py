@@ -140,7 +140,7 @@ def test_only_fp32_is_stored_transposed(dtype: torch.dtype, monkeypatch: pytest.
     used: list[str] = []
     real = torch.embedding_bag
     monkeypatch.setattr(torch, "embedding_bag", lambda *a: used.append("bag") or real(*a))
-    plain, x = torch.randn(16, 8).to(dtype), torch.randn(1, 8).to(dtype)
+    plain, x = torch.randn(16, 8).to(dtype), torch.randn(8).to(dtype)
     for weight, bags in ((plain, 0), (kernel.transposed_storage(plain), int(dtype == torch.float32))):
         used.clear()
         torch.testing.assert_close(kernel.inference_linear(weight)(x), x @ plain.T)
