@@ -20,6 +20,19 @@ _ENV_PREFIX = "FUSEDGPT_OLLAMA_TIMEOUT_"
 HEURISTICS = "heuristics"  # instead of a model, refine.score_sample grades
 _DEFAULT_HOSTS = {"ollama": "http://localhost:11434", "openai": "http://localhost:8000"}
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/nvhost-gpu")  # CUDA, ROCm, Jetson
+# Where clouds serve credentials, besides link-local addresses: Alibaba, Azure, AWS, Google, Oracle, Scaleway.
+_METADATA = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("100.100.100.200", "168.63.129.16"),
+        *("fd00:ec2::/32", "fd20:ce::/32", "fd00:c1::/32", "fd00:42::/32"),
+    )
+]
+# IPv6 with an IPv4 address in the last 32 bits: compatible, mapped, translated, NAT64, local NAT64.
+_HOLDS_IPV4 = [
+    ipaddress.IPv6Network(network)
+    for network in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
+]
 
 
 class Timeouts(NamedTuple):
@@ -70,6 +83,9 @@ class LLMConfig(BaseModel):
     llm_max_tokens: int = _setting(768, "Maximum tokens per answer.", ge=16, le=32_768)
     llm_api_key_env: str | None = _setting(
         None, "Environment variable of the API key.", unset="OPENAI_API_KEY, for api.openai.com"
+    )
+    llm_allow_http: bool = _setting(
+        False, "Send the API key unencrypted where --llm-host is http:// and not this machine."
     )
     timeouts: Literal["auto", "gpu", "cpu"] = _setting(
         "auto", "Time limits for a server with or without a GPU; auto looks for one."
@@ -164,11 +180,30 @@ def check_host(url: str) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError for a multicast or link-local address, where clouds serve credentials."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    """Raises ValueError for a multicast or link-local address, and for those of cloud metadata services.
+
+    IPv6 addresses that lead to such an IPv4 one, by NAT64, 6to4, Teredo or mapping, are refused too.
+    """
+    ip = ipaddress.ip_address(address)
+    for each in (ip, *_ipv4_within(ip)):
+        if each.is_link_local or each.is_multicast or any(each in network for network in _METADATA):
+            kind = "link-local, multicast or a cloud's metadata service"
+            raise ValueError(f"llm_host leads to {address}, which is {kind} and never contacted")
+
+
+def _ipv4_within(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that an IPv6 address holds."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return []
+    last = [ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)] if any(ip in net for net in _HOLDS_IPV4) else []
+    return [*last, *filter(None, (ip.sixtofour, *(ip.teredo or ())))]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether what is sent to the address stays on this machine."""
+    ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_link_local or ip.is_multicast:
-        raise ValueError(f"llm_host leads to {address}, which is link-local or multicast and never contacted")
+    return ip.is_loopback or ip.is_unspecified
 
 
 def _guess_preset(origin: str) -> str:

@@ -197,6 +197,28 @@ def test_names_that_lead_nowhere_or_astray(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize("host", ["2852039166", "0xa9fea9fe", "169.254.43518", "0251.0376.0251.0376"])
+def test_odd_spellings_of_an_address_are_resolved_before_it_is_checked(host: str) -> None:
+    with pytest.raises(ValueError, match=r"leads to 169.254.169.254|is not a URL"):
+        ask(LLMConfig(data_source="ollama", llm_host=f"http://{host}"))
+
+
+def test_a_key_does_not_leave_this_machine_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1")
+    found = ["127.0.0.1"]
+    monkeypatch.setattr(llm, "_look_up", lambda url, seconds: found)
+    with Fake(reply=reply) as fake:
+        port = fake.url.rpartition(":")[2]
+        options: dict[str, Any] = {"llm_host": f"http://box.example:{port}", "llm_api_key_env": "MY_KEY"}
+        assert ask(config_for(fake, **options)) == [Answer(EGGS, True)]
+        for found[:] in (["10.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["64:ff9b::7f00:1"]):
+            with pytest.raises(ValueError, match=r"box.example.* unencrypted: use https, .*--llm-allow-http"):
+                ask(config_for(fake, **options))
+        found[:] = ["127.0.0.1", "10.0.0.1"]
+        assert ask(config_for(fake, **options, llm_allow_http=True)) == [Answer(EGGS, True)]
+        assert ask(config_for(fake, llm_host=options["llm_host"])) == [Answer(EGGS, True)]  # there is no key
+
+
 def test_a_url_that_only_httpx_finds_fault_with() -> None:
     with pytest.raises(ValueError, match=r"llm_host 'http://0251.0376.1.1' is not a URL: "):
         ask(LLMConfig(data_source="ollama", llm_host="http://0251.0376.1.1"))

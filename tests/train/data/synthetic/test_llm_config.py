@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from fusedgpt.train.data.synthetic import llm_config
-from fusedgpt.train.data.synthetic.llm_config import PRESETS, LLMConfig, check_address
+from fusedgpt.train.data.synthetic.llm_config import PRESETS, LLMConfig, check_address, is_loopback
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_hosts(host: str) -> None:
         "http://[fe80::1]",
         "http://[fe80::1%25eth0]",
         "http://[::ffff:169.254.169.254]",
+        "http://[64:ff9b::a9fe:a9fe]",
         "http://224.0.0.1",
         "",
     ],
@@ -62,10 +63,35 @@ def test_a_password_or_key_is_refused_and_not_shown() -> None:
         assert caught.value.errors()[0]["type"] == "value_error"  # those are shown without their input
 
 
-@pytest.mark.parametrize("address", ["169.254.1.1", "fe80::1%eth0", "::ffff:169.254.169.254", "ff02::1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("169.254.1.1", "fe80::1%eth0", "224.0.0.1", "ff02::1"),
+        *("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254", "fd00:c1::a9fe:a9fe"),
+        *("::a9fe:a9fe", "::ffff:169.254.169.254", "::ffff:0:169.254.169.254", "::ffff:100.100.100.200"),
+        *("64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe", "64:ff9b::6464:64c8"),
+        *("2002:a9fe:a9fe::", "2002:a9fe:a9fe::1", "2001:0:a9fe:a9fe::1", "2001:0:1::5601:5601"),
+    ],
+)
 def test_addresses_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="link-local"):
+    with pytest.raises(ValueError, match="link-local, multicast or a cloud's metadata service"):
         check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "::1", "192.168.1.7", "100.100.100.201", "8.8.8.8", "fd00:ec3::254"),
+        *("::ffff:10.0.0.1", "64:ff9b::808:808", "2002:808:808::1", "2606:4700::a9fe:a9fe"),
+    ],
+)
+def test_other_addresses_are_contacted(address: str) -> None:
+    check_address(address)
+
+
+def test_what_stays_on_this_machine() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::")))
+    assert not any(map(is_loopback, ("10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "fd00::1", "8.8.8.8")))
 
 
 def test_presets_are_those_of_the_issue() -> None:
