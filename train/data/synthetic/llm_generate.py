@@ -44,7 +44,7 @@ _STYLES = (
 )  # fmt: skip
 
 _MAX_ANSWER_CHARS = 200_000
-_CHAT_MARK = re.compile(r"<\|[a-z_]{1,30}\|>|\[/?INST\]|</?s>")
+_CHAT_MARK = re.compile(r"<[|｜][a-z_▁]{1,30}[|｜]>|\[/?INST\]|</?(?:s|answer|response)>", re.I)
 _PARTED = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
 _RULE = re.compile(r"^[ \t]*[-*_](?: ?[-*_]){2,}[ \t]*$", re.M)
 _TITLE = r"(?:text|sample|example|story|poem|recipe|conversation|answer|option)[ \t]*#?\d{1,3}"
@@ -64,6 +64,13 @@ _REFUSAL = re.compile(
     r"\b(?:as an ai\b|as a (?:large )?language model"
     r"|i(?: am|['’]m) (?:sorry|afraid),? (?:but )?i can(?:not|['’]t)"
     r"|i can(?:not|['’]t) (?:help|assist|fulfil+|comply))",
+    re.I,
+)
+# Thoughts without tags: the server cut the answer before it closed them, or has taken the tags away.
+_THINKS_ALOUD = re.compile(
+    r"(?:(?:okay|ok|alright|all right|hmm|so|well|first|now)[,. ]+)*"
+    r"(?:the user (?:wants|asks|asked|is asking|needs|requests?)|(?:we|i) (?:need|have) to (?:write|produce|"
+    r"generate|create|come up with)|let(?:['’]s| me) (?:think|start by|break (?:this|it) down))\b",
     re.I,
 )
 _LAST_END = re.compile(r".*[.!?…。！？][\"')\]”’」]*", re.S)
@@ -102,6 +109,13 @@ def split_answer(answer: Answer) -> list[str]:
         whole = _LAST_END.match(parts[-1])
         parts[-1] = whole[0] if whole else ""
     return [part for part in map(_clean, parts) if part]
+
+
+def _remark(text: str) -> str | None:
+    """Why a text is not a sample but the model's own words about the request, None if it is one."""
+    if _REFUSAL.search(text[:300]):
+        return "refusal"
+    return "thoughts" if _THINKS_ALOUD.match(text) else None
 
 
 def _clean(text: str) -> str:
@@ -194,8 +208,7 @@ class SampleFile(ExitStack):
         if not parts:
             self.rejected["empty"] += 1
         for text in parts:
-            fault = "refusal" if _REFUSAL.search(text[:300]) else self.filter.fault(text)
-            if fault:
+            if fault := _remark(text) or self.filter.fault(text):
                 self.rejected[fault] += 1
             else:
                 kept.append(text)

@@ -12,7 +12,19 @@ from fusedgpt.train.report.terminal import strip_escapes
 _INVISIBLE = dict.fromkeys(  # C1 controls, bidirectional overrides, byte order mark, lone surrogates
     [0x7F, *range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000)]
 )
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
+# The marks around the thoughts of DeepSeek-R1 and QwQ, Seed-OSS, Magistral, Kimi, Sky-T1, Command A, Gemma.
+_NAME = r"(?:\w{1,20}:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection)"
+_OPEN = rf"(?:<{_NAME}>|(?-i:\[THINK\])|◁think▷|<\|(?:begin_of_thought|start_thinking)\|>|<\|channel>thought)"
+_CLOSE = rf"(?:</{_NAME}>|(?-i:\[/THINK\])|◁/think▷|<\|(?:end_of_thought|end_thinking)\|>|<channel\|>)"
+_THOUGHT = re.compile(rf"{_OPEN}.*?(?:{_CLOSE}|\Z)", re.S | re.I)
+_UNOPENED_THOUGHT = re.compile(rf"\A.*{_CLOSE}", re.S | re.I)  # the chat template opens it, in the prompt
+# Harmony, gpt-oss's format: its special tokens, and what is left of them if the server drops those.
+_CHANNEL, _MESSAGE, _MESSAGE_END = (
+    "<|channel|>",
+    "<|message|>",
+    re.compile(r"<\|(?:end|return|start|call)\|>"),
+)
+_BARE_HARMONY = re.compile(r"\Aanalysis(?=[A-Z]).*?(?:assistantfinal|\Z)", re.S)
 
 
 class LLMError(OSError):
@@ -52,8 +64,11 @@ def plain_text(text: str) -> str:
 
 
 def strip_thoughts(text: str) -> str:
-    """`text` without what a reasoning model put between <think> tags."""
-    return _THOUGHT.sub("", text)
+    """`text` without what a reasoning model thought, in tags or in harmony's channels; perhaps nothing."""
+    if _CHANNEL in text:
+        messages = (m.partition(_MESSAGE)[2] for m in text.split(_CHANNEL) if m.startswith("final"))
+        return "".join(_MESSAGE_END.split(message, 1)[0] for message in messages)
+    return _BARE_HARMONY.sub("", _UNOPENED_THOUGHT.sub("", _THOUGHT.sub("", text)))
 
 
 class Ollama:

@@ -65,6 +65,52 @@ def test_answers_come_apart(answer: str) -> None:
     assert split(answer) == [SOUP, CAKE]
 
 
+THOUGHT = "Okay, the user wants two recipes.\n===\nLet me think about eggs first."
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        f"{THOUGHT}\n</think>\n\n",  # DeepSeek-R1 and QwQ: the chat template opens the tag
+        f"<think>{THOUGHT}</think>",
+        f"<thinking>{THOUGHT}</thinking>",
+        f"<Thought>{THOUGHT}</Thought>",
+        f"<reasoning>{THOUGHT}</reasoning>",
+        f"<seed:think>{THOUGHT}</seed:think>",
+        f"[THINK]{THOUGHT}[/THINK]",
+        f"◁think▷{THOUGHT}◁/think▷",
+        f"<|begin_of_thought|>{THOUGHT}<|end_of_thought|>",
+        f"<|START_THINKING|>{THOUGHT}<|END_THINKING|><|START_RESPONSE|>",
+        f"<think>{THOUGHT} I close it with </think> later.</think>",
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>",
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary<|message|>"
+        "I write.<|end|><|start|>assistant<|channel|>final <|constrain|>text<|message|>",
+        f"analysis{THOUGHT}assistantfinal",
+        f"<think>{THOUGHT}</think><answer>",
+    ],
+)
+def test_thoughts_are_dropped(thought: str) -> None:
+    assert split(f"{thought}{SOUP}\n===\n{CAKE}") == [SOUP, CAKE]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"<|channel|>analysis<|message|>{THOUGHT}",
+        f"analysis{THOUGHT}",
+        f"[THINK]{THOUGHT}",
+        f"<seed:think>{THOUGHT}",
+        THOUGHT.split("\n")[0],  # without a tag, as the server has cut the answer before it
+        "Hmm, well, we need to write three recipes with eggs, each of them different.",
+        "So, let's think: a recipe of eggs, one of soup and one of bread would do.",
+    ],
+)
+def test_answers_that_are_only_thoughts_are_refused_and_counted(tmp_path: Path, answer: str) -> None:
+    with open_samples(tmp_path / "s.jsonl") as samples:
+        assert samples.take(0, Answer(answer, False)) == 0
+        assert sum(samples.rejected[reason] for reason in ("empty", "thoughts")) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -75,6 +121,8 @@ def test_answers_come_apart(answer: str) -> None:
         "The recipe:\n\n1. Wash the rice.\n2. Boil it.",
         'He said "no" and she said "yes".',
         "Of course the sea was cold that morning.\nWe went in all the same.",
+        "Sam: [thinking] I am not sure. Let me think about it.",
+        "The users wanted more <b>reasoning</b>, and an analysis of the final channel.",
     ],
 )
 def test_sound_texts_are_left_as_they_are(text: str) -> None:
@@ -97,7 +145,28 @@ def test_any_answer_comes_apart(text: str, ended: bool) -> None:
         assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in part)
 
 
-HOSTILE = [" ", "\n", "=", "= ", "- ", "*", "_", "`", "<think>", "<|", "\x1b[", '"', "Sure, ", "a.", ". "]
+HOSTILE = [
+    "<|channel|>",
+    "<|channel|>final",
+    "[THINK]",
+    "<seed:",
+    " ",
+    "\n",
+    "=",
+    "= ",
+    "- ",
+    "*",
+    "_",
+    "`",
+    "<think>",
+    "</think>",
+    "<|",
+    "\x1b[",
+    '"',
+    "Sure, ",
+    "a.",
+    ". ",
+]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
