@@ -103,7 +103,7 @@ class TrainConfig(_Frozen):
     """Everything that the training loop needs to know; `steps` overrides `epochs`."""
 
     steps: int | None = _setting(None, "Optimizer steps; overrides --epochs.", ge=1)
-    epochs: int = _setting(20, "Passes over the training text.", ge=1)
+    epochs: int = _setting(20, "Passes over the training text, rounded up to a whole step.", ge=1)
     batch_size: int = _setting(2, "Windows per micro-batch, and per step without --batch-tokens.", ge=1)
     batch_tokens: int | None = _optim(
         None, "Tokens per optimizer step, reached by gradient accumulation.", unset="one micro-batch", ge=1

@@ -35,30 +35,20 @@ class StepBatch:
     """What one optimizer step trains on, in micro-batches that fit the device."""
 
     micro_batches: tuple[Batch, ...]  # inputs and targets, (B, T) int64 each
-    shares: tuple[float, ...]  # of the step's targets that each micro-batch has; they add up to 1
-    tokens: int
+    shares: Tensor  # of the step's targets that each micro-batch has: fp32, on its device; they add up to 1
+    tokens: int  # targets that count: not padding
     following: Cursor  # where the next step begins
 
     @classmethod
     def collect(cls, micro_batches: Sequence[Batch], following: Cursor) -> Self:
         """The step on `micro_batches`, each weighing by the targets it has that are not ignored."""
         counts = [int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches]
-        return cls.weigh(micro_batches, counts, following)
+        shares = _shares(counts).to(micro_batches[0][0].device)
+        return cls(micro_batches=tuple(micro_batches), shares=shares, tokens=sum(counts), following=following)
 
-    @classmethod
-    def weigh(cls, micro_batches: Sequence[Batch], counts: Sequence[int], following: Cursor) -> Self:
-        """The same where it is known how many targets of each count: nothing waits for a GPU."""
-        return cls(
-            micro_batches=tuple(micro_batches),
-            shares=tuple(count / max(1, sum(counts)) for count in counts),
-            tokens=sum(inputs.numel() for inputs, _ in micro_batches),
-            following=following,
-        )
 
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """Of the micro-batches."""
-        return tuple(inputs.shape for inputs, _ in self.micro_batches)
+def _shares(counts: Sequence[int]) -> Tensor:
+    return torch.tensor([count / max(1, sum(counts)) for count in counts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +56,17 @@ class _Drawn:
     """A step as the thread makes it: batches on the host, or where windows start in tokens on the GPU."""
 
     pieces: list[Batch | Tensor]
-    counts: list[int]  # targets that count
+    shares: Tensor
+    tokens: int
     following: Cursor
 
 
 class Loader:
     """Iterates over the steps of a run from `cursor` on, without end; use it as a context manager.
 
-    The last step of an epoch may be smaller. What goes wrong in the thread is raised by next(). A small set
-    lives on the GPU (`resident`, by default where it fits well), and a step copies only where it looks there.
+    Steps cross the ends of epochs, so all are equal in shape. What goes wrong in the thread is raised by
+    next(). A small set lives on the GPU (`resident`, by default where it fits well), and a step copies only
+    where it looks there.
     """
 
     def __init__(
@@ -112,7 +104,12 @@ class Loader:
         drawn = self._queue.get()
         if isinstance(drawn, BaseException):
             raise drawn
-        return StepBatch.weigh([self._on_device(p) for p in drawn.pieces], drawn.counts, drawn.following)
+        return StepBatch(
+            micro_batches=tuple(self._on_device(piece) for piece in drawn.pieces),
+            shares=drawn.shares.to(self.device, non_blocking=True),
+            tokens=drawn.tokens,
+            following=drawn.following,
+        )
 
     def _on_device(self, piece: Batch | Tensor) -> Batch:
         if not isinstance(piece, Tensor):
@@ -143,10 +140,9 @@ class Loader:
 
     def _draw(self, cursor: Cursor) -> _Drawn:
         """The step that begins at `cursor`."""
-        left = self.dataset.windows_per_epoch - cursor.position
         pieces: list[Batch | Tensor] = []
         counts: list[int] = []
-        for first in range(0, min(self.windows, left), self.config.batch_size):
+        for first in range(0, self.windows, self.config.batch_size):
             size = min(self.config.batch_size, self.windows - first)
             where: dict[str, Any] = {"seed": self.config.seed, "epoch": cursor.epoch, "batch_size": size}
             where["position"] = cursor.position + first
@@ -158,9 +154,10 @@ class Loader:
                 inputs, targets = self.dataset.train_batch(**where)
                 pieces.append((self._pinned(inputs), self._pinned(targets)))
                 counts.append(int((targets != IGNORE_INDEX).sum()))
-        end = left <= self.windows
-        following = Cursor(epoch=cursor.epoch + end, position=0 if end else cursor.position + self.windows)
-        return _Drawn(pieces=pieces, counts=counts, following=following)
+        ended, position = divmod(cursor.position + self.windows, self.dataset.windows_per_epoch)
+        following = Cursor(epoch=cursor.epoch + ended, position=position)
+        shares = self._pinned(_shares(counts))
+        return _Drawn(pieces=pieces, shares=shares, tokens=sum(counts), following=following)
 
     def _pinned(self, x: Tensor) -> Tensor:
         return x.pin_memory() if self.device.type == "cuda" else x

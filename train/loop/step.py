@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Step:
         """The step at the learning rate that was set."""
         scale = self.loss_scale.scale if self.loss_scale else None
         total = None
-        for (inputs, targets), share in zip(batch.micro_batches, batch.shares, strict=True):
+        for (inputs, targets), share in zip(batch.micro_batches, batch.shares.unbind(), strict=True):
             loss = self.forward(inputs, targets, documents=self.document_ids(inputs), **self.loss_options)
             weight = torch.where(loss.detach().isfinite(), share, torch.nan)
             torch.autograd.backward(loss, weight if scale is None else weight * scale)
@@ -73,8 +74,8 @@ class Step:
 class GraphedStep:
     """A Step captured as one CUDA graph: one launch where there were hundreds.
 
-    The first steps run eagerly, as do those whose batch has another shape (the end of an epoch). Learning
-    rate, loss scale, dropout offset and step counts are tensors that the graph reads and writes.
+    The first steps run eagerly. All steps must have the same shape. Learning rate, shares, loss scale,
+    dropout offset and step counts are tensors that the graph reads and writes.
     """
 
     def __init__(self, step: Step) -> None:
@@ -89,11 +90,8 @@ class GraphedStep:
         if self.graph is None:
             self._capture(batch)
         assert self.graph is not None
-        if batch.shapes != self.batch.shapes or batch.shares != self.batch.shares:
-            return self.step(batch, lr)
-        for ours, theirs in zip(self.batch.micro_batches, batch.micro_batches, strict=True):
-            for x, y in zip(ours, theirs, strict=True):
-                x.copy_(y, non_blocking=True)
+        for x, y in zip(_tensors(self.batch), _tensors(batch), strict=True):
+            x.copy_(y, non_blocking=True)
         self.step.set_learning_rate(lr)
         self.graph.replay()
         return self.result
@@ -110,8 +108,14 @@ class GraphedStep:
 
     def _capture(self, batch: StepBatch) -> None:
         copies = tuple((x.clone(), y.clone()) for x, y in batch.micro_batches)
-        self.batch = replace(batch, micro_batches=copies)
+        self.batch = replace(batch, micro_batches=copies, shares=batch.shares.clone())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # "thread_local": meanwhile the loader's thread may pin memory, which "global" forbids to all threads.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.result = self.step.run(self.batch)
         self.graph = graph
+
+
+def _tensors(batch: StepBatch) -> list[Tensor]:
+    """What a step reads."""
+    return [batch.shares, *chain.from_iterable(batch.micro_batches)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -141,16 +143,19 @@ def train(
     )
 
 
-def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, int]:
-    """(steps of the run, steps of an epoch). Raises ValueError where a step is larger than the data."""
+def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fraction]:
+    """(steps of the run, steps of an epoch); the last step is filled up from the epoch after config.epochs.
+
+    Raises ValueError where a step is larger than the data.
+    """
     windows = windows_per_step(config, dataset.max_length)
     if windows > dataset.windows_per_epoch:
         raise ValueError(
             f"a step takes {windows} windows of {dataset.max_length} tokens, the training text has only "
             f"{dataset.windows_per_epoch}: lower --batch-size or --batch-tokens, or add text"
         )
-    steps_per_epoch = -(-dataset.windows_per_epoch // windows)
-    return config.steps or config.epochs * steps_per_epoch, steps_per_epoch
+    steps_per_epoch = Fraction(dataset.windows_per_epoch, windows)
+    return config.steps or math.ceil(config.epochs * steps_per_epoch), steps_per_epoch
 
 
 def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training:

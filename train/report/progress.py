@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 from fusedgpt.train.report.terminal import printable
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from rich.progress import Progress
 
 _EPOCHS_BETWEEN_AVERAGES = 5
@@ -101,8 +103,11 @@ class Monitor:
         self._bar: Progress | None = None
         self._last = self._written = StepMetrics()
 
-    def begin(self, *, steps: int, steps_per_epoch: int, step: int = 0) -> None:
-        """Start to draw a run of `steps`, which has done `step` of them."""
+    def begin(self, *, steps: int, steps_per_epoch: Fraction | int, step: int = 0) -> None:
+        """Start to draw a run of `steps`, which has done `step` of them.
+
+        A step that takes text of two epochs counts for the first.
+        """
         self.close()
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
         self._skipped = 0
@@ -125,11 +130,11 @@ class Monitor:
         if math.isfinite(metrics.loss):
             self._epoch_sum += metrics.loss
             self._epoch_count += 1
-        epoch, left = divmod(metrics.step, self._steps_per_epoch)
-        if left == 0:
+        epoch = metrics.step // self._steps_per_epoch
+        if epoch > (metrics.step - 1) // self._steps_per_epoch:
             if epoch % _EPOCHS_BETWEEN_AVERAGES == 0:
                 mean = self._epoch_sum / self._epoch_count if self._epoch_count else math.nan
-                resumed = metrics.step - self._epoch_start < self._steps_per_epoch
+                resumed = self._epoch_start > math.ceil((epoch - 1) * self._steps_per_epoch)
                 part = f" (from step {self._epoch_start + 1})" if resumed else ""
                 self.note(f"epoch {epoch}: average loss {mean:.4f}{part}")
             self._epoch_start, self._epoch_sum, self._epoch_count = metrics.step, 0.0, 0

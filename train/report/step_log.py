@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,7 +53,7 @@ class TrainingLog:
         self.sinks: Sequence[Sink] = ()
         self.paused_seconds = 0.0
 
-    def begin(self, steps: int, steps_per_epoch: int, flops_per_token: float) -> None:
+    def begin(self, steps: int, steps_per_epoch: Fraction, flops_per_token: float) -> None:
         """Say what is about to happen and open the sinks."""
         step, device = self.training.progress.step, self.results.device
         if self.run is not None:

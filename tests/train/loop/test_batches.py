@@ -10,7 +10,7 @@ import torch
 from training_runs import counting
 
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset
+from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset, build_dataset
 from fusedgpt.train.loop.batches import Cursor, Loader, StepBatch
 
 CPU = torch.device("cpu")
@@ -21,19 +21,22 @@ def steps(config: TrainConfig, n: int, cursor: Cursor | None = None) -> list[Ste
         return list(itertools.islice(loader, n))
 
 
-def test_an_epoch_is_every_window_once_in_the_datasets_order() -> None:
+def test_steps_of_one_shape_take_every_window_once_an_epoch_in_the_datasets_order() -> None:
+    """An epoch of the 84 windows ends inside a step."""
     dataset = counting()
-    config = TrainConfig(batch_size=3, batch_tokens=8 * 16, seed=5)
-    per_epoch = -(-dataset.windows_per_epoch // 8)
-    batches = steps(config, 2 * per_epoch)
+    n = dataset.windows_per_epoch
+    assert n % 8
+    batches = steps(TrainConfig(batch_size=3, batch_tokens=8 * 16, seed=5), -(-2 * n // 8))
+    for batch in batches:
+        assert [len(x) for x, _ in batch.micro_batches] == [3, 3, 2]
+        assert batch.tokens == 8 * 16
+        assert batch.shares.tolist() == pytest.approx((3 / 8, 3 / 8, 2 / 8))
+    seen = [torch.cat(x) for x in zip(*(pair for b in batches for pair in b.micro_batches), strict=True)]
     for epoch in (0, 1):
-        inputs, targets = dataset.train_batch(seed=5, epoch=epoch, position=0, batch_size=10**6)
-        mine = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert torch.equal(torch.cat([x for b in mine for x, _ in b.micro_batches]), inputs)
-        assert torch.equal(torch.cat([y for b in mine for _, y in b.micro_batches]), targets)
-    assert [len(x) for x, _ in batches[0].micro_batches] == [3, 3, 2]
-    assert batches[0].tokens == 8 * 16
-    assert batches[0].shares == pytest.approx((3 / 8, 3 / 8, 2 / 8))
+        whole = dataset.train_batch(seed=5, epoch=epoch, position=0, batch_size=n)
+        for mine, wanted in zip(seen, whole, strict=True):
+            assert torch.equal(mine[epoch * n : (epoch + 1) * n], wanted)
+    assert batches[-1].following == Cursor(epoch=2, position=8 * len(batches) - 2 * n)
 
 
 def test_the_cursor_leads_to_the_next_step() -> None:
@@ -43,6 +46,17 @@ def test_the_cursor_leads_to_the_next_step() -> None:
         (resumed,) = steps(config, 1, batches[i].following)
         assert resumed.following == batches[i + 1].following
         assert torch.equal(resumed.micro_batches[0][0], batches[i + 1].micro_batches[0][0])
+
+
+def test_padding_is_not_counted() -> None:
+    """Three documents of three tokens and their ends, packed one to a window of ten."""
+    packed = build_dataset([[1, 2, 3]] * 3, eot_id=9, max_length=6, val_fraction=0.0, seed=0, packing=True)
+    config = TrainConfig(batch_size=2, batch_tokens=18)
+    with Loader(packed, config, CPU, Cursor()) as loader:
+        batch = next(loader)
+    assert sum(x.numel() for x, _ in batch.micro_batches) == 18
+    assert batch.tokens == 12
+    assert batch.shares.tolist() == pytest.approx((8 / 12, 4 / 12))
 
 
 def test_what_goes_wrong_in_the_thread_is_raised() -> None:
@@ -72,9 +86,8 @@ def test_a_set_on_the_device_gives_the_same_batches(device: torch.device) -> Non
         with Loader(counting(), config, device, Cursor(), resident=resident) as loader:
             taken.append(list(itertools.islice(loader, 25)))
     for copied, gathered in zip(*taken, strict=True):
-        assert (copied.shares, copied.tokens, copied.following) == (
-            gathered.shares, gathered.tokens, gathered.following
-        )  # fmt: skip
+        assert (copied.tokens, copied.following) == (gathered.tokens, gathered.following)
+        assert torch.equal(copied.shares, gathered.shares)
         for ours, theirs in zip(copied.micro_batches, gathered.micro_batches, strict=True):
             assert torch.equal(ours[0], theirs[0])
             assert torch.equal(ours[1], theirs[1])

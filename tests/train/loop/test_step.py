@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from fusedgpt.train.data.tokens.dataset import Batch
 from fusedgpt.train.loop.batches import Cursor, StepBatch
 from fusedgpt.train.loop.optimizer import AdamW, build_optimizer
 from fusedgpt.train.loop.precision import LossScale
-from fusedgpt.train.loop.step import Step
+from fusedgpt.train.loop.step import GraphedStep, Step
 
 CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
 TRAIN = TrainConfig(learning_rate=1e-2, grad_clip=0.5)
@@ -49,7 +53,7 @@ def test_uneven_micro_batches_weigh_by_their_targets() -> None:
         batch = StepBatch.collect(micro_batches, Cursor())
         results.append(Step(model, optimizer, TRAIN)(batch, 1e-2))
         weights.append(parameters(model))
-    assert StepBatch.collect(parts, Cursor()).shares == pytest.approx((64 / 70, 6 / 70))
+    assert StepBatch.collect(parts, Cursor()).shares.tolist() == pytest.approx((64 / 70, 6 / 70))
     torch.testing.assert_close(results[0], results[1])
     # AdamW's first step is the sign of the gradient: where that is rounding, it may differ by 2 * lr.
     assert (weights[0] - weights[1]).abs().mean() < 1e-5
@@ -153,3 +157,51 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_its_gradient(where: i
     assert (loss, skipped) == (math.inf, 1.0)
     assert torch.equal(parameters(model), before)
     assert Step(forward, optimizer, TRAIN)(batch, 1e-2)[2] == 0.0
+
+
+class Recorder:
+    """In place of a Step: notes what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[float], float]] = []
+        self.lr = 0.0
+
+    def __call__(self, batch: StepBatch, lr: float) -> Tensor:
+        self.set_learning_rate(lr)
+        return self.run(batch)
+
+    def set_learning_rate(self, lr: float) -> None:
+        self.lr = lr
+
+    def run(self, batch: StepBatch) -> Tensor:
+        self.seen.append(([*batch.shares.tolist(), batch.micro_batches[1][0].sum().item()], self.lr))
+        return torch.zeros(3)
+
+
+def test_a_graph_reads_windows_shares_and_learning_rate_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed windows weigh differently in each step. Three run eagerly, one is captured, then all replay."""
+    step = Recorder()
+    graphed = GraphedStep(cast("Step", step))
+    modes: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            step.run(graphed.batch)
+
+    @contextmanager
+    def capture(_: Graph, *, capture_error_mode: str) -> Iterator[None]:
+        modes.append(capture_error_mode)
+        yield
+        step.seen.pop()  # a capture computes nothing
+
+    fakes = {"Stream": Mock(), "current_stream": Mock(), "stream": lambda _: nullcontext()}
+    for name, fake in {**fakes, "CUDAGraph": Graph, "graph": capture}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    wanted = Recorder()
+    for i in range(6):
+        batch = StepBatch.collect([windows(2, ignored=i, seed=i), windows(1, seed=i + 9)], Cursor())
+        graphed(batch, lr=float(i))
+        wanted(batch, lr=float(i))
+    assert step.seen == wanted.seen
+    assert graphed.eager_steps == 3
+    assert modes == ["thread_local"]  # so that the loader's thread may pin memory meanwhile

@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -105,6 +106,17 @@ def test_averages_come_every_five_epochs() -> None:
     run(Monitor(stream=out), [9.0] * 8 + [1.0, 3.0] + [9.0] * 10, steps_per_epoch=2)
     assert [line for line in out.getvalue().splitlines() if "epoch" in line] == [
         "epoch 5: average loss 2.0000",
+        "epoch 10: average loss 9.0000",
+    ]
+
+
+def test_an_epoch_may_end_inside_a_step() -> None:
+    """After 17, 34, ... windows, by twos: epoch 5 is steps 35 to 43, epoch 10 steps 77 to 85."""
+    out = io.StringIO()
+    losses = [1.0 if 35 <= step <= 43 else 9.0 for step in range(1, 86)]
+    run(Monitor(stream=out), losses, steps_per_epoch=Fraction(17, 2))
+    assert [line for line in out.getvalue().splitlines() if "epoch" in line] == [
+        "epoch 5: average loss 1.0000",
         "epoch 10: average loss 9.0000",
     ]
 

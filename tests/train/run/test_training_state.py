@@ -13,7 +13,7 @@ from training_runs import in_fresh_process, outcome, resume_from, train_tiny
 
 from fusedgpt.train.run.checkpoint import CheckpointError
 
-POINTS = [1, 2, 3, 5, 8, 10, 11, 12, 17, 21, 28, 30]  # an epoch has 11 steps, validations are every 7
+POINTS = [1, 2, 3, 5, 8, 10, 11, 12, 17, 21, 28, 30]  # an epoch ends in step 11, validations every 7
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, tmp_path: Path
     [
         ({"n_embd": 24}, "model: .* is .*, expected"),
         ({"n_layer": 3}, "model: missing or unexpected tensors: h.2."),
-        ({"seed": 4}, "was made with another seed: 3, now 4"),
+        ({"seed": 5}, "was made with another seed: 4, now 5"),
     ],
 )
 def test_a_resume_that_does_not_fit_says_why(

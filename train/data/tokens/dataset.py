@@ -75,13 +75,8 @@ class TokenDataset:
         return digest.hexdigest()[:32]
 
     def train_batch(self, *, seed: int, epoch: int, position: int, batch_size: int) -> Batch:
-        """Windows position .. position + batch_size - 1 of an epoch, fewer at its end.
-
-        Raises ValueError for a position outside the epoch.
-        """
-        if not 0 <= position < self.windows_per_epoch:
-            raise ValueError(f"position {position} is not in an epoch of {self.windows_per_epoch} windows")
-        return self._windows(seed, epoch, self._positions(position, batch_size))
+        """`batch_size` windows from `position` of an epoch on; the next epoch's follow its last."""
+        return self._windows(seed, self._positions(epoch, position, batch_size))
 
     @property
     def has_starts(self) -> bool:
@@ -90,23 +85,28 @@ class TokenDataset:
 
     def window_starts(self, *, seed: int, epoch: int, position: int, batch_size: int) -> Ints:
         """Where in the ring the windows of train_batch begin (B,); the inputs are the T tokens from there."""
-        return self._spans(seed, epoch, self._positions(position, batch_size))[0]
+        return self._spans(seed, self._positions(epoch, position, batch_size))[0]
 
-    def _positions(self, position: int, batch_size: int) -> Ints:
-        return np.arange(position, min(position + batch_size, self.windows_per_epoch))
+    def _positions(self, epoch: int, position: int, batch_size: int) -> Ints:
+        """The positions of consecutive windows, counted from the first of epoch 0."""
+        return epoch * self.windows_per_epoch + np.arange(position, position + batch_size)
 
-    def _spans(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> tuple[Ints, Ints]:
+    def _spans(self, seed: int, positions: Ints, member: int = 0) -> tuple[Ints, Ints]:
         """The tokens [start, stop) that are each window's inputs (B,); its targets lie one further."""
-        shift, order = epoch_order(seed, epoch, self.windows_per_epoch, self.max_length, member)
-        windows = order(positions)
+        windows, shifts = np.empty_like(positions), np.empty_like(positions)
+        epochs, places = np.divmod(positions, self.windows_per_epoch)
+        for epoch in np.unique(epochs).tolist():
+            rows = epochs == epoch
+            shift, order = epoch_order(seed, epoch, self.windows_per_epoch, self.max_length, member)
+            windows[rows], shifts[rows] = order(places[rows]), shift
         if self.borders is None:
-            starts = shift + windows * self.max_length
+            starts = shifts + windows * self.max_length
             return starts, starts + self.max_length
         return self.borders[windows] - 1, self.borders[windows + 1] - 1
 
-    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> Batch:
-        """Inputs and targets (B, T) of the windows at `positions` of an epoch."""
-        starts, stops = self._spans(seed, epoch, positions, member)
+    def _windows(self, seed: int, positions: Ints, member: int = 0) -> Batch:
+        """Inputs and targets (B, T) of the windows at `positions`, counted from the first of epoch 0."""
+        starts, stops = self._spans(seed, positions, member)
         spans = zip(starts.tolist(), stops.tolist(), strict=True)
         return self._batch(
             [_ring(self.train, start, stop + 1 - start) for start, stop in spans], self.eot_id or 0
@@ -168,15 +168,13 @@ class MixedDataset(TokenDataset):
         parts = [f"{one.fingerprint} {share}" for one, share in zip(self.sets, self.shares, strict=True)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
-    def _windows(self, seed: int, epoch: int, positions: Ints, member: int = 0) -> Batch:
+    def _windows(self, seed: int, positions: Ints, member: int = 0) -> Batch:
         inputs = torch.empty(len(positions), self.max_length, dtype=torch.int64)
         targets = torch.empty_like(inputs)
-        sets, ranks = mix_order(seed, epoch * self.windows_per_epoch + positions, self.shares)
+        sets, ranks = mix_order(seed, positions, self.shares)
         for i in np.unique(sets).tolist():
-            epochs, places = np.divmod(ranks, self.sets[i].windows_per_epoch)
-            for own_epoch in np.unique(epochs[sets == i]).tolist():
-                rows = np.flatnonzero((sets == i) & (epochs == own_epoch))
-                inputs[rows], targets[rows] = self.sets[i]._windows(seed, own_epoch, places[rows], i + 1)
+            rows = np.flatnonzero(sets == i)
+            inputs[rows], targets[rows] = self.sets[i]._windows(seed, ranks[rows], i + 1)
         return inputs, targets
 
 

@@ -26,8 +26,9 @@ def whole_epoch(dataset: TokenDataset, *, seed: int, epoch: int, batch_size: int
     return [
         torch.cat((inputs, targets[:, -1:]), dim=1)
         for position in range(0, dataset.windows_per_epoch, batch_size)
+        for size in [min(batch_size, dataset.windows_per_epoch - position)]
         for inputs, targets in [
-            dataset.train_batch(seed=seed, epoch=epoch, position=position, batch_size=batch_size)
+            dataset.train_batch(seed=seed, epoch=epoch, position=position, batch_size=size)
         ]
     ]
 
@@ -116,10 +117,16 @@ def test_too_little_text_is_refused_with_the_remedy() -> None:
         build_dataset([], eot_id=EOT, max_length=8, val_fraction=0.1, seed=0)
 
 
-def test_positions_outside_the_epoch_are_refused() -> None:
-    dataset = build_dataset([list(range(100))], eot_id=EOT, max_length=8, val_fraction=0.0, seed=0)
-    with pytest.raises(ValueError, match="position 12 is not in an epoch of 12 windows"):
-        dataset.train_batch(seed=0, epoch=0, position=12, batch_size=1)
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_goes_on_into_the_next_epoch(packing: bool) -> None:
+    one = build_dataset(documents(20, 5), eot_id=EOT, max_length=8, val_fraction=0.0, seed=0, packing=packing)
+    for data in (one, mix_datasets([one, one], [1, 3])):
+        n = data.windows_per_epoch
+        across = data.train_batch(seed=4, epoch=1, position=n - 3, batch_size=n + 5)
+        pieces = [(1, n - 3, 3), (2, 0, n), (3, 0, 2)]
+        apart = [data.train_batch(seed=4, epoch=e, position=p, batch_size=b) for e, p, b in pieces]
+        for x, ys in zip(across, zip(*apart, strict=True), strict=True):
+            assert torch.equal(x, torch.cat(ys))
 
 
 # Order, for any number of windows
@@ -192,7 +199,8 @@ def test_packed_windows_have_every_token_as_a_target_once(
     ends = np.cumsum([n + 1 for n in lengths]).tolist()
     seen: list[int] = []
     for position in range(0, data.windows_per_epoch, batch_size):
-        inputs, targets = data.train_batch(seed=1, epoch=0, position=position, batch_size=batch_size)
+        size = min(batch_size, data.windows_per_epoch - position)
+        inputs, targets = data.train_batch(seed=1, epoch=0, position=position, batch_size=size)
         for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
             n = sum(t != IGNORE_INDEX for t in y)
             assert y[n:] == [IGNORE_INDEX] * (T - n)
@@ -262,7 +270,7 @@ def test_a_mix_is_a_function_of_seed_epoch_and_position(position: int, batch_siz
     a = mix.train_batch(seed=1, epoch=3, position=position, batch_size=batch_size)
     ones = [
         mix.train_batch(seed=1, epoch=3, position=p, batch_size=1)
-        for p in range(position, min(position + batch_size, mix.windows_per_epoch))
+        for p in range(position, position + batch_size)
     ]
     assert torch.equal(a[0], torch.cat([x for x, _ in ones]))
     assert torch.equal(a[1], torch.cat([y for _, y in ones]))
