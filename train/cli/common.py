@@ -1,11 +1,13 @@
 """What the commands share: options, tables and JSON."""
 
-import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from fusedgpt.model.files import to_json
 
 _output_option = partial(typer.Option, rich_help_panel="Output")
 
@@ -50,5 +52,10 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One line on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    """One line on standard output; what its encoding lacks is escaped."""
+    text = to_json(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = to_json(value)
+    typer.echo(text)

@@ -1,5 +1,6 @@
 """The command line: the commands, and how errors become one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from fusedgpt.train.cli.data import data
 from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
 from fusedgpt.train.cli.settings import SettingsCommand
+from fusedgpt.train.report.terminal import protect_streams
 
 _INTERRUPTED = 130
 _MAKE, _MODELS, _TOOLS = "Make a model", "Use a model", "Tools"
@@ -70,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     An error is one line on standard error and a non-zero exit code, a traceback only with --debug.
     """
+    if sys.platform == "win32":
+        sys.exit("fusedgpt runs on Linux and macOS; on Windows, run it in WSL: https://aka.ms/wslinstall")
+    protect_streams()
+    if os.environ.get("COLUMNS") == "0":  # said where the width is not known; rich would print nothing
+        del os.environ["COLUMNS"]
     message = ""
     context: dict[str, Any] = {}  # ctx.obj of every command
     try:

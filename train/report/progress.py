@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from fusedgpt.train.report.terminal import printable
+from fusedgpt.train.report.terminal import moves, printable
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -58,7 +57,7 @@ def progress_line(m: StepMetrics, steps: int, width: int | None = None) -> str:
     rate = "" if math.isnan(m.learning_rate) else f" | lr {m.learning_rate:.1e}"
     speed = "" if math.isnan(m.tokens_per_second) else f" | {m.tokens_per_second:,.0f} tok/s"
     mfu = "" if math.isnan(m.mfu) else f" | MFU {m.mfu:.1%}"
-    long, short = (f"{head} [{'#' * (n * m.step // steps):.<{n}}] {count}{rest}" for n in (20, 10))
+    long, short = (f"{head} [{'#' * min(n, n * m.step // steps):.<{n}}] {count}{rest}" for n in (20, 10))
     figures = rate + speed + mfu
     tries = [long + figures, *(short + end for end in (figures, speed + mfu, speed, ""))]
     tries += [f"{head} {count}{rest}", f"{head} {count}", count]
@@ -114,8 +113,7 @@ class Monitor:
         self._epoch_start, self._epoch_sum, self._epoch_count = step, 0.0, 0
         self._last = self._written = StepMetrics(step=step)
         self._next_line = -math.inf
-        moving = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        if moving and not self._quiet:
+        if moves(self._stream) and not self._quiet:
             self._bar = _start_bar(self._stream, self._line)
 
     def update(self, metrics: StepMetrics) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 _SECONDS_BETWEEN_REDRAWS = 0.1  # on a terminal
 _SECONDS_BETWEEN_LINES = 10.0  # elsewhere
@@ -17,6 +19,53 @@ _SECONDS_BETWEEN_LINES = 10.0  # elsewhere
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?")
 _OPEN_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)?\Z")  # may go on
 _MAX_HELD = 64
+
+
+def protect_streams() -> None:
+    """Let no stream end the process that is closed, whose reader is gone or that cannot show a character.
+
+    What standard error cannot take is lost. Standard output without a reader ends the process, exit code 0.
+    """
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file of ours would be standard error
+        os.set_inheritable(unused, True)
+    os.close(unused)
+    sys.stdin = sys.stdin or io.StringIO()
+    if sys.stdout is sys.__stdout__:  # neither is a test's
+        sys.stdout = _protected(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _protected(sys.stderr, 2)
+
+
+class _Output(io.FileIO):
+    """Standard output or error; from its first fault on, what is written goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if self.fileno() == 1 and isinstance(error, BrokenPipeError):
+                sys.exit(0)  # the reader has what it wanted
+            if self.fileno() == 1:
+                raise OSError(f"cannot write to standard output: {error.strerror}") from None
+            return len(data)
+
+
+def _protected(stream: TextIO | None, descriptor: int) -> TextIO:
+    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "strict")
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
+        encoding=encoding,
+        errors="replace" if errors == "strict" else errors,
+        line_buffering=descriptor == 2 or os.isatty(descriptor),
+    )
+
+
+def moves(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal on which a line can be redrawn; FORCE_COLOR does not make it one."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def strip_escapes(text: str) -> str:
@@ -66,8 +115,8 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[ShowProgress]:
     from rich.console import Console  # 60 ms, which `fusedgpt --help` saves
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    on_terminal = console.is_terminal
+    on_terminal = moves(sys.stderr)
+    console = Console(stderr=True, force_terminal=on_terminal)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # auto_refresh would draw in a thread: processes forked meanwhile inherit its locks, perhaps held
     off = quiet or not on_terminal

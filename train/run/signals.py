@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(RuntimeError):
@@ -26,9 +26,10 @@ class _StopNow(BaseException):
 
 
 class StopSignals:
-    """A context that records SIGINT, SIGTERM and SIGUSR1; a second SIGINT raises KeyboardInterrupt.
+    """A context that records SIGINT, SIGTERM, SIGUSR1 and SIGHUP; a second SIGINT raises KeyboardInterrupt.
 
-    Only the main thread can handle signals: in others it records nothing.
+    SIGHUP stays ignored where it was, under nohup. Only the main thread can handle signals: in others it
+    records nothing.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

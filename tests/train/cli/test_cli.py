@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fusedgpt.train.cli.common import print_json
 from fusedgpt.train.config import settings_of
 from fusedgpt.train.report.terminal import printable
 
@@ -101,7 +107,7 @@ def test_create_resumes_with_its_own_texts(tmp_path: Path) -> None:
 
 def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
     done = train(root, "--print-config", "--set", "train.beta2=0.95", "--learning-rate", "1e-3")
-    (tmp_path / "run.toml").write_text(done.stdout)
+    (tmp_path / "run.toml").write_text(done.stdout, encoding="utf-8-sig")  # as some editors do
     again = fusedgpt("train", "--config", "run.toml", "--print-config")
     assert again.stdout == done.stdout
     assert "beta2 = 0.95" in again.stdout
@@ -228,6 +234,11 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             "a step takes 999",
         ),
         ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 1, "CUDA device"),
+        (
+            "train --data {root}/book.txt --tokenizer byte --max-length 9 --warmup 100000",
+            2,
+            "has no room for --warmup 100000: lower that or train longer",
+        ),
         ("train", 2, "no training data: give --data FILE_OR_FOLDER"),
         ("train --plot-schedule {root}/x.png", 2, "how long is the run? give --steps, or --data"),
         ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
@@ -294,6 +305,63 @@ def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tm
     done = fusedgpt("train", "--resume", found[2], "--steps", found[1], "--output-dir", "models", "--json")
     assert json.loads(done.stdout)["steps"] == int(found[1])
     assert f"resuming after step {found[1]} of {found[1]}" in done.stderr
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(root: Path, tmp_path: Path) -> None:
+    """As in `fusedgpt train ... 2>&1 | head -1`."""
+    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--tokenizer", "byte", *TINY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    (model,) = (tmp_path / "models").iterdir()
+    assert (model / "model.safetensors").is_file()
+
+
+def test_a_closed_terminal_saves_and_stops(root: Path, tmp_path: Path) -> None:
+    def own_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    command = [FUSEDGPT, "train", "--data", root / "book.txt", "--tokenizer", "byte", "--run-dir", "run"]
+    terminal, ours = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), ours)
+    with subprocess.Popen(
+        [*command, *TINY, "--steps", "1000000"], start_new_session=True, preexec_fn=own_terminal, **streams
+    ) as process:
+        os.close(ours)
+        seen = b""
+        while not re.search(rb" [1-9]\d*/1000000 steps", seen):
+            seen += os.read(terminal, 65536)
+        os.close(terminal)
+    assert process.returncode == 128 + signal.SIGHUP
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) > 0
+
+
+def test_results_that_cannot_be_written_are_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([FUSEDGPT, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "fusedgpt: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_json_loses_nothing_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"text": "é 料理 \udcff"}
+    for encoding, text in (("utf-8", "é 料理"), ("latin-1", "\\u6599")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        print_json({"text": "é 料理"})
+        print_json(value)
+        first, second = stdout.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+        assert text in first
+        assert json.loads(second) == value
+
+
+def test_help_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "--learning-rate" in fusedgpt("train", "--help").stdout
 
 
 def test_debug_shows_the_traceback() -> None:

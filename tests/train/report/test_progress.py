@@ -69,6 +69,10 @@ def test_progress_line_is_as_designed() -> None:
     assert progress_line(replace(SHOWN, mfu=0.4123), 200).endswith(" | 1,234 tok/s | MFU 41.2%")
 
 
+def test_a_run_beyond_its_steps_has_a_full_bar() -> None:
+    assert "] [####################] 156/4 steps | Loss: 3.4521 | ETA: 00:00:00" in progress_line(SHOWN, 4)
+
+
 def test_progress_line_before_anything_is_known() -> None:
     assert progress_line(StepMetrics(), 200) == (
         "[00:00:00] [....................] 0/200 steps | Loss: - | ETA: --:--:--"

@@ -22,9 +22,9 @@ from fusedgpt.train.loop.step import Step
 from fusedgpt.train.pipeline import train_on_files
 from fusedgpt.train.report import step_log as log
 from fusedgpt.train.run import checkpoint
-from fusedgpt.train.run.signals import Stopped
+from fusedgpt.train.run.signals import Stopped, StopSignals
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 def kill_in_call(function: Callable[..., Any], number: int, call: int) -> Callable[..., Any]:
@@ -103,6 +103,17 @@ def test_a_signal_ends_a_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(Stopped, match="stopped by SIGTERM after step 0: there was nothing to save yet"):
         train_tiny(tmp_path / "run", compile="model")
     assert time.monotonic() - start < 20.0
+
+
+def test_under_nohup_a_closed_terminal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_stops_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
