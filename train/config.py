@@ -154,12 +154,17 @@ class TrainConfig(_Frozen):
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}"
             )
-        phases = [self.warmup, self.decay] if self.schedule == "wsd" else [self.warmup]
-        shares, counted = sum(x for x in phases if x < 1), sum(x for x in phases if x >= 1)
-        if shares > 1 or (self.steps and counted + shares * self.steps > self.steps):
-            what = "warmup and decay together are" if len(phases) > 1 else "warmup is"
-            raise ValueError(f"{what} longer than the run ({' and '.join(f'{x:g}' for x in phases)})")
+        self.check_phases(self.steps)
         return self
+
+    def check_phases(self, steps: int | None) -> None:
+        """Raise ConfigError if a run of `steps` is shorter than its warmup, with wsd also its decay."""
+        phases = {"--warmup": self.warmup} | ({"--decay": self.decay} if self.schedule == "wsd" else {})
+        shares, counted = (sum(x for x in phases.values() if (x < 1) == share) for share in (True, False))
+        if shares > 1 or (steps and counted + shares * steps > steps):
+            run = f"a run of {steps} steps" if steps else "the run"
+            given = " and ".join(f"{name} {x:g}" for name, x in phases.items())
+            raise ConfigError(f"{run} has no room for {given}: lower that or train longer")
 
 
 class SavingConfig(_Frozen):
@@ -326,7 +331,7 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
 def read_toml(path: Path) -> Sections:
     """The sections of a --config file. Raises ConfigError if it cannot be read as one."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedgpt.model.files import write_file
+from fusedgpt.model.files import to_json, write_file
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
@@ -187,7 +187,7 @@ def _train_and_save(
             "samples": samples,
             "versions": versions(),
         }
-        generation_info = json.dumps(info, ensure_ascii=False, indent=2) + "\n"
+        generation_info = to_json(info, ensure_ascii=False, indent=2) + "\n"
         files = {**files, "generation_info.json": generation_info, "README.md": model_card(info, config)}
         name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
         path = save_folder(model, tokenizer, folder.parent, name, extra=files)

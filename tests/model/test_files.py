@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedgpt.model.files import beside, publish, write_file
+from fusedgpt.model.files import beside, publish, to_json, write_file
 
 
 def fail_at(n: int) -> Callable[[int], None]:
@@ -85,6 +87,12 @@ def test_nothing_of_a_folder_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         make(tmp_path / "f")
     assert content(tmp_path) == {"f/1": "mine", "f/2": "two"}
+
+
+def test_json_has_no_nan() -> None:
+    value = {"a": [math.nan, 1.5, (math.inf, "é")], "b": {"c": -math.inf}, "d": 2}
+    assert json.loads(to_json(value)) == {"a": [None, 1.5, [None, "é"]], "b": {"c": None}, "d": 2}
+    assert to_json(["é"], ensure_ascii=False) == '["é"]'
 
 
 def test_it_does_without_torch() -> None:

@@ -54,9 +54,15 @@ def test_name_of_a_model(changes: dict[str, Any], name: str) -> None:
         ({"n_layer": 0}, "n_layer: Input should be greater than"),
         ({"max_length": 513}, "max_length 513 is longer than block_size 512"),
         ({"schedule": "cosin"}, "schedule: Input should be 'constant', 'linear', 'cosine', 'wsd' or"),
-        ({"warmup": 11, "steps": 10}, "warmup is longer than the run"),
-        ({"warmup": 0.9, "decay": 0.2, "schedule": "wsd"}, "warmup and decay together are longer"),
-        ({"warmup": 60, "decay": 0.5, "schedule": "wsd", "steps": 100}, "warmup and decay together"),
+        ({"warmup": 11, "steps": 10}, "a run of 10 steps has no room for --warmup 11:"),
+        (
+            {"warmup": 0.9, "decay": 0.2, "schedule": "wsd"},
+            "the run has no room for --warmup 0.9 and ",
+        ),
+        (
+            {"warmup": 60, "decay": 0.5, "schedule": "wsd", "steps": 100},
+            "a run of 100 steps has no",
+        ),
         ({"batch_tokens": 511}, "batch_tokens 511 is less than one window of 512"),
         ({"patience": 2, "val_fraction": 0.0}, "patience needs held-out text"),
         ({"save_every": "0"}, "save_every: expected steps"),

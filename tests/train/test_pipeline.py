@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,21 @@ def test_an_unwritable_output_is_found_before_the_work(
     monkeypatch.setattr(pipeline, "collect", None)  # calling it would be a TypeError
     with pytest.raises(OSError, match="cannot write"):
         run_full_pipeline("poems", tiny(), tmp_path / "file")
+
+
+def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = pipeline.train
+
+    def diverged(*args: Any, **options: Any) -> Any:
+        return replace(train(*args, **options), final_loss=math.nan, val_loss=math.inf)
+
+    monkeypatch.setattr(pipeline, "train", diverged)
+    (tmp_path / "book.txt").write_text("The cat sat on the mat. " * 99)
+    config = build_config({**TINY, "tokenizer": "byte"})
+    result = train_on_files([tmp_path / "book.txt"], config, tmp_path / "models")
+    text = (result.model_path / "generation_info.json").read_text()
+    training = json.loads(text, parse_constant=lambda constant: pytest.fail(constant))["training"]
+    assert (training["final_loss"], training["val_loss"]) == (None, None)
 
 
 def test_unknown_generation_method_is_refused(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def train(
 def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fraction]:
     """(steps of the run, steps of an epoch); the last step is filled up from the epoch after config.epochs.
 
-    Raises ValueError where a step is larger than the data.
+    Raises ValueError where a step is larger than the data or the warmup longer than the run.
     """
     windows = windows_per_step(config, dataset.max_length)
     if windows > dataset.windows_per_epoch:
@@ -155,7 +155,9 @@ def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fracti
             f"{dataset.windows_per_epoch}: lower --batch-size or --batch-tokens, or add text"
         )
     steps_per_epoch = Fraction(dataset.windows_per_epoch, windows)
-    return config.steps or math.ceil(config.epochs * steps_per_epoch), steps_per_epoch
+    steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
+    config.check_phases(steps)
+    return steps, steps_per_epoch
 
 
 def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fusedgpt.model.files import write_file
+from fusedgpt.model.files import to_json, write_file
 from fusedgpt.train.report.progress import StepMetrics
 
 Row = dict[str, Any]
@@ -55,8 +55,7 @@ class MetricsFile:
         self._file.close()
 
     def _append(self, row: Row) -> None:
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(known, allow_nan=False) + "\n")
+        self._file.write(to_json(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[Row]:

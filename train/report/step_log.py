@@ -63,7 +63,8 @@ class TrainingLog:
                 self.monitor.note(f"resuming after step {step} of {steps} from {self.run.path}")
         if why := fallback(device, self.training.dtype):
             self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, self.training.dtype)
         self.mfu_per_token = flops_per_token / peak if peak else math.nan  # seconds
         self.steps = steps
         self.sinks = self.run.sinks() if self.run else ()

@@ -55,18 +55,19 @@ from fusedgpt.train.loop.precision import resolve_precision
 CHECKPOINTING: tuple[str, ...] = get_args(TrainConfig.model_fields["checkpointing"].annotation)
 REACHED = 0.4  # share of the datasheet's rate that a whole step gets to
 
-# Datasheet rates of dense bf16 matrix products in FLOP/s, accumulating in fp32; the first name that fits.
+# Datasheet rates of dense matrix products in FLOP/s: bf16 accumulating in fp32, and fp32 without TF32, which
+# has half the rate of bf16. The first name that fits.
 _PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "B200": (2250e12, 75e12),
+    "A100": (312e12, 19.5e12),
+    "L4": (121e12, 30e12),
+    "RTX 4090": (165e12, 83e12),
+    "RTX 3090": (71e12, 36e12),
 }
 
 
@@ -92,11 +93,15 @@ class Row:
         return 1.0 + self.recomputed_flops_per_token / self.flops_per_token
 
 
-def peak_flops(device_name: str) -> float:
-    """The datasheet's rate in bf16, FLOP/s, for a name such as torch.cuda.get_device_name gives; else 0.0."""
-    for name, rate in _PEAK_FLOPS.items():
+def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float:
+    """The datasheet's rate in FLOP/s for a name such as torch.cuda.get_device_name gives; else 0.0.
+
+    dtype: of the matrices, fp32 at the precision that torch now multiplies it in.
+    """
+    for name, (bf16, fp32) in _PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b(?! (Ti|D|Laptop)\b)", device_name, re.IGNORECASE):
-            return rate
+            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            return bf16 if dtype.itemsize == 2 else bf16 / 2 if tf32 else fp32
     return 0.0
 
 

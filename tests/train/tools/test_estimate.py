@@ -142,6 +142,18 @@ def test_peak_flops(name: str, rate: float) -> None:
     assert peak_flops(name) == rate
 
 
+def test_peak_flops_is_that_of_the_dtype() -> None:
+    cublas = torch.backends.cuda.matmul
+    before = cublas.fp32_precision
+    try:
+        for precision, rate in (("ieee", 67e12), ("tf32", 494.5e12)):
+            cublas.fp32_precision = precision
+            assert peak_flops("NVIDIA H200", torch.float32) == rate
+            assert peak_flops("NVIDIA H200", torch.float16) == 989e12
+    finally:
+        cublas.fp32_precision = before
+
+
 def rows(device_name: str = "NVIDIA H200", **options: Any) -> list[Row]:
     return estimate(PRESETS["gpt2"], TrainConfig(**{"batch_size": 64, **options}), 1024, device_name)
 
