@@ -28,7 +28,7 @@ from fusedgpt.train.loop.precision import resolve_device
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
 from fusedgpt.train.report.model_card import model_card
 from fusedgpt.train.report.progress import Monitor
-from fusedgpt.train.run.directory import Run, open_run, run_path, versions
+from fusedgpt.train.run.directory import TEXTS, Run, open_run, run_path, versions
 from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.tools.estimate import estimate, table
 
@@ -86,16 +86,17 @@ def run_full_pipeline(
     check_writable(output_dir)
     domain = choose_domain(prompt)
     command = {"command": "create", "prompt": prompt}
-    with open_run(run_path(domain, run_dir, resume), config, command, resume=resume) as run:
+    path = run_path(domain, run_dir, resume)
+    with open_run(path, config, command, resume=resume, output_dir=output_dir) as run:
         monitor.note(f"domain: {domain}")
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
         texts, provenance = _texts_of_run(run, task, config, output_dir / _DATA_DIR)
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
-        write_file(run.path / "dataset.json", dataset_json)
+        write_file(run.path / TEXTS, dataset_json)
         dataset = tokenise(texts, tokenizer, config)
         model = _new_model(config, tokenizer, monitor)
-        files = {"dataset.json": dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
+        files = {TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
         folder = output_dir / domain
         return _train_and_save(
             model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, files
@@ -106,7 +107,7 @@ def _texts_of_run(
     run: Run, task: Task, config: RunConfig, work_dir: Path
 ) -> tuple[list[str], dict[str, Any]]:
     """(the refined texts, how they were made); a resumed run keeps those it began with."""
-    kept = run.path / "dataset.json"
+    kept = run.path / TEXTS
     if run.resumed is not None and kept.is_file():
         provenance = json.loads(kept.read_text(encoding="utf-8"))
         return provenance.pop("samples"), provenance
@@ -140,7 +141,8 @@ def train_on_files(
     command = {"command": "train", "data": [str(path.resolve()) for path in paths]}
     count_steps(dataset, config.train)  # raises before anything is written or allocated
     model = _new_model(config, tokenizer, monitor)
-    with open_run(run_path(name, run_dir, resume), config, command, resume=resume) as run:
+    path = run_path(name, run_dir, resume)
+    with open_run(path, config, command, resume=resume, output_dir=output_dir) as run:
         folder = output_dir / name
         return _train_and_save(
             model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}
@@ -190,11 +192,14 @@ def _train_and_save(
         generation_info = to_json(info, ensure_ascii=False, indent=2) + "\n"
         files = {**files, "generation_info.json": generation_info, "README.md": model_card(info, config)}
         name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
-        path = save_folder(model, tokenizer, folder.parent, name, extra=files)
-        run.finish()
+        with run.model_not_lost():
+            path = save_folder(model, tokenizer, folder.parent, name, extra=files)
+        result = TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+        for problem in run.finish(result.as_dict()):
+            monitor.note(problem)
     if stop.received is not None:
         raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
-    return TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+    return result
 
 
 def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals) -> dict[str, str]:

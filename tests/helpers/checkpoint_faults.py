@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore
-from fusedgpt.train.run.directory import run_lock
+from fusedgpt.train.run.lock import run_lock
 
 _BUDGETS = 16
 

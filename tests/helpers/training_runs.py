@@ -51,7 +51,7 @@ def train_tiny(run_dir: Path, *, resume: Path | None = None, **changes: Any) -> 
     with open_run(run_dir, settings, {"command": "train"}, resume=resume) as run:
         model = GPT(settings.model.gpt_config(61), seed=5)
         train(model, counting(), settings.train, Monitor(quiet=True), run)
-        run.finish()
+        run.finish({"model_path": "models/tiny"})
 
 
 def resume_from(run_dir: Path, points: list[int], fault: str | None = None) -> dict[int, Any]:
@@ -65,6 +65,8 @@ def _resumed(run_dir: Path, point: int) -> Any:
     copy = run_dir.parent / f"resumed-{point}"
     name = f"checkpoints/step-{point:08d}"
     shutil.copytree(run_dir / name, copy / name)
+    for file in ("run.json", "config.toml"):
+        shutil.copy(run_dir / file, copy)
     train_tiny(copy, resume=copy, save_every="1000")
     return outcome(copy)
 

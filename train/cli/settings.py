@@ -69,7 +69,11 @@ def given_settings(ctx: typer.Context) -> dict[str, Any]:
 
 
 def earlier_layers(
-    command: str, run_dir: Path | None, resume: str | None, config: Path | None, sets: list[str] | None
+    command: dict[str, Any],  # as run.json has it; None for what is not given
+    run_dir: Path | None,
+    resume: str | None,
+    config: Path | None,
+    sets: list[str] | None,
 ) -> tuple[dict[str, Any], Path | None, list["Sections"]]:
     """(what run.json of the run to resume holds, that run, the settings that options override).
 
@@ -82,15 +86,15 @@ def earlier_layers(
     if resume is not None:
         from fusedgpt.train.run.directory import directory_of, find_run, read_run  # it imports torch
 
-        found = find_run(resume, run_dir)
+        found = find_run(resume, run_dir, command)
         if found is None:
             sys.stderr.write("nothing to resume: this is a new run\n")
         else:
             recorded, saved = read_run(directory_of(found))
             layers.append(saved)
             made_by = recorded.get("command")
-            if made_by != command:
-                raise ConfigError(f"{found} is a run of `fusedgpt {made_by}`, not of {command}")
+            if made_by != command["command"]:
+                raise ConfigError(f"{found} is a run of `fusedgpt {made_by}`, not of {command['command']}")
             if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
                 where = f"its own directory, not in --run-dir {run_dir}"
                 raise ConfigError(f"--resume {found} continues in {where}")

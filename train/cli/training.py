@@ -1,8 +1,11 @@
 """Commands that train: `fusedgpt create` and `fusedgpt train`."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +13,6 @@ from fusedgpt.kernels.cpu.process import spin_briefly
 from fusedgpt.train.cli.common import Debug, Json, OutputDir, Quiet, print_json, print_table
 from fusedgpt.train.cli.settings import earlier_layers, given_settings
 from fusedgpt.train.report.terminal import printable, progress_bar
-
-if TYPE_CHECKING:  # takes long to import
-    from fusedgpt.train.pipeline import TrainingResult
 
 _SPINS = 1_000  # measured: docs/experiments.md, "Spinning"
 _log_option = partial(typer.Option, rich_help_panel="Checkpoints and logs")
@@ -65,7 +65,8 @@ def create(
     spin_briefly(_SPINS)
     from fusedgpt.train.config import ConfigError, create_config
 
-    recorded, found, layers = earlier_layers("create", run_dir, resume, config, assignments)
+    this = {"command": "create", "prompt": prompt}
+    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments)
     resolved = create_config(given_settings(ctx), layers)
     if print_config:
         typer.echo(resolved.to_toml(), nl=False)
@@ -80,8 +81,9 @@ def create(
 
     monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
     where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
-    result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, bar=bar, **where)
-    _report(result, as_json)
+    with _finished_is_fine(resume, as_json):
+        result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, bar=bar, **where)
+        _report(result.as_dict(), as_json)
 
 
 def train(
@@ -115,7 +117,8 @@ def train(
     spin_briefly(_SPINS)
     from fusedgpt.train.config import ConfigError, build_config
 
-    recorded, found, layers = earlier_layers("train", run_dir, resume, config, assignments)
+    this = {"command": "train", "data": [str(path.resolve()) for path in data or []]}
+    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments)
     resolved = build_config(given_settings(ctx), layers=layers)
     data = data or [Path(path) for path in recorded.get("data", [])]
     if print_config:
@@ -132,22 +135,36 @@ def train(
         print_table(pipeline.estimate_rows(resolved, data))
     else:
         where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
-        result = pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), **where)
-        _report(result, as_json)
+        with _finished_is_fine(resume, as_json):
+            result = pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), **where)
+            _report(result.as_dict(), as_json)
 
 
-def _report(result: "TrainingResult", as_json: bool) -> None:
-    """The outcome, for a person or a program."""
+@contextmanager
+def _finished_is_fine(resume: str | None, as_json: bool) -> Iterator[None]:
+    """With --resume auto, as in a job script that is started again, report a finished run once more."""
+    from fusedgpt.train.run.directory import RunFinished
+
+    try:
+        yield
+    except RunFinished as finished:
+        if resume != "auto":
+            raise
+        sys.stderr.write(f"{finished}\n")
+        _report(finished.result, as_json)
+
+
+def _report(result: dict[str, Any], as_json: bool) -> None:
+    """The outcome, for a person or a program; result: as TrainingResult.as_dict."""
     from fusedgpt.train.report.model_card import loss_text
 
     if as_json:
-        print_json(result.as_dict())
+        print_json(result)
         return
-    for prompt, text in result.samples.items():
+    for prompt, text in result["samples"].items():
         typer.echo(f"--- sample for {prompt!r}\n{printable(text).rstrip()}\n")
-    summary = result.summary
     typer.echo(
-        f"{summary.steps} steps, {summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tok/s, "
-        f"loss {summary.final_loss:.4f}, validation loss {loss_text(summary.best_val_loss)}"
+        f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tok/s, "
+        f"loss {result['final_loss']:.4f}, validation loss {loss_text(result['best_val_loss'])}"
     )
-    typer.echo(f"run directory: {result.run_path}\nmodel folder: {result.model_path}")
+    typer.echo(f"run directory: {result['run_path']}\nmodel folder: {result['model_path']}")

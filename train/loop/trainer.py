@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -28,14 +30,12 @@ from fusedgpt.train.loop.step import GraphedStep, Step
 from fusedgpt.train.loop.validation import Validation
 from fusedgpt.train.report.progress import Monitor
 from fusedgpt.train.report.step_log import TrainingDiverged, TrainingLog
-from fusedgpt.train.run.checkpoint import check_space
 from fusedgpt.train.run.directory import Run
 from fusedgpt.train.run.signals import StopSignals
 from fusedgpt.train.run.training_state import Training, fingerprint
 from fusedgpt.train.tools.estimate import flops_per_token
 
 __all__ = ["TrainingDiverged", "TrainingSummary", "train", "train_model"]
-_CHECKPOINT_BYTES = 16  # a parameter: itself, two moments, its value at the best validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,22 @@ def train_model(model: GPT, dataset: TokenDataset, config: TrainConfig) -> float
     return train(model, dataset, config).final_loss
 
 
+class OutOfMemory(RuntimeError):
+    """A step does not fit the GPU's memory."""
+
+
+@contextmanager
+def _explain_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{str(error).split('. ')[0]}: lower --batch-size (--batch-tokens keeps the tokens per step), or "
+            "recompute activations with --checkpointing selective or full; --estimate prints what each needs"
+        ) from None
+
+
+@_explain_out_of_memory()
 def train(
     model: GPT,
     dataset: TokenDataset,
@@ -82,24 +98,20 @@ def train(
     """
     monitor = monitor or Monitor(quiet=True)
     steps, steps_per_epoch = count_steps(dataset, config)
-    training = _prepare(model, dataset, config)
+    training = _prepare(model, dataset, config, run)
     progress = training.progress
-    device = model.wte.weight.device
-    if run is not None:
-        check_space(run.path, _CHECKPOINT_BYTES * _n_parameters(model) * (run.store.keep_last + 1))
-        if run.resumed is not None:
-            training.restore(run.resumed)
-            progress = training.progress
-    compile_mode = choose_compile(config, model, steps - progress.step, dataset.max_length)
-    cuda_graphs = choose_cuda_graphs(config, model, dataset.max_length)
-    step = _build_step(training, config, dataset, compile_mode=compile_mode, cuda_graphs=cuda_graphs)
-    slow_start = compile_mode != "off" or cuda_graphs
+    execution = _choose_execution(training, config, steps, dataset.max_length)
+    step = _build_step(training, config, dataset)
+    slow_start = execution["compile"] != "off" or execution["cuda_graphs"]
     validation = Validation(dataset, config, steps, progress.validation)
+    if run is not None:
+        run.begin(nothing_left=progress.step >= steps or validation.out_of_patience)
     log = TrainingLog(training, config, monitor, run, profile=profile)
     log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
+    device = model.wte.weight.device
     with (
         deterministic(config.deterministic and device.type == "cuda"),
-        executed(model, checkpointing=config.checkpointing, compile_blocks=compile_mode == "block"),
+        executed(model, checkpointing=config.checkpointing, compile_blocks=execution["compile"] == "block"),
         StopSignals() as stop,
         Loader(dataset, config, device, progress.cursor) as batches,
         log,
@@ -127,20 +139,10 @@ def train(
             log.add(result, lr)
         if validation.out_of_patience:
             monitor.note(f"no improvement in {config.patience} validations: stopped early")
-        if run is not None and run.saving.keep_last and run.last_saved_step != progress.step:
+        if run is not None and run.last_saved_step != progress.step:
             log.save(run)  # in the background of what the caller does with the model
     training.finish()
-    return TrainingSummary(
-        steps=progress.step,
-        tokens=progress.tokens,
-        final_loss=progress.smoothed_loss,
-        val_loss=progress.validation.last_loss,
-        best_val_loss=progress.validation.best_loss,
-        best_step=progress.validation.best_step or None,
-        tokens_per_second=log.tokens_per_second,
-        seconds=log.seconds,
-        skipped_steps=progress.skipped_steps,
-    )
+    return _summarise(training, log)
 
 
 def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fraction]:
@@ -160,8 +162,8 @@ def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fracti
     return steps, steps_per_epoch
 
 
-def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training:
-    """The model on its device, in its precision, with its optimizer."""
+def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig, run: Run | None) -> Training:
+    """The model on its device, in its precision, with its optimizer, and as `run` left it."""
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -170,20 +172,44 @@ def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig) -> Training
     dtype = resolve_precision(config.precision, device)
     cast_parameters(model, dtype)
     micro_batches = -(-windows_per_step(config, dataset.max_length) // config.batch_size)
-    return Training(
+    training = Training(
         model=model,
         dtype=dtype,
         optimizer=build_optimizer(model, config, micro_batches=micro_batches),
         loss_scale=LossScale(device) if dtype == torch.float16 else None,
         fingerprint=fingerprint(dataset, config),
     )
+    if run is not None:
+        run.check_space(training.checkpoint_bytes, model_bytes=4 * sum(p.numel() for p in model.parameters()))
+        if run.resumed is not None:
+            training.restore(run.resumed)
+            then, now = training.execution.get("precision"), _name(dtype)
+            if then not in (None, now):
+                run.notes.append(f"the checkpoint was trained in {then}, the run goes on in {now}")
+    return training
 
 
-def _build_step(
-    training: Training, config: TrainConfig, dataset: TokenDataset, *, compile_mode: str, cuda_graphs: bool
-) -> Step | GraphedStep:
+def _choose_execution(
+    training: Training, config: TrainConfig, steps: int, max_length: int
+) -> dict[str, str | bool]:
+    """What "auto" means for this run; a resume on the same kind of device keeps to what was chosen then."""
+    model, then = training.model, training.execution
+    now: dict[str, str | bool] = {
+        "device": model.wte.weight.device.type,
+        "precision": _name(training.dtype),
+        "compile": choose_compile(config, model, steps - training.progress.step, max_length),
+        "cuda_graphs": choose_cuda_graphs(config, model, max_length),
+    }
+    if then.get("device") == now["device"]:
+        now |= {name: then[name] for name in ("compile", "cuda_graphs") if getattr(config, name) == "auto"}
+    training.execution = now
+    return now
+
+
+def _build_step(training: Training, config: TrainConfig, dataset: TokenDataset) -> Step | GraphedStep:
     model = training.model
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compile_mode == "model" else model
+    whole = training.execution["compile"] == "model"
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if whole else model
     step = Step(
         partial(forward, dtype=training.dtype),
         training.optimizer,
@@ -191,8 +217,23 @@ def _build_step(
         training.loss_scale,
         dataset.document_ids,
     )
-    return GraphedStep(step) if cuda_graphs else step
+    return GraphedStep(step) if training.execution["cuda_graphs"] else step
 
 
-def _n_parameters(model: GPT) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _summarise(training: Training, log: TrainingLog) -> TrainingSummary:
+    progress = training.progress
+    return TrainingSummary(
+        steps=progress.step,
+        tokens=progress.tokens,
+        final_loss=progress.smoothed_loss,
+        val_loss=progress.validation.last_loss,
+        best_val_loss=progress.validation.best_loss,
+        best_step=progress.validation.best_step or None,
+        tokens_per_second=log.tokens_per_second,
+        seconds=log.seconds,
+        skipped_steps=progress.skipped_steps,
+    )

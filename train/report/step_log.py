@@ -21,7 +21,7 @@ from fusedgpt.train.loop.validation import Validation
 from fusedgpt.train.report.metrics import Sink
 from fusedgpt.train.report.progress import Monitor, StepMetrics
 from fusedgpt.train.report.speed import Speed
-from fusedgpt.train.run.directory import Run
+from fusedgpt.train.run.directory import MAX_FAILED_SAVES, Run
 from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.run.training_state import Training
 from fusedgpt.train.tools.estimate import peak_flops
@@ -93,6 +93,7 @@ class TrainingLog:
         self.pending.append((progress.step, progress.tokens, lr))
         if len(self.pending) == len(self.results):
             self.read()
+            self._check_saves()
         if self.profiler is not None:
             self.profiler.step()
 
@@ -167,7 +168,20 @@ class TrainingLog:
     def save(self, run: Run) -> None:
         """Save in the background."""
         with self._paused():
+            self._check_saves(wait=True)
             run.save(self.training.snapshot())
+
+    def _check_saves(self, *, wait: bool = False) -> None:
+        """Report a save that failed. Training goes on; after several in a row another is tried at once."""
+        run = self.run
+        if run is None or (why := run.failed_save(wait=wait)) is None:
+            return
+        if run.failed_saves < MAX_FAILED_SAVES:
+            self.monitor.note(f"{why}; training goes on and saves again later")
+            return
+        self.monitor.note(f"{why}; {run.failed_saves} saves in a row failed, trying once more")
+        run.save(self.training.snapshot())
+        run.failed_save(wait=True)
 
     def stopped(self, stop: StopSignals, *, save: bool = True) -> Stopped:
         """The exception that ends the run for a signal, once it is saved."""

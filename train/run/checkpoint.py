@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -112,12 +112,18 @@ class CheckpointStore:
         self.wait()
         self._saving = self._executor.submit(self.save, checkpoint)
 
-    def wait(self) -> None:
-        """Wait for the save in flight and raise its error, once."""
-        if self._saving is not None:
-            futures.wait([self._saving])  # if Ctrl-C interrupts this, it stays the save in flight
-            saving, self._saving = self._saving, None
-            saving.result()
+    def wait(self) -> bool:
+        """Wait for the save in flight and raise its error, once. Returns whether there was one."""
+        if self._saving is None:
+            return False
+        futures.wait([self._saving])  # if Ctrl-C interrupts this, it stays the save in flight
+        saving, self._saving = self._saving, None
+        saving.result()
+        return True
+
+    def is_idle(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self._saving is None or self._saving.done()
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint that looks complete, ascending; nothing is hashed."""
@@ -136,6 +142,31 @@ class CheckpointStore:
                 self._whole[step] = False
                 skipped.append(str(error))
         return None, skipped
+
+    def steps_after(self, step: int) -> list[int]:
+        """Those of later checkpoints, damaged or not, ascending."""
+        return sorted(s for s, path in self._checkpoints().items() if s > step and _is_directory(path))
+
+    def move_after(self, step: int, folder: Path) -> None:
+        """Move the checkpoints after `step` into a new `folder` on the same disk, the newest last."""
+        with explained(f"cannot move the checkpoints after step {step} to {folder}"):
+            self._clean_up()
+            make_directory(folder)
+            for later in self.steps_after(step):
+                name = f"step-{later:08d}"
+                os.rename(self.root / name, folder / name)
+            sync(folder)
+            sync(self.root)
+
+    def further_bytes(self, checkpoint_bytes: int) -> int:
+        """What saves will need beyond what the checkpoints have now, if each has this size.
+
+        While one is saved the `keep_last` before it are still there; the first thing a save does is to remove
+        what killed saves left.
+        """
+        kept = _n_bytes(filter(_is_directory, self._checkpoints().values()))
+        dead = _n_bytes(path for path in _leftovers(self.root) if not path.name.startswith(".replaced"))
+        return max(checkpoint_bytes, (self.keep_last + 1) * checkpoint_bytes - kept) - dead
 
     def remove_all(self) -> None:
         """Remove every checkpoint, damaged or not, and what killed saves left; nothing else in `root`."""
@@ -202,19 +233,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         tensors={path.stem: _read_tensors(path) for path in files},
         state=_read_json(folder / STATE, _MAX_STATE_BYTES),
     )
-
-
-def check_space(root: Path, n_bytes: int) -> None:
-    """Raises OSError if the disk that holds, or will hold, `root` has less than `n_bytes` free."""
-    existing = next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    # The next save first removes what killed saves and removals left.
-    dead = [path for path in _leftovers(root) if not path.name.startswith(".replaced")]
-    free = shutil.disk_usage(existing).free + sum(f.lstat().st_size for path in dead for f in path.iterdir())
-    if free < n_bytes:
-        raise OSError(
-            f"{root} has {free:,} bytes free and needs {n_bytes:,}; "
-            "free some space or choose another --run-dir"
-        )
 
 
 @contextmanager
@@ -352,6 +370,10 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, mode=0o700)
         sync(path.parent)
+
+
+def _n_bytes(folders: Iterable[Path]) -> int:
+    return sum(file.lstat().st_size for folder in folders for file in folder.iterdir())
 
 
 def _step(path: Path) -> int:

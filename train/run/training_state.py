@@ -58,6 +58,7 @@ class Training:
     loss_scale: LossScale | None  # fp16's
     fingerprint: dict[str, Any]  # what must not change between a checkpoint and its resume
     progress: Progress = field(default_factory=Progress)
+    execution: dict[str, Any] = field(default_factory=dict)  # what "auto" chose; a resume goes on with it
     best: Tensors = field(default_factory=dict)  # fp32 parameters of the best validation, on the host
 
     def snapshot(self) -> Checkpoint:
@@ -67,6 +68,7 @@ class Training:
             "dropout": {"seed": int(self.model.dropout_seed), "step": int(self.model.dropout_step)},
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "fingerprint": self.fingerprint,
+            "execution": self.execution,
         }
         state_of = self.optimizer.state
         moments = {f"{n}.{k}": v for n, p in self._named() for k, v in state_of.get(p, {}).items()}
@@ -75,18 +77,32 @@ class Training:
             tensors["best"] = self.best
         return Checkpoint(step=self.progress.step, tensors=tensors, state=state)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a snapshot: parameters, masters of 16-bit ones, two moments, the best weights."""
+        sizes = ((p.numel(), p.element_size()) for p in self.model.parameters())
+        return sum(n * (size + (12 if size >= 4 else 16)) for n, size in sizes)
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load what snapshot() copied. Raises CheckpointError if it does not fit this run."""
+        """Load what snapshot() copied, in any precision. Raises CheckpointError if it does not fit."""
         state = checkpoint.state
         for name, value in self.fingerprint.items():
             then = state["fingerprint"].get(name)
             if then != value:
                 change = f"{then}, now {value}"
                 raise CheckpointError(f"step {checkpoint.step} was made with another {name}: {change}")
-        values = checkpoint.tensors.get("model", {})
-        _check_alike(values, dict(self.model.named_parameters()))
+        values = dict(checkpoint.tensors.get("model", {}))
+        moments = dict(checkpoint.tensors.get("optimizer", {}))
+        wanted = dict(self.model.named_parameters())
+        _check_alike(values, wanted)
+        for name, parameter in wanted.items():
+            if values[name].dtype != parameter.dtype:  # another precision now: continue from the fp32 weights
+                values[name] = moments.pop(f"{name}.master", values[name]).float()
+                if moments and parameter.element_size() < 4:
+                    moments[f"{name}.master"] = values[name]
+        self._load_optimizer(moments)
         self._copy_in(values)
-        self._load_optimizer(checkpoint.tensors.get("optimizer", {}))
+        self.execution = state.get("execution", {})
         dropout, progress = state["dropout"], dict(state["progress"])
         self.model.seed_dropout(dropout["seed"], dropout["step"])
         if self.loss_scale and state["loss_scale"]:
@@ -150,10 +166,10 @@ def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where a name, shape or dtype differs."""
+    """Raises CheckpointError where a name or shape differs, or numbers are not floating-point."""
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise CheckpointError(f"model: missing or unexpected tensors: {', '.join(odd[:3])}")
-    for name, x in wanted.items():
-        there, here = (f"{tuple(t.shape)} {t.dtype}" for t in (found[name], x))
-        if there != here:
+    for name, x in found.items():
+        if x.shape != wanted[name].shape or not x.is_floating_point():
+            there, here = (f"{tuple(t.shape)} {t.dtype}" for t in (x, wanted[name]))
             raise CheckpointError(f"model: {name} is {there}, expected {here}")

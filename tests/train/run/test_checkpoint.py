@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,10 +35,9 @@ from fusedgpt.train.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
-    check_space,
     load_checkpoint,
 )
-from fusedgpt.train.run.directory import run_lock
+from fusedgpt.train.run.lock import run_lock
 
 FAULTS = Path(__file__).parents[2] / "helpers" / "checkpoint_faults.py"
 TINY = 8  # numbers a tensor, so that a damaged bit is often one that matters
@@ -635,22 +633,16 @@ def test_a_root_that_cannot_be_made(tmp_path: Path, parent: str) -> None:
         CheckpointStore(tmp_path / parent / "run", keep_last=1).save(made(1))
 
 
-def test_check_space(tmp_path: Path) -> None:
-    check_space(tmp_path / "not" / "there", 1)
-    with pytest.raises(
-        OSError, match=r"has [\d,]+ bytes free and needs 1,000,000,000,000,000,000; free some"
-    ):
-        check_space(tmp_path / "not" / "there", 10**18)
-
-
-def test_the_space_of_a_dead_save_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path, 1, 2)
-    (tmp_path / "step-00000002").rename(tmp_path / ".saving-step-00000002")
-    size = sum(path.stat().st_size for path in (tmp_path / ".saving-step-00000002").iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    check_space(tmp_path, 100 + size)
-    with pytest.raises(OSError, match=f"has {100 + size:,} bytes free"):
-        check_space(tmp_path, 101 + size)
+def test_further_bytes_are_those_of_a_save_beside_the_kept_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    assert store.further_bytes(100) == 300  # two kept and the one that is being saved
+    size = sum(file.stat().st_size for file in store.save(made(1)).iterdir())
+    assert store.further_bytes(size) == 2 * size
+    store.save(made(2))
+    assert store.further_bytes(size) == size
+    (tmp_path / "step-00000002").rename(tmp_path / ".saving-step-00000002")  # the next save removes it first
+    assert store.further_bytes(size) == size
+    assert CheckpointStore(tmp_path, keep_last=1).further_bytes(size) == 0
 
 
 # --- row 4: damage ---

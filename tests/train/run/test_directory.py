@@ -71,21 +71,21 @@ def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
 
 def test_resume_auto_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_run("auto", None) is None
+    assert find_run("auto", None, {"command": "train"}) is None
     for name in ("a", "b"):
         train_tiny(Path("runs") / name, steps=2)
     (Path("runs") / "c").mkdir()  # no run
-    assert find_run("auto", None) == Path("runs/b")
-    assert find_run("auto", Path("runs/a")) == Path("runs/a")
-    assert find_run("auto", Path("elsewhere")) is None
-    assert find_run("runs/a", None) == Path("runs/a")
+    assert find_run("auto", None, {"command": "train"}) == Path("runs/b")
+    assert find_run("auto", Path("runs/a"), {}) == Path("runs/a")
+    assert find_run("auto", Path("elsewhere"), {}) is None
+    assert find_run("runs/a", None, {}) == Path("runs/a")
     step = Path("runs/a/checkpoints/step-00000002")
-    found = find_run(str(step), None)
+    found = find_run(str(step), None, {})
     assert found is not None
     assert (found, directory_of(found)) == (step, Path("runs/a"))
     for wrong in ("runs/c", "absent", "/"):
         with pytest.raises(ConfigError, match="is neither a run directory nor one of its checkpoints"):
-            find_run(wrong, None)
+            find_run(wrong, None, {})
     assert str(run_path("../Évil name", None, None)).startswith("runs/")
 
 
