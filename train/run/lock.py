@@ -38,9 +38,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
         yield
     finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):
+                holder.unlink()
+        finally:
+            lock.release()
 
 
 def _describe_holder(path: Path) -> str:
