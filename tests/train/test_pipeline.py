@@ -195,6 +195,27 @@ def test_nothing_is_left_behind_when_training_fails(tmp_path: Path, monkeypatch:
     assert list(Path("runs").iterdir()) == []
 
 
+def test_a_model_folder_that_cannot_be_written_loses_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for `create`, which keeps no checkpoint of a finished run; a resume writes the folder."""
+
+    def full(*_: object, **__: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_folder", full)
+        with pytest.raises(
+            OSError, match=r"No space left .* weights are in a checkpoint of run: --resume run"
+        ):
+            run_full_pipeline("poems", tiny(), tmp_path / "a", run_dir=Path("run"))
+    result = run_full_pipeline("poems", tiny(), tmp_path / "b", resume=Path("run"))
+    whole = run_full_pipeline("poems", tiny(), tmp_path / "c")
+    one, other = (load_folder(r.model_path)[0].state_dict() for r in (result, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not list(Path("run/checkpoints").iterdir())
+
+
 def test_an_unwritable_output_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,10 @@ def test_resume_remembers_data_and_settings(root: Path, tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5]
     auto = fusedgpt("train", "--resume", "auto", "--run-dir", str(run_dir), "--json")
-    assert json.loads(auto.stdout)["steps"] == 5  # of the run's own config.toml by now
+    assert json.loads(auto.stdout) == json.loads(done.stdout)
+    assert "is finished after 5 steps" in auto.stderr
+    again = fusedgpt("train", "--resume", str(run_dir))
+    assert (again.returncode, "give it more --steps" in again.stderr) == (2, True)
     fresh = train(root, "--resume", "auto", "--run-dir", str(tmp_path / "fresh"))
     assert "nothing to resume: this is a new run" in fresh.stderr
     assert fresh.returncode == 0
