@@ -296,8 +296,7 @@ def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tm
         [*command, "--steps", "1000000"], stderr=subprocess.PIPE, text=True, preexec_fn=heed
     ) as process:
         assert process.stderr is not None
-        while "steps | Loss" not in process.stderr.readline():
-            pass
+        assert any("steps | Loss" in line for line in iter(process.stderr.readline, ""))
         process.send_signal(signal.SIGINT)
         last = process.stderr.readlines()[-1]
     assert process.returncode == 130
