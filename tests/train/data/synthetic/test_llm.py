@@ -426,7 +426,7 @@ def test_answers_that_are_none(line: str, source: str, monkeypatch: pytest.Monke
             answer = f"{prefix}{line}\n".encode()
             monkeypatch.setattr(handler, name, lambda self, _, data=answer: self.send_raw(200, data, "a/b"))
         with pytest.raises(RequestFailed, match=r"expected|broke off"):
-            ask(config_for(fake, source))
+            ask(config_for(fake, source), seconds=9.0)
 
 
 @pytest.mark.parametrize(
