@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import beside, publish
 from fusedgpt.model.folder import write_files
 from fusedgpt.model.gpt import GPT
@@ -29,7 +30,7 @@ _BLOCK = 32  # values that share a scale in Q8_0
 _NO_MERGES = ["ÿ ÿ"]
 
 
-class ExportError(ValueError):
+class ExportError(InputError):
     """A model that cannot be exported, or a path that cannot be exported to."""
 
 

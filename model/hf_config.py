@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -31,7 +32,7 @@ _REQUIRED = {
 }
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(InputError):
     """A folder that is not a model folder, is damaged, or holds another architecture."""
 
 

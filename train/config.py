@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from fusedgpt.model.config import PRESETS, GPTConfig
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A setting that is unknown, out of range or in conflict with another."""
 
     exit_code = 2  # of the command line

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from fusedgpt.model.errors import UserError
 from fusedgpt.train.cli import model, training
 from fusedgpt.train.cli.common import Debug, Json, OutputDir, print_json
 from fusedgpt.train.cli.data import data
@@ -99,12 +100,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):  # wrong usage; without a message typer has printed the help
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         return message and f"{message}; --help says more", code
-    if isinstance(error, (ValueError, OSError)):
-        return str(error), code
-    from fusedgpt.train.report.step_log import TrainingDiverged
-    from fusedgpt.train.run.signals import Stopped
-
-    if isinstance(error, (TrainingDiverged, Stopped)):
+    if isinstance(error, (UserError, ValueError, OSError)):
         return str(error), code
     return f"internal error, {type(error).__name__}: {error} (--debug shows where; please report it)", 1
 

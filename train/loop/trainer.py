@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fusedgpt.kernels.cpu.process import keep_freed_memory
+from fusedgpt.model.errors import UserError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
@@ -62,7 +63,7 @@ def train_model(model: GPT, dataset: TokenDataset, config: TrainConfig) -> float
     return train(model, dataset, config).final_loss
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError):
     """A step does not fit the GPU's memory."""
 
 

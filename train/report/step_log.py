@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fusedgpt.kernels.ops import fallback
+from fusedgpt.model.errors import UserError
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.validation import Validation
 from fusedgpt.train.report.metrics import Sink
@@ -29,7 +30,7 @@ from fusedgpt.train.tools.estimate import peak_flops
 _LOG_EVERY = {"cuda": 10}  # steps; elsewhere reading costs nothing
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import sync, sync_all
 
 MANIFEST = "manifest.json"
@@ -42,7 +43,7 @@ _FILE = r"^([a-z0-9_]{1,50}\.safetensors|state\.json)$"
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A directory that is not a checkpoint, or a damaged one."""
 
 

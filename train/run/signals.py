@@ -8,12 +8,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+from fusedgpt.model.errors import UserError
+
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Stopped(RuntimeError):
+class Stopped(UserError):
     """A signal ended the run, which is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -23,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from fusedgpt.model.errors import InputError
+
 Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]
 _Bytes = IO[bytes] | io.BufferedIOBase
@@ -35,7 +37,7 @@ _ROWS = 256  # of a table, in memory at once
 _IDEOGRAPH_END = re.compile("[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa](?=[。、，！？])")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be read, or is malformed."""
 
 
