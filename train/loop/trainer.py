@@ -140,8 +140,8 @@ def train(
             log.add(result, lr)
         if validation.out_of_patience:
             monitor.note(f"no improvement in {config.patience} validations: stopped early")
-        if run is not None and run.last_saved_step != progress.step:
-            log.save(run)  # in the background of what the caller does with the model
+        if run is not None:
+            log.save_last(run)  # in the background of what the caller does with the model
     training.finish()
     return _summarise(training, log)
 

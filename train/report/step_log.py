@@ -172,6 +172,12 @@ class TrainingLog:
             self._check_saves(wait=True)
             run.save(self.training.snapshot())
 
+    def save_last(self, run: Run) -> None:
+        """Save unless the newest save is of this step and has not failed."""
+        self._check_saves(wait=True)
+        if run.last_saved_step != self.training.progress.step:
+            self.save(run)
+
     def _check_saves(self, *, wait: bool = False) -> None:
         """Report a save that failed. Training goes on; after several in a row another is tried at once."""
         run = self.run
@@ -190,8 +196,8 @@ class TrainingLog:
         what = f"stopped by {signal.Signals(number).name} after step {step}"
         if self.run is None:
             return Stopped(f"{what}; nothing was saved, there is no run directory", number)
-        if save and step and self.run.last_saved_step != step:
-            self.save(self.run)
+        if save and step:
+            self.save_last(self.run)
         self.run.store.wait()
         if not self.run.store.steps():
             return Stopped(f"{what}: there was nothing to save yet", number)

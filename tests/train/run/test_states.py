@@ -217,6 +217,13 @@ def test_three_failed_saves_are_followed_by_another_at_once(
     assert len(tried) == 11  # every second step, and this one
 
 
+def test_a_failed_save_of_the_last_step_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = failing_saves(monkeypatch, lambda n: n == 2)
+    trained(tmp_path / "run", steps=4)
+    assert tried == [2, 4, 4]
+    assert steps(tmp_path / "run") == [2, 4]
+
+
 def test_a_run_that_cannot_be_saved_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = failing_saves(monkeypatch, lambda n: n > 1)
     with pytest.raises(OSError, match="No space left on device"):
