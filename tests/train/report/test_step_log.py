@@ -36,7 +36,7 @@ class Recorder:
 def test_sinks_get_every_row_and_are_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sinks = [Recorder(), Recorder()]
     monkeypatch.setattr(Run, "sinks", lambda _: sinks)
-    monkeypatch.setattr(Run, "finish", lambda run: run.store.wait())  # else it plots metrics.jsonl
+    monkeypatch.setattr(Run, "finish", lambda run, result: run.store.wait())  # else it plots metrics.jsonl
     train_tiny(tmp_path, steps=20, log_every=3)
     for sink in sinks:
         assert [metrics.step for metrics in sink.rows] == list(range(1, 21))
@@ -56,7 +56,7 @@ def test_mfu_follows_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         self.mfu_per_token = 2e-9
 
     monkeypatch.setattr(Run, "sinks", lambda _: [sink])
-    monkeypatch.setattr(Run, "finish", lambda run: run.store.wait())
+    monkeypatch.setattr(Run, "finish", lambda run, result: run.store.wait())
     monkeypatch.setattr(TrainingLog, "begin", with_peak)
     train_tiny(tmp_path, steps=4)
     assert sink.rows[-1].mfu == 2e-9 * sink.rows[-1].tokens_per_second

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ def kill_in_call(function: Callable[..., Any], number: int, call: int) -> Callab
         return function(*args, **options)
 
     return wrapper
+
+
+@pytest.fixture(autouse=True)
+def not_ignored() -> Iterator[None]:
+    """As in the foreground, whatever started the tests."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
