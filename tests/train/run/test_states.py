@@ -197,11 +197,12 @@ def failing_saves(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool])
     return tried
 
 
+@pytest.mark.parametrize("log_every", [1, 50])
 def test_one_failed_save_is_reported_and_the_next_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
     failing_saves(monkeypatch, lambda n: n == 2)
-    notes = trained(tmp_path / "run")
+    notes = trained(tmp_path / "run", log_every=log_every)
     told = "cannot save: No space left on device; free some space; training goes on and saves again later"
     assert notes.count(told) == 1
     assert steps(tmp_path / "run") == [2, 6, 8]
