@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -135,9 +136,14 @@ def attention_key(kernel: str, q: Tensor, feature: str) -> str:
 
 
 def tuning_path() -> Path:
-    """Where `fusedgpt kernels tune` writes and every launch reads."""
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FUSEDGPT_TUNING") or cache_folder / "fusedgpt" / "tuning.json")
+    """Where `fusedgpt kernels tune` writes and every launch reads. Raises OSError without a home folder."""
+    if given := os.environ.get("FUSEDGPT_TUNING"):
+        return Path(given)
+    try:
+        cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise OSError("there is no home folder for the tuning file: set FUSEDGPT_TUNING to a path") from None
+    return cache_folder / "fusedgpt" / "tuning.json"
 
 
 _overrides: dict[str, Tile] = {}
@@ -158,21 +164,23 @@ def _measured(key: str, device: torch.device) -> Tile | None:
         return _overrides[key]
     if device.type != "cuda" or _assumed:
         return None
-    return load_tiles(tuning_path(), torch.cuda.get_device_name(device)).get(key)
+    with suppress(OSError):
+        return load_tiles(tuning_path(), torch.cuda.get_device_name(device)).get(key)
+    return None
 
 
 @cache
 def load_tiles(path: Path, gpu: str) -> dict[str, Tile]:
-    """The measured tiles of one kind of GPU; empty without a file. Raises ValueError for a bad one."""
+    """The measured tiles of one kind of GPU; none without a usable file, so that a launch takes the default."""
     try:
         content = json.loads(path.read_text())
         return {key: _checked(Tile(**tile)) for key, tile in content.get(gpu, {}).items()}
-    except FileNotFoundError:
+    except OSError:  # none, or in a folder that is not ours
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a tuning file ({error}): delete it or run fusedgpt kernels tune"
-        ) from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        ignored = f"{path} is ignored, it is not a tuning file ({error})"
+        warnings.warn(f"{ignored}: delete it or run fusedgpt kernels tune", stacklevel=2)
+        return {}
 
 
 def _checked(tile: Tile) -> Tile:
@@ -186,7 +194,9 @@ def _checked(tile: Tile) -> Tile:
 
 def save_tiles(path: Path, gpu: str, tiles: dict[str, Tile]) -> None:
     """Add tiles of one kind of GPU to the file `path`, which is replaced atomically."""
-    content: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    content: dict[str, dict[str, Any]] = {}
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        content |= json.loads(path.read_text())
     known = {key: asdict(tile) for key, tile in load_tiles(path, gpu).items()}
     content[gpu] = {**known, **{key: asdict(tile) for key, tile in tiles.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import pwd
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,12 +71,48 @@ def test_saved_tiles_come_back_and_add_up(tuning_file: Path) -> None:
         '{"A": {"one": {"BLOCK_M": "64", "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
     ],
 )
-def test_a_bad_tuning_file_is_named_with_its_remedy(content: str, tuning_file: Path) -> None:
+def test_a_bad_tuning_file_is_ignored_with_its_remedy(content: str, tuning_file: Path) -> None:
     tuning_file.parent.mkdir()
     tuning_file.write_text(content)
     tuning.load_tiles.cache_clear()
-    with pytest.raises(ValueError, match=r"tuning\.json is not a tuning file .* delete it"):
-        tuning.load_tiles(tuning_file, "A")
+    with pytest.warns(UserWarning, match=r"tuning\.json is ignored, it is not a tuning file .* delete it"):
+        assert tuning.load_tiles(tuning_file, "A") == {}
+    tuning.save_tiles(tuning_file, "A", {"one": SMALL})  # a measurement replaces it
+    assert tuning.load_tiles(tuning_file, "A") == {"one": SMALL}
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A query that claims to be on an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("FUSEDGPT_TUNING", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    tuning.load_tiles.cache_clear()
+    shape = {"dtype": Q.dtype, "shape": Q.shape, "element_size": Q.element_size}
+    return SimpleNamespace(**shape, device=torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "another user's", None])
+def test_without_a_home_a_launch_takes_the_default(
+    on_a_gpu: Any, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+        with pytest.raises(OSError, match="set FUSEDGPT_TUNING to a path"):
+            tuning.tuning_path()
+    else:
+        monkeypatch.setenv("HOME", home)
+    if home == "another user's":
+        monkeypatch.setattr(Path, "read_text", refuse)
+    assert tuning.attention("fwd", on_a_gpu) == tuning.default_attention("fwd", on_a_gpu, "plain", False)
 
 
 def test_a_measured_tile_goes_before_the_tables() -> None:
