@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.EBADF)
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -67,9 +70,30 @@ def sync_all(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or a folder, which makes the names in it durable: new files, renames."""
+    """`flush` a file, or a folder, which makes the names in it durable: new files, renames.
+
+    Some network file systems cannot sync a folder; there a power cut may undo the last renames.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """fsync an open file; on macOS, whose fsync stops at the drive's cache, with F_FULLFSYNC."""
+    import fcntl  # which Windows lacks, where the command line starts only to say so
+
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    try:
+        if full is not None:
+            fcntl.fcntl(descriptor, full)
+            return
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    os.fsync(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from itertools import count
@@ -83,11 +82,13 @@ def write_files(
 
 
 def check_writable(root: Path) -> None:
-    """Create `root` if it is missing; raises OSError naming it if no file can be created in it."""
+    """Create `root` if it is missing; raises OSError naming it if no model folder can be made in it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
+        with beside(root / "trial") as folder:
+            folder.mkdir()
+            (folder / "file").write_text("content")
+            publish(folder, folder.with_name("published"))
     except OSError as error:
         raise OSError(f"cannot write to {root}: {error.strerror}; choose another --output-dir") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int)
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors lets only the owner read it
+        with suppress(OSError):  # on a file system without permissions
+            (folder / name).chmod(0o644)  # safetensors lets only the owner read it
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(value.nbytes for value in tensors.values())

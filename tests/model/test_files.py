@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from fusedgpt.model.files import beside, publish, to_json, write_file
+from fusedgpt.model.files import beside, publish, sync, to_json, write_file
 
 
 def fail_at(n: int) -> Callable[[int], None]:
@@ -87,6 +90,41 @@ def test_nothing_of_a_folder_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         make(tmp_path / "f")
     assert content(tmp_path) == {"f/1": "mine", "f/2": "two"}
+
+
+def refuse_folders(descriptor: int) -> None:
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def test_where_folders_cannot_be_synced_they_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    make(tmp_path / "f")
+    assert content(tmp_path) == {"f/1": "one", "f/2": "two"}
+
+
+@pytest.mark.parametrize(
+    ("code", "calls"), [(0, ["full"]), (errno.ENOTSUP, ["full", "fsync"]), (errno.EIO, ["full"])]
+)
+def test_macos_syncs_through_the_cache_of_the_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: list[str]
+) -> None:
+    called: list[str] = []
+
+    def control(_: int, command: int) -> None:
+        called.append("full")
+        assert command == 51
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda _: called.append("fsync"))
+    with pytest.raises(OSError, match="Input/output") if code == errno.EIO else nullcontext():
+        sync(tmp_path)
+    assert called == calls
 
 
 def test_json_has_no_nan() -> None:

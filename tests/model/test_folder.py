@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -131,12 +132,35 @@ def test_a_save_that_fails_leaves_nothing(
 
         return sync
 
-    for n in range(1, 8):
+    for n in range(1, 11):
         calls.clear()
         monkeypatch.setattr(files, "sync", fail_at(n))
         with pytest.raises(OSError, match="No space left"):
             save_folder(tiny_gpt, build_tokenizer("char", text=TEXT), tmp_path, "m")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_permissions_will_do(
+    tiny_gpt: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    folder = save_folder(tiny_gpt, build_tokenizer("char", text=TEXT), tmp_path, "m")
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["mkdir", "fsync", "replace"])
+def test_whatever_a_save_needs_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match=r"cannot write to .*: Input/output error; choose another --output-dir"):
+        folders.check_writable(tmp_path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

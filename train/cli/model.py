@@ -1,6 +1,7 @@
 """Commands that take a model folder."""
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -89,8 +90,8 @@ def chat(
     if not sys.stdin.isatty():
         converse(talk, (line.rstrip("\n") for line in sys.stdin), TerminalWriter(sys.stdout))
         return
-    import readline  # noqa: F401 - importing it gives input() line editing and history
-
+    with suppress(ImportError):  # some builds of Python lack it
+        import readline  # noqa: F401 - importing it gives input() line editing and history
     converse(talk, typed_lines("> "), TerminalWriter(sys.stdout))
     typer.echo()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from fusedgpt.train.cli.common import print_json
+from fusedgpt.train.cli.main import main
 from fusedgpt.train.config import settings_of
 from fusedgpt.train.report.terminal import printable
 
@@ -359,6 +360,12 @@ def test_json_loses_nothing_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> 
         first, second = stdout.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
         assert text in first
         assert json.loads(second) == value
+
+
+def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="run it in WSL"):
+        main(["--help"])
 
 
 def test_help_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:

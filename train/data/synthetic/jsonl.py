@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fusedgpt.model.files import sync, write_file
+from fusedgpt.model.files import flush, sync, write_file
 
 _MAX_LINE_BYTES = 4 << 20
 
@@ -30,7 +30,7 @@ class JsonLines(ExitStack):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 opened.enter_context(FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0))
-                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
                 self._file = os.open(path, flags, 0o644)
             except Timeout:
                 busy = f"another process is writing {path}; wait for it or choose another file"
@@ -53,7 +53,7 @@ class JsonLines(ExitStack):
         data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         while data:
             data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        flush(self._file)
 
 
 def parse_json(data: bytes) -> Any:
