@@ -171,7 +171,7 @@ def _measured(key: str, device: torch.device) -> Tile | None:
 
 @cache
 def load_tiles(path: Path, gpu: str) -> dict[str, Tile]:
-    """The measured tiles of one kind of GPU; none without a usable file, so that a launch takes the default."""
+    """The measured tiles of one kind of GPU; none without a usable file; a launch then takes the default."""
     try:
         content = json.loads(path.read_text())
         return {key: _checked(Tile(**tile)) for key, tile in content.get(gpu, {}).items()}
