@@ -25,15 +25,16 @@ from typing import Any, TypeVar
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
-from fusedgpt.train.data.synthetic.jsonl import parse_json
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig, check_address, is_loopback
 from fusedgpt.train.data.synthetic.llm_protocols import (
+    DISPENSABLE,
     Answer,
     Fault,
     LLMError,
     Ollama,
     OpenAI,
     RequestFailed,
+    RequestRefused,
     error_text,
     json_object,
     plain_text,
@@ -94,6 +95,7 @@ class LLMClient:
         self.protocol = Ollama() if config.data_source == "ollama" else OpenAI()
         self._reached = False
         self._models: list[str] = []
+        self._renamed: dict[str, str] = {}  # the refused ones of DISPENSABLE
         self._shrunk_at = self._resume_at = 0.0
         key = config.api_key() or ""
         self._secret = key if len(key) >= _SECRET_CHARS else ""  # removed from all that comes in
@@ -209,7 +211,23 @@ class LLMClient:
         Raises RequestFailed if all attempts failed, LLMError if retrying is no use.
         """
         path, body = self.protocol.request(self.config, model, prompt, seed, max_tokens, temperature)
-        return await self._retry(partial(self._attempt, path, body, seconds, self._read_answer), _ATTEMPTS)
+        while True:
+            names = {name: self._renamed.get(name, name) for name in body}
+            sent = {new: body[name] for name, new in names.items() if new}
+            try:
+                return await self._retry(
+                    partial(self._attempt, path, sent, seconds, self._read_answer), _ATTEMPTS
+                )
+            except RequestRefused as error:
+                refused = next(
+                    (n for n in DISPENSABLE if n in sent and re.search(rf"\b{n}\b", str(error))), None
+                )
+                if refused is None:
+                    raise
+                if refused not in self._renamed:  # by another request that was in flight
+                    new = self._renamed[refused] = DISPENSABLE[refused]
+                    instead = f"named {new}" if new else "left out"
+                    self.note(f"the server refuses {refused}, which is {instead} from now on: {error}")
 
     async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], attempts: int) -> _T:
         """The result of `attempt`, which is called up to that many times."""
@@ -277,7 +295,7 @@ class LLMClient:
             to = self._safe(response.headers.get("location", ""))
             hint = "which is not followed; give the address as --llm-host"
             raise LLMError(f"{where} redirects to {to!r}, {hint}")
-        said = self._safe(error_text(parse_json(await _join(self._lines(response)))))
+        said = self._safe(error_text(await _join(self._lines(response))))
         if status in _TRANSIENT_STATUS:
             if (seconds := _seconds_to_wait(response.headers.get("retry-after"))) > 0:
                 self.faults["told to wait"] += 1
@@ -290,7 +308,7 @@ class LLMClient:
             hint = f"is that an {self.protocol.name} server, and the address right?"
             hint = f"the server has the models {self._listing()}" if self._models else hint
             raise LLMError(f"{where} is not there (404 {said!r}); {hint}")
-        raise LLMError(f"{where} answers {status} {said!r}")
+        raise RequestRefused(f"{where} answers {status} {said!r}")
 
     def _safe(self, text: object) -> str:
         """A message of the server or a library, fit to be shown."""

@@ -35,12 +35,20 @@ class RequestFailed(LLMError):
     """All attempts of one request failed; others may succeed."""
 
 
+class RequestRefused(LLMError):
+    """The server does not accept what the request holds; the message has its reason."""
+
+
 class Fault(Exception):
     """One attempt failed for a reason that may be transient."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+# What a request can do without, and by what name some servers take it instead.
+DISPENSABLE = {"seed": "", "temperature": "", "think": "", "max_tokens": "max_completion_tokens"}
 
 
 class Answer(NamedTuple):
@@ -131,8 +139,8 @@ def json_object(line: bytes) -> dict[str, Any]:
     data = parse_json(line)
     if not isinstance(data, dict):
         raise Fault("bad JSON", f"expected a JSON object, found {line[:60]!r}")
-    if data.get("error"):
-        raise Fault("server error", f"the server says {error_text(data)!r}")
+    if data.get("error") or data.get("object") == "error":
+        raise Fault("server error", f"the server says {error_text(line)!r}")
     return data
 
 
@@ -142,8 +150,10 @@ def _string(value: object) -> str:
     return value or ""
 
 
-def error_text(data: object) -> str:
-    """The message of {"error": "..."} (Ollama) or {"error": {"message": "..."}} (OpenAI)."""
-    error = data.get("error", data.get("detail")) if isinstance(data, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return plain_text(str(message or ""))[:300]
+def error_text(body: bytes) -> str:
+    """The reason in the body of an error: JSON of Ollama, OpenAI, vLLM or FastAPI, or the body itself."""
+    data = parse_json(body)
+    found = [data.get(key) for key in ("error", "message", "detail")] if isinstance(data, dict) else []
+    reasons = [value.get("message") or value if isinstance(value, dict) else value for value in found]
+    reason = next((value for value in reasons if value and value is not True), body.decode(errors="replace"))
+    return plain_text(str(reason))

@@ -349,6 +349,70 @@ def test_what_will_not_pass_is_not_tried_again(status: str, monkeypatch: pytest.
     assert ("--llm-api-key-env" in str(caught.value)) == (status in ("401", "403"))
 
 
+VLLM = {"object": "error", "message": "the prompt is too long", "type": "BadRequestError", "code": 400}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(VLLM),
+        "the prompt is too long",
+        json.dumps("the prompt is too long"),
+        json.dumps({"error": {"message": "the prompt is too long"}}),
+        json.dumps({"error": True, "message": "the prompt is too long"}),
+        json.dumps({"error": {"reason": "the prompt is too long"}}),
+        json.dumps({"detail": [{"loc": ["body", "prompt"], "msg": "the prompt is too long"}]}),
+        json.dumps({"reason": "the prompt is too long"}),
+        "<html>\n<p>the prompt is too long</p>",
+    ],
+)
+@pytest.mark.parametrize("status", [400, 413, 422, 500])
+def test_the_reason_of_an_error_is_shown(data: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fake() as fake:
+        handler = fake.server.RequestHandlerClass
+        monkeypatch.setattr(
+            handler, "v1_complete", lambda self, _: self.send_raw(status, data.encode(), "a/b")
+        )
+        with pytest.raises(LLMError, match=rf"answers {status} .*the prompt is too long"):
+            ask(config_for(fake, "openai", timeout_interval=0.001))
+
+
+def test_an_error_in_a_stream_is_no_empty_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = f"data: {json.dumps(VLLM)}\n\ndata: [DONE]\n\n".encode()
+    with Fake() as fake:
+        handler = fake.server.RequestHandlerClass
+        monkeypatch.setattr(handler, "v1_complete", lambda self, _: self.send_raw(200, data, "a/b"))
+        with pytest.raises(RequestFailed, match="the server says 'the prompt is too long'"):
+            ask(config_for(fake, "openai"))
+
+
+def test_a_refused_parameter_is_left_out_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral's words for seed, OpenAI's for the other two; all four requests in flight are refused."""
+    reasons = {
+        "seed": {"message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}},
+        "temperature": {"error": {"message": "Unsupported value: 'temperature' does not support 0.9."}},
+        "max_tokens": {"error": {"message": "Unsupported: 'max_tokens'. Use 'max_completion_tokens'."}},
+    }
+    notes: list[str] = []
+    with Fake(reply=reply) as fake:
+        handler: Any = fake.server.RequestHandlerClass
+        complete = handler.v1_complete
+
+        def refuse(self: Any, body: dict[str, Any]) -> None:
+            refused = next((name for name in reasons if name in body), None)
+            self.send_object(422, reasons[refused]) if refused else complete(self, body)
+
+        monkeypatch.setattr(handler, "v1_complete", refuse)
+        assert ask(config_for(fake, "openai"), times=4, notes=notes) == [Answer(EGGS, True)] * 4
+    assert [note.partition(" from now on: ")[0] for note in notes] == [
+        "the server refuses seed, which is left out",
+        "the server refuses temperature, which is left out",
+        "the server refuses max_tokens, which is named max_completion_tokens",
+    ]
+    kept = {"model", "stream", "messages", "max_completion_tokens"}
+    assert fake.bodies("/v1/chat/completions")[-1].keys() == kept
+
+
 def test_a_slow_server_gets_fewer_requests() -> None:
     """One that works on one request at a time, 0.15 s each, cannot do four within 0.3 s."""
     notes: list[str] = []
