@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fusedgpt.model.tokenizer import Tokenizer
 
 _CONTEXT = 6  # ids before the new ones, which decide how those are written: with a leading space or without
+_MAX_BYTES = 4  # of a character in UTF-8, and so the ids it may take
 _REPLACEMENT = "\ufffd"
 
 
@@ -58,8 +59,12 @@ class TextStream:
         return self._held if stop < 0 else self._held[:stop]
 
     def _set_context(self, ids: list[int]) -> None:
-        self._context = ids[-_CONTEXT:]
-        self._context_text = self.tokenizer.decode(self._context)
+        """Keep the last ids, from a character's start: byte fallback decodes nothing after part of one."""
+        for n in range(_CONTEXT, _CONTEXT + _MAX_BYTES):
+            self._context = ids[-n:]
+            self._context_text = self.tokenizer.decode(self._context)
+            if not self._context_text.startswith(_REPLACEMENT):
+                return
 
     def _text(self) -> str:
         text = self.tokenizer.decode(self._context + self._pending)
@@ -67,10 +72,12 @@ class TextStream:
 
     def _decode(self) -> str:
         text = self._text()
-        complete = not text.endswith(_REPLACEMENT)  # else the end may be the first bytes of a character
-        new = (text if complete else text[:-1])[self._told :]
+        whole = text.rstrip(
+            _REPLACEMENT
+        )  # the end may be the first bytes of a character, each written as one
+        new = whole[self._told :]
         self._told += len(new)
-        if complete:
+        if whole == text:
             self._set_context(self._context + self._pending)
             self._pending, self._told = [], 0
         return new

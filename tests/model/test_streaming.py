@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer
+from fusedgpt.model.tokenizer_json import CustomTokenizer
 
 TEXT = "Héllo 料理 😀🎉 — naïve\n\u202e e\u0301 \ufffd end"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama's, Mistral's and Gemma's: a character without an id is written as the ids of its bytes."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(steps)
+    library.add_special_tokens(["</s>"])
+    return CustomTokenizer(json.loads(library.to_str()))
 
 
 def pieces(stream: TextStream, ids: list[int]) -> list[str]:
@@ -26,6 +42,21 @@ def test_the_pieces_make_up_the_text(tokenizer: Tokenizer) -> None:
 def test_a_character_comes_with_its_last_byte() -> None:
     found = pieces(TextStream(byte_tokenizer(), []), list("a😀b".encode()))
     assert found == ["a", "", "", "", "😀", "b", ""]
+
+
+@pytest.mark.parametrize("text", ["a € b", "日本 c", "hi 😀", "日本語の文😀😀😀é€ aé", "料\n理", "€", " a"])
+@pytest.mark.parametrize("prompt", ["x", "日本語😀", "a €", "aé"])
+def test_characters_of_several_ids_come_whole(prompt: str, text: str) -> None:
+    """As transformers decodes them, that is the tokenizers library, whatever stood before."""
+    tokenizer = byte_fallback_tokenizer()
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(text)
+    whole = tokenizer.decode([*before, *ids])
+    for cut in range(len(before)):  # as a conversation that is too long begins anywhere
+        if not tokenizer.decode(before[cut:]).startswith("\ufffd"):
+            found = pieces(TextStream(tokenizer, before[cut:]), ids)
+            assert tokenizer.decode(before) + "".join(found) == whole
+            assert "\ufffd" not in "".join(found)
+    assert found.count("") == len(found) - len(whole[len(prompt) :])  # a character comes with its last id
 
 
 @pytest.mark.parametrize("seed", range(20))
