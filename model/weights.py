@@ -26,8 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's
 _MAX_INDEX_BYTES = 64 << 20
 _TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# Causal masks in old checkpoints; the head, which is tied: the embedding is the head.
-_NOT_READ = re.compile(r"\.attn\.(bias|masked_bias)$|^lm_head\.weight$")
+_NOT_READ = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks in old checkpoints
+_HEAD = "lm_head.weight"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
@@ -100,7 +100,10 @@ def load_weights(folder: Path, config: GPTConfig) -> GPT:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 keys = (key for key in file.keys() if not _NOT_READ.search(key))  # noqa: SIM118 - no mapping
                 stored |= {key.removeprefix("transformer."): (file, key) for key in keys}
+            head = stored.pop(_HEAD, None)
             state = _state_dict(model, stored, folder)
+            if head is not None:
+                _check_tied(*head, state["wte.weight"][: config.vocab_size], folder)
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path} is damaged: {error}") from None
     model.load_state_dict(state, assign=True)
@@ -155,6 +158,12 @@ def _state_dict(model: GPT, stored: dict[str, tuple[Any, str]], folder: Path) ->
             raise ModelFolderError(f"{folder}: {key} has shape {found}, config.json says {shape}")
         state[name] = _to_ours(name, file.get_tensor(key), model.config, folder)
     return state
+
+
+def _check_tied(file: Any, key: str, embedding: Tensor, folder: Path) -> None:
+    """Raise ModelFolderError for a head that is not the embedding, which is the head of our GPT."""
+    if not torch.equal(file.get_tensor(key).float(), embedding):
+        raise ModelFolderError(f"{folder}: {key} differs from wte.weight; only tied embeddings are supported")
 
 
 def _to_ours(name: str, value: Tensor, config: GPTConfig, folder: Path) -> Tensor:

@@ -274,6 +274,31 @@ def test_masks_of_old_checkpoints_are_ignored(char_folder: Path) -> None:
     assert torch.equal(again.h[0].attn.c_attn.bias, whole.h[0].attn.c_attn.bias)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("head", "refused"),
+    [
+        (lambda wte: wte.clone(), False),
+        (lambda wte: wte + 1e-4, True),
+        (lambda wte: -wte, True),
+        (lambda wte: wte[:-1].clone(), True),
+        (lambda wte: wte.to(torch.bfloat16), True),
+    ],
+)
+def test_a_head_of_its_own_is_refused(
+    char_folder: Path, head: Callable[[torch.Tensor], torch.Tensor], refused: bool, shards: int
+) -> None:
+    whole, _ = load_folder(char_folder)
+    edit_tensors(lambda t: t.update({"lm_head.weight": head(t["transformer.wte.weight"])}))(char_folder)
+    if shards > 1:
+        in_shards(char_folder, shards)
+    if refused:
+        with pytest.raises(ModelFolderError, match=r"lm_head.weight differs from wte.weight; only tied"):
+            load_folder(char_folder)
+    else:
+        assert torch.equal(load_folder(char_folder)[0].wte.weight, whole.wte.weight)
+
+
 INDEX = "model.safetensors.index.json"
 
 
