@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # the extra `gguf`
 GGUF_TYPES = ("f32", "f16", "q8_0")
 _OTHER_BYTES = 16 << 20  # tokenizer, metadata, alignment
 _BLOCK = 32  # values that share a scale in Q8_0
+# Added tokens that llama.cpp's converter takes for special ones although they are not marked as such.
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.S)
 # ÿ is GPT-2's letter for the byte 0xFF, which UTF-8 never contains: a merge that never applies.
 _NO_MERGES = ["ÿ ÿ"]
 
@@ -155,23 +158,26 @@ def _bpe_of(tokenizer: Tokenizer) -> dict[str, Any]:
             f"llama.cpp has no form of this {tokenizer.kind} tokenizer, only of byte-level BPE: "
             f"train with --tokenizer gpt2 or byte, or export to safetensors"
         )
-    special = {token["content"]: token["id"] for token in definition["added_tokens"]}
-    return bpe | {"special": special}
+    return bpe | {"added": definition["added_tokens"]}
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, model: GPT, tokenizer: Tokenizer, bpe: dict[str, Any]) -> None:
     import gguf
 
-    text_of = {i: text for text, i in (bpe["vocab"] | bpe["special"]).items()}
-    control = {*bpe["special"].values(), tokenizer.eot_id}
-    ids = range(model.config.vocab_size)
-    types = gguf.TokenType
+    kinds = gguf.TokenType
+    tokens = {i: (text, kinds.NORMAL) for text, i in bpe["vocab"].items()}
+    for token in bpe["added"]:
+        text = token["content"]
+        if token["special"] or _LOOKS_SPECIAL.fullmatch(text):
+            tokens[token["id"]] = text, kinds.CONTROL
+        else:
+            tokens[token["id"]] = text.replace("▁", " "), kinds.USER_DEFINED
+    tokens[tokenizer.eot_id] = tokenizer.eot_token, kinds.CONTROL
+    listed = [tokens.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(model.config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([text_of.get(i, f"[PAD{i}]") for i in ids])
-    writer.add_token_types(
-        [types.UNUSED if i not in text_of else types.CONTROL if i in control else types.NORMAL for i in ids]
-    )
+    writer.add_token_list([text for text, _ in listed])
+    writer.add_token_types([kind for _, kind in listed])
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in bpe["merges"]]
     writer.add_token_merges(merges or _NO_MERGES)
     writer.add_bos_token_id(tokenizer.eot_id)

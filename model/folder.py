@@ -76,7 +76,9 @@ def write_files(
     tokenizer.save(folder, max_length=model.config.block_size)
     name = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", hf_config(model.config, tokenizer.eot_id) | {"dtype": name})
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    if len(tokenizer.end_ids) > 1:
+        ids["eos_token_id"] = tokenizer.end_ids
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 40}
     _write_json(folder / "generation_config.json", {**ids, **sampling})
 

@@ -143,17 +143,26 @@ def sample_texts(
     *,
     n_samples: int = 1,
     stop: Sequence[str] = (),
+    special_tokens: bool = False,
     on_text: Callable[[str], None] | None = None,
     **sampling: Unpack[Sampling],
 ) -> list[str]:
     """n_samples continuations of `prompt` with the prompt in front, each ending before its end-of-text.
 
     An empty prompt starts from end-of-text, as a new document does. stop: strings before which a
-    continuation ends. on_text is told the first sample's text, without the prompt, as it comes. Raises
-    ValueError for settings out of range or a prompt the tokenizer cannot encode.
+    continuation ends. special_tokens: their names in the prompt are those tokens, not ordinary text. on_text
+    is told the first sample's text, without the prompt, as it comes. Raises ValueError for settings out of
+    range or a prompt the tokenizer cannot encode.
     """
     return sample_batch(
-        model, tokenizer, [prompt], n_samples=n_samples, stop=stop, on_text=on_text, **sampling
+        model,
+        tokenizer,
+        [prompt],
+        n_samples=n_samples,
+        stop=stop,
+        special_tokens=special_tokens,
+        on_text=on_text,
+        **sampling,
     )[0]
 
 
@@ -164,13 +173,15 @@ def sample_batch(
     *,
     n_samples: int = 1,
     stop: Sequence[str] = (),
+    special_tokens: bool = False,
     on_text: Callable[[str], None] | None = None,
     **sampling: Unpack[Sampling],
 ) -> list[list[str]]:
     """`sample_texts` of each prompt; those that have the same number of tokens run as one batch."""
     if n_samples < 1:
         raise ValueError(f"n_samples: expected 1 or more, got {n_samples}")
-    encoded = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    encode = tokenizer.encode_special if special_tokens else tokenizer.encode
+    encoded = [encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     for length in dict.fromkeys(map(len, encoded)):  # the KV cache has one length for all its rows
         group = [i for i, ids in enumerate(encoded) if len(ids) == length]

@@ -78,10 +78,10 @@ def check_tokenizer(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> No
             f"{folder}: its weights are for {config.vocab_size} ids, the tokenizer has "
             f"{tokenizer.vocab_size}: use --tokenizer {folder}"
         )
-    if not (folder / "tokenizer.json").exists():
-        return
     try:
         its_own = load_tokenizer(folder)
+    except FileNotFoundError:
+        return
     except ValueError as error:
         raise ModelFolderError(f"{folder}: {error}") from None
     ids = range(max(tokenizer.vocab_size, its_own.vocab_size))

@@ -36,7 +36,7 @@ class TextStream:
         """The text that is certain by now; `ended` turns true with the token that ends it."""
         if self.ended:
             return ""
-        if token == self.tokenizer.eot_id:
+        if token in self.tokenizer.end_ids:
             return self.end()
         if token < self.tokenizer.vocab_size:  # another tool's folder may pad its vocabulary: no text
             self._pending.append(token)

@@ -14,8 +14,8 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
-from functools import lru_cache
+from collections.abc import Container, Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # imported where used: these take 60 ms and more, and every c
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**20
+BUILT_IN = ("gpt2", "char", "byte")  # build_tokenizer takes any other name as a path
 
 _BPE_FILE = Path(__file__).parent / "gpt2_bpe" / "vocab.bpe.gz"
 _BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -47,10 +48,37 @@ class Tokenizer(ABC):
     # Where a text may be cut without changing its ids; "words": where GPT-2's words end.
     safe_cut: Literal["anywhere", "words", "never"] = "anywhere"
     _known: Container[int]  # the ids that decode
+    _other_ends: tuple[int, ...] = ()
+    _other_special: Mapping[str, int] = {}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids at which a text ends: `eot_id`, and any others that the tokenizer's folder names."""
+        return (self.eot_id, *self._other_ends)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that text never turns into, but in `encode_special`, and their ids."""
+        return {self.eot_token: self.eot_id, **self._other_special}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never `eot_id`. Raises ValueError if the vocabulary cannot express it."""
+
+    def encode_special(self, text: str) -> list[int]:
+        """`encode`, but the name of a special token becomes that token."""
+        special, parts = self.special_tokens, self._special_names.split(text)
+        return [i for part in parts for i in ([special[part]] if part in special else self.encode(part))]
+
+    def find_special(self, text: str) -> str | None:
+        """The first name of a special token in `text`, which `encode` takes for ordinary text."""
+        found = self._special_names.search(text)
+        return found and found[0]
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
+        return re.compile(f"({'|'.join(longest_first)})")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores where the library can."""
@@ -152,7 +180,7 @@ class _GPT2Tokenizer(Tokenizer):
         return self._bpe.decode(ids)
 
     def definition(self) -> dict[str, Any]:
-        return _byte_level_json([*self._tokens, END_OF_TEXT], merges=self._merges, cut_words=True)
+        return byte_level_json([*self._tokens, END_OF_TEXT], merges=self._merges, cut_words=True)
 
 
 class _ByteTokenizer(Tokenizer):
@@ -179,7 +207,7 @@ class _ByteTokenizer(Tokenizer):
 
     def definition(self) -> dict[str, Any]:
         letters = map(_byte_letters().__getitem__, range(256))
-        return _byte_level_json([*letters, END_OF_TEXT], merges=[], cut_words=False)
+        return byte_level_json([*letters, END_OF_TEXT], merges=[], cut_words=False)
 
 
 class _CharTokenizer(Tokenizer):
@@ -276,7 +304,8 @@ def byte_tokenizer() -> Tokenizer:
     return _ByteTokenizer()
 
 
-def _byte_level_json(tokens: list[str], *, merges: list[str], cut_words: bool) -> dict[str, Any]:
+def byte_level_json(tokens: list[str], *, merges: list[str], cut_words: bool) -> dict[str, Any]:
+    """The content of tokenizer.json for a byte-level BPE whose last token is end-of-text."""
     vocab = {token: i for i, token in enumerate(tokens)}
     model = {"type": "BPE", "vocab": vocab, "merges": [merge.split(" ") for merge in merges]}
     rule = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cut_words}

@@ -14,6 +14,7 @@ from fusedgpt.model.tokenizer import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
     Tokenizer,
+    byte_level_json,
     byte_tokenizer,
     char_tokenizer,
     gpt2_tokenizer,
@@ -29,22 +30,49 @@ MAX_TOKENIZER_BYTES = 64 * 2**20
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in `path`, a tokenizer.json or a folder with one.
+    """The tokenizer of `path`: a tokenizer.json, a folder with one, or one with vocab.json and merges.txt.
 
     One with the ids of `gpt2_tokenizer`, `byte_tokenizer` or a `char_tokenizer` becomes that one, which is
-    faster; the `tokenizers` library runs any other.
+    faster; the `tokenizers` library runs any other. End-of-text is the token that the folder's configs name.
 
     Raises FileNotFoundError if there is no file, ValueError if it cannot be read, is over
     MAX_TOKENIZER_BYTES, is not JSON, is refused by the library, or has no end-of-text.
     """
     try:
         file = path / "tokenizer.json" if path.is_dir() else path
-        definition = _read_json(file)
-        return _recognise(definition) or CustomTokenizer(definition)
+        if file != path and not file.exists() and _is_split(path):
+            definition = _joined(path)
+        else:
+            definition = _read_json(file)
+        ends = _ends_named_by(path, definition) if path.is_dir() else []
+        return _recognise(definition) or CustomTokenizer(definition, ends)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no tokenizer: {file} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot load the tokenizer {path}: {_one_line(error)}") from error
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether GPT-2's tokenizer is there in the two files of old versions of transformers."""
+    two = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if two and (folder / "added_tokens.json").exists():
+        convert = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
+        raise ValueError(f"it has added tokens and no tokenizer.json; write one in Python: {convert}")
+    return two
+
+
+def _joined(folder: Path) -> dict[str, Any]:
+    """The content of tokenizer.json for vocab.json and merges.txt."""
+    vocab = _read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    definition = byte_level_json([END_OF_TEXT], merges=merges, cut_words=True)
+    (eot,) = definition["added_tokens"]
+    definition["added_tokens"] = [
+        eot | {"id": vocab[name], "content": name} for name in END_OF_TEXT_NAMES if name in vocab
+    ]
+    definition["model"]["vocab"] = vocab
+    return definition
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -53,11 +81,36 @@ def _read_json(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         raw = stream.read(MAX_TOKENIZER_BYTES + 1)
     if len(raw) > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"it is over {MAX_TOKENIZER_BYTES} bytes")
-    definition = json.loads(raw.decode())
-    if not isinstance(definition, dict):
-        raise ValueError("it does not hold a JSON object")
-    return definition
+        raise ValueError(f"{file.name} is over {MAX_TOKENIZER_BYTES} bytes")
+    try:
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} does not hold a JSON object")
+    return content
+
+
+def _ends_named_by(folder: Path, definition: dict[str, Any]) -> list[str]:
+    """The tokens that a folder's configs name as end of text, first the one of transformers' `generate`.
+
+    An eos_token_id counts if it is an added token: it may be GPT-2's, left beside another vocabulary.
+    """
+    names = {i: name for i, name in _added_tokens(definition) if isinstance(i, int)}
+    ends: list[Any] = []
+    for file in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        config = _read_json(folder / file) if (folder / file).is_file() else {}
+        ids, token = config.get("eos_token_id"), config.get("eos_token")
+        ends += [names.get(i) for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        ends.append(token.get("content") if isinstance(token, dict) else token)
+    return list(dict.fromkeys(name for name in ends if isinstance(name, str)))
+
+
+def _added_tokens(definition: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """(id, content) of the added tokens of any JSON object."""
+    added = definition.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return [(token.get("id"), token.get("content")) for token in tokens]
 
 
 def _recognise(definition: dict[str, Any]) -> Tokenizer | None:
@@ -78,10 +131,8 @@ def _recognise(definition: dict[str, Any]) -> Tokenizer | None:
 
 def _id_rules(definition: dict[str, Any]) -> list[object]:
     """The parts of a tokenizer.json that decide the ids, in one form for all versions of its writers."""
-    added = definition.get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     parts = [_normalised(definition.get(part)) for part in ("normalizer", "pre_tokenizer", "model")]
-    return [*parts, [(token.get("id"), token.get("content")) for token in tokens]]
+    return [*parts, _added_tokens(definition)]
 
 
 def _normalised(part: object) -> object:
@@ -103,18 +154,23 @@ class CustomTokenizer(Tokenizer):
 
     kind = "custom"
 
-    def __init__(self, definition: dict[str, Any]) -> None:
+    def __init__(self, definition: dict[str, Any], ends: Sequence[str] = ()) -> None:
+        """ends: names of tokens that end a text; the first, or one of END_OF_TEXT_NAMES, is `eot_token`."""
         import tokenizers
 
         with _library_errors("the tokenizers library refuses it"):
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(_plain(definition)))
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(_plain(definition, ends)))
             self._library.encode_special_tokens = True
             vocab = self._library.get_vocab(with_added_tokens=True)
-        name = next((name for name in END_OF_TEXT_NAMES if name in vocab), None)
+            added = self._library.get_added_tokens_decoder()
+        ends = [name for name in ends if name in vocab]
+        name = next((name for name in (*ends, *END_OF_TEXT_NAMES) if name in vocab), None)
         if name is None:
             raise ValueError(f"it has no end-of-text token: add one of {', '.join(END_OF_TEXT_NAMES)}")
         self._known = known = frozenset(vocab.values())
         self.eot_token, self.eot_id = name, vocab[name]
+        self._other_ends = tuple(vocab[end] for end in ends[1:])
+        self._other_special = {token.content: i for i, token in added.items() if token.special}
         self.safe_cut = "words" if _has_gpt2_words(definition) else "never"
         self.vocab_size = max(known) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
@@ -166,15 +222,15 @@ class CustomTokenizer(Tokenizer):
         return definition
 
 
-def _plain(definition: dict[str, Any]) -> dict[str, Any]:
-    """`definition` without added tokens, truncation and dropout, and with end-of-text marked as special."""
+def _plain(definition: dict[str, Any], ends: Sequence[str]) -> dict[str, Any]:
+    """`definition` without templates, truncation and dropout, and with end-of-text marked as special."""
     plain = definition | {"truncation": None, "padding": None, "post_processor": None}
     if isinstance(model := plain.get("model"), dict) and "dropout" in model:
         plain["model"] = model | {"dropout": None}
     if isinstance(added := plain.get("added_tokens"), list):
+        names = (*ends, *END_OF_TEXT_NAMES)
         plain["added_tokens"] = [
-            t | {"special": True} if isinstance(t, dict) and t.get("content") in END_OF_TEXT_NAMES else t
-            for t in added
+            t | {"special": True} if isinstance(t, dict) and t.get("content") in names else t for t in added
         ]
     return plain
 

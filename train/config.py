@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.errors import InputError
+from fusedgpt.model.tokenizer import BUILT_IN
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 
@@ -281,6 +282,9 @@ def build_config(
             merged[_known(section, _SECTIONS, "section")] |= values
     if merged["model"].get("init_from"):
         _begin_from_folder(merged, options)
+    tokenizer = merged["data"].get("tokenizer")
+    if isinstance(tokenizer, str) and tokenizer not in BUILT_IN and Path(tokenizer).exists():
+        merged["data"]["tokenizer"] = str(Path(tokenizer).resolve())  # so that a resume finds it
     for section, values in merged.items():
         for name in values:
             _known(name, _SECTIONS[section].model_fields, f"option in [{section}]")
@@ -307,7 +311,7 @@ def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
         raise ConfigError("--init-from sets the shape of the model: leave out --preset")
     folder = Path(merged["model"]["init_from"]).expanduser().resolve()
     merged["model"]["init_from"] = str(folder)
-    if (folder / "tokenizer.json").is_file():
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         merged["data"].setdefault("tokenizer", str(folder))
 
 

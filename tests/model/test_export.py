@@ -12,7 +12,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fusedgpt.model import export, files
 from fusedgpt.model.config import GPTConfig
@@ -156,6 +156,56 @@ def test_a_vocabulary_of_ones_own_goes_along(tmp_path: Path) -> None:
     export_gguf(random_gpt(tokenizer), tokenizer, tmp_path / "m.gguf")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert theirs(TEXT).input_ids == tokenizer.encode(TEXT)
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path) -> Path:
+    """A GPT-2 fine-tuned for chats, as transformers saves it, with added tokens of all kinds."""
+    gpt2_tokenizer().save(tmp_path, max_length=256)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    theirs.add_tokens(["def▁main", "<|tool|>", "snake_case"])
+    theirs.save_pretrained(tmp_path)
+    config = GPT2Config(
+        n_layer=1,
+        n_head=2,
+        n_embd=32,
+        n_positions=64,
+        vocab_size=len(theirs),
+        eos_token_id=theirs.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_added_tokens_have_the_types_of_llama_cpps_converter(chat_folder: Path) -> None:
+    export_gguf(*load_folder(chat_folder), chat_folder / "m.gguf")
+    found = fields(chat_folder / "m.gguf")
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    kinds = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, types, strict=True)}
+    assert {token: kinds[token] for token in tokens[50256:]} == {
+        "<|endoftext|>": "CONTROL",
+        "<|im_end|>": "CONTROL",
+        "<|im_start|>": "CONTROL",
+        "def main": "USER_DEFINED",  # ▁ is a space to llama.cpp's converter
+        "<|tool|>": "CONTROL",  # the converter goes by its form
+        "snake_case": "USER_DEFINED",
+    }
+    assert tokens[found["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
+
+
+def test_a_folders_own_end_of_text_is_exported(chat_folder: Path, tmp_path: Path) -> None:
+    gpt, tokenizer = load_folder(chat_folder)
+    assert tokenizer.eot_token == "<|im_end|>"
+    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile(gpt, tokenizer, tmp_path / "m.gguf")
+    export_safetensors(gpt, tokenizer, tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == tokenizer.eot_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+    both = {"eos_token_id": [tokenizer.eot_id, 50256]}
+    (chat_folder / "generation_config.json").write_text(json.dumps(both))
+    export_safetensors(*load_folder(chat_folder), tmp_path / "both")
+    assert json.loads((tmp_path / "both" / "generation_config.json").read_text()).items() >= both.items()
 
 
 def test_a_character_vocabulary_has_no_gguf_form(tmp_path: Path) -> None:

@@ -428,6 +428,107 @@ def test_the_end_of_text_of_a_custom_tokenizer(name: str, tmp_path: Path) -> Non
     assert (loaded.eot_token, loaded.eot_id) == (name, 2)
 
 
+IM = {"content": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("configs", "ends"),
+    [
+        ({}, [50256]),
+        ({"config.json": {"eos_token_id": 50258}}, [50258]),
+        ({"generation_config.json": {"eos_token_id": [50258, 50256]}}, [50258, 50256]),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, [50258]),
+        ({"tokenizer_config.json": {"eos_token": IM}}, [50258]),
+        (
+            {"config.json": {"eos_token_id": 50256}, "tokenizer_config.json": {"eos_token": IM}},
+            [50256, 50258],
+        ),
+        ({"config.json": {"eos_token_id": 198}}, [50256]),  # an ordinary token
+        ({"config.json": {"eos_token_id": [[1], None, "x", 99999]}}, [50256]),
+        ({"tokenizer_config.json": {"eos_token": "<|absent|>"}}, [50256]),
+        ({"tokenizer_config.json": {"eos_token": 5}}, [50256]),
+    ],
+)
+def test_a_folders_configs_name_the_end_of_text(
+    configs: dict[str, Any], ends: list[int], gpt2_file: Path, tmp_path: Path
+) -> None:
+    file = json.loads(gpt2_file.read_text(encoding="utf-8"))
+    file["added_tokens"] += [
+        added(f"<|im_{name}|>", i, special=True) for i, name in ((50257, "start"), (50258, "end"))
+    ]
+    for name, content in configs.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    write(tmp_path, file)
+    loaded = tj.load_tokenizer(tmp_path)
+    assert list(loaded.end_ids) == ends
+    assert (loaded.eot_id, loaded.eot_token) == (ends[0], loaded.decode(ends[:1]))
+    assert loaded.encode("<|im_end|>") == tk.gpt2_tokenizer().encode("<|im_end|>")
+    loaded.save(tmp_path, max_length=64)  # a model trained from it, or a token set
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    assert tj.load_tokenizer(tmp_path).eot_id == ends[0]
+
+
+def test_an_end_of_text_of_another_name_is_not_made_of_text(tmp_path: Path) -> None:
+    vocab = {"<unk>": 0, "a": 1, "<": 2, "E": 3, ">": 4, "<E>": 5}
+    write(tmp_path, words(vocab, added_tokens=[added("<E>", 5, special=False)]))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<E>"}')
+    loaded = tj.load_tokenizer(tmp_path)
+    assert loaded.encode("a <E>") == [1, 2, 3, 4]
+    assert loaded.encode_special("a <E>") == [1, 5]
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    make("byte").save(tmp_path, max_length=64)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer .*generation_config.json is not JSON"):
+        tj.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_encoded_as_such_only_on_demand(kind: str) -> None:
+    tokenizer = make(kind)
+    assert tokenizer.special_tokens == {EOT: tokenizer.eot_id}
+    assert tokenizer.eot_id not in tokenizer.encode(f"a{EOT}b")
+    a, b = tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.encode_special(f"a{EOT}{EOT}b") == [*a, tokenizer.eot_id, tokenizer.eot_id, *b]
+
+
+def test_the_longest_name_of_a_special_token_counts(gpt2_file: Path, tmp_path: Path) -> None:
+    file = json.loads(gpt2_file.read_text(encoding="utf-8"))
+    file["added_tokens"] += [added("<a>", 50257, special=True), added("<a>b", 50258, special=True)]
+    tokenizer = tj.load_tokenizer(write(tmp_path, file))
+    assert tokenizer.encode_special(f"<a>b<a>{EOT}") == [50258, 50257, 50256]
+
+
+def test_vocab_and_merges_of_older_folders(gpt2_file: Path, tmp_path: Path) -> None:
+    model = json.loads(gpt2_file.read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *map(" ".join, model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert tj.load_tokenizer(tmp_path) is tk.gpt2_tokenizer()
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 50257}')
+    with pytest.raises(ValueError, match=r"has added tokens and no tokenizer.json; .*AutoTokenizer"):
+        tj.load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json does not exist"):
+        tj.load_tokenizer(tmp_path)
+
+
+def test_vocab_and_merges_of_ones_own(tmp_path: Path) -> None:
+    from transformers import GPT2Tokenizer
+
+    library = trained_bpe()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.model.save(str(tmp_path))
+    loaded = tj.load_tokenizer(tmp_path)
+    assert (loaded.kind, loaded.eot_id) == ("custom", library.token_to_id(EOT))
+    theirs = GPT2Tokenizer.from_pretrained(tmp_path)
+    for text in TEXTS.values():
+        assert loaded.encode(text) == library.encode(text).ids == theirs(text)["input_ids"]
+
+
 def test_a_custom_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no end-of-text token: add one of <\|endoftext\|>, .*</s>"):
         tj.load_tokenizer(write(tmp_path, words({"a": 0, "b": 1})))

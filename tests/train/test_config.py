@@ -189,3 +189,17 @@ def test_a_config_of_an_older_version_loads(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(OLD)
     config = build_config({}, layers=[read_toml(tmp_path / "config.toml")])
     assert (config.model.n_layer, config.data.raw_tokens, config.train.learning_rate) == (2, 3000, 6e-4)
+
+
+def test_a_path_of_a_tokenizer_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is resumed from elsewhere finds it."""
+    (tmp_path / "tok.json").touch()
+    (tmp_path / "byte").mkdir()  # the name goes before the path
+    monkeypatch.chdir(tmp_path)
+    layer = {"data": {"tokenizer": "tok.json"}}
+    for config in (build_config({"tokenizer": "tok.json"}), build_config({}, layers=[layer])):
+        assert config.data.tokenizer == str(tmp_path / "tok.json")
+    assert build_config({"tokenizer": "byte"}).data.tokenizer == "byte"
+    assert (
+        build_config({"tokenizer": "absent"}).data.tokenizer == "absent"
+    )  # build_tokenizer says what is wrong

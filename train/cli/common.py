@@ -14,9 +14,16 @@ _output_option = partial(typer.Option, rich_help_panel="Output")
 
 def _model_folder(path: Path) -> Path:
     """`path`; anything but a model folder is refused before torch is imported."""
-    from fusedgpt.model.hf_config import read_config
+    from fusedgpt.model.hf_config import ModelFolderError, read_config
 
-    read_config(path)
+    try:
+        read_config(path)
+    except ModelFolderError:
+        runs = (p for p in (path, *path.absolute().parents[:2]) if (p / "run.json").is_file())
+        if (run := next(runs, None)) is None:
+            raise
+        finish = f"`fusedgpt train --resume {run}` finishes it and writes one"
+        raise ModelFolderError(f"{path} is of a training run and no model folder: {finish}") from None
     return path
 
 

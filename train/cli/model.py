@@ -24,6 +24,12 @@ _SPINS = 16_000  # measured: docs/experiments.md, "Spinning while sampling"
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="Stop before this string; may be repeated.")
 ]
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens", help="Encode names of special tokens, such as <|im_start|>, as those tokens."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -36,6 +42,7 @@ def sample(
     ] = None,
     n_samples: Annotated[int, typer.Option("--n-samples", "-n", help="Samples per prompt.")] = 1,
     stop: Stop = None,
+    special_tokens: SpecialTokens = False,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -46,6 +53,8 @@ def sample(
     from fusedgpt.train.report.terminal import TerminalWriter
 
     prompts = prompt or [""]
+    if not special_tokens:
+        _note_special_tokens(tokenizer, "".join(prompts))
     writer = TerminalWriter(sys.stdout) if len(prompts) * n_samples == 1 and not as_json else None
     begun = False
 
@@ -56,7 +65,14 @@ def sample(
         begun = True
 
     texts = sample_batch(
-        gpt, tokenizer, prompts, n_samples=n_samples, stop=stop or (), on_text=show, **sampling
+        gpt,
+        tokenizer,
+        prompts,
+        n_samples=n_samples,
+        stop=stop or (),
+        special_tokens=special_tokens,
+        on_text=show,
+        **sampling,
     )
     if as_json:
         for one, samples in zip(prompts, texts, strict=True):
@@ -74,6 +90,7 @@ def chat(
     user: Annotated[str, typer.Option(help="Prefix of your lines, as in the training text.")] = "",
     reply: Annotated[str, typer.Option(help="Prefix of the model's replies.")] = "",
     stop: Stop = None,
+    special_tokens: SpecialTokens = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -86,7 +103,17 @@ def chat(
     from fusedgpt.train.report.terminal import TerminalWriter, typed_lines
     from fusedgpt.train.tools.chat import Chat, converse
 
-    talk = Chat(gpt, tokenizer, user=user, reply=reply, stop=stop or (), **sampling)
+    if not special_tokens:
+        _note_special_tokens(tokenizer, user + reply)
+    talk = Chat(
+        gpt,
+        tokenizer,
+        user=user,
+        reply=reply,
+        stop=stop or (),
+        special_tokens=special_tokens,
+        **sampling,
+    )
     if not sys.stdin.isatty():
         converse(talk, (line.rstrip("\n") for line in sys.stdin), TerminalWriter(sys.stdout))
         return
@@ -94,6 +121,11 @@ def chat(
         import readline  # noqa: F401 - importing it gives input() line editing and history
     converse(talk, typed_lines("> "), TerminalWriter(sys.stdout))
     typer.echo()
+
+
+def _note_special_tokens(tokenizer: "Tokenizer", prompt: str) -> None:
+    if name := tokenizer.find_special(prompt):
+        sys.stderr.write(f"{name} in a prompt is ordinary text without --special-tokens\n")
 
 
 def _load(ctx: typer.Context, folder: Path, device: str) -> tuple["GPT", "Tokenizer", "Sampling"]:

@@ -59,6 +59,7 @@ def prepare(
             text_field=text_field,
             errors=errors,
             report=_with_speed(show),
+            note=lambda text: typer.echo(text, err=True),
         )
     seconds = time.perf_counter() - start
     tokens = index.train.tokens + index.val.tokens

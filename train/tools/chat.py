@@ -17,7 +17,8 @@ class Chat:
     """A model and the history of a conversation with it, from which the oldest tokens are dropped.
 
     Each turn is user + line + newline + reply, where `user` and `reply` are prefixes that the model was
-    trained on, or empty. The reply ends at end-of-text, a stop string or max_new_tokens.
+    trained on, or empty. The reply ends at end-of-text, a stop string or max_new_tokens. special_tokens:
+    their names in the prefixes and lines are those tokens, not ordinary text.
     """
 
     def __init__(
@@ -28,9 +29,11 @@ class Chat:
         user: str = "",
         reply: str = "",
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
         **sampling: Unpack[Sampling],
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.encode = tokenizer.encode_special if special_tokens else tokenizer.encode
         self.user, self.reply = user, reply
         self.stop = [*stop, *([user] if user else [])]  # the model must not speak for the user
         check_stop(self.stop)
@@ -41,7 +44,7 @@ class Chat:
 
         Raises ValueError for text that the tokenizer cannot encode; the history is then unchanged.
         """
-        ids = self.tokenizer.encode(f"{self.user}{line}\n{self.reply}")
+        ids = self.encode(f"{self.user}{line}\n{self.reply}")
         prompt = self._within([*(self.history or [self.tokenizer.eot_id]), *ids])
         pieces: list[str] = []
 

@@ -19,14 +19,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fusedgpt.model import generate
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_folder, save_folder
 from fusedgpt.model.gpt import GPT
-from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
+from fusedgpt.model.tokenizer_json import CustomTokenizer
 from fusedgpt.train.cli import main as cli
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.data.tokens.shards import read_index
+from fusedgpt.train.tools import chat
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
 
@@ -110,6 +114,62 @@ def test_sample_streams_what_json_says(fusedgpt: Run, root: Path) -> None:
     assert fusedgpt(*arguments, "--max-new-tokens", "0").stdout == "The\n"
     penalised = fusedgpt(*arguments, "--repetition-penalty", "1.9", "--json").stdout
     assert json.loads(penalised)["samples"] != [text]
+
+
+@pytest.fixture(scope="module")
+def chat_model(root: Path) -> Path:
+    """A folder of bytes and <|im_start|>, <|im_end|>, of which the last ends a text."""
+    definition = byte_tokenizer().definition()
+    eot = definition["added_tokens"][0]
+    definition["added_tokens"] += [
+        eot | {"id": i, "content": f"<|im_{k}|>"} for i, k in ((257, "start"), (258, "end"))
+    ]
+    config = GPTConfig(vocab_size=259, block_size=64, n_layer=1, n_head=2, n_embd=32)
+    gpt = GPT(config, seed=1)
+    with torch.no_grad():  # it always says <|im_end|>
+        gpt.ln_f.weight.zero_()
+        gpt.ln_f.bias.fill_(1.0)
+        gpt.wte.weight[258] = 1.0
+    return save_folder(gpt, CustomTokenizer(definition, ["<|im_end|>"]), root, "chat")
+
+
+def test_sample_ends_at_the_folders_own_end_of_text(fusedgpt: Run, chat_model: Path) -> None:
+    assert fusedgpt("sample", chat_model, "--prompt", "Hi").stdout == "Hi\n"
+
+
+@pytest.mark.parametrize("command", ["sample", "chat"])
+def test_special_tokens_in_a_prompt(
+    fusedgpt: Run, chat_model: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def continue_ids(model: GPT, tokenizer: Tokenizer, rows: list[list[int]], **_: Any) -> list[str]:
+        seen.extend(rows)
+        return [""]
+
+    monkeypatch.setattr(generate, "continue_ids", continue_ids)
+    monkeypatch.setattr(chat, "continue_ids", continue_ids)
+    prompt = "<|im_start|>user\n"
+    arguments = [command, chat_model, "--prompt" if command == "sample" else "--user", prompt]
+    plain = fusedgpt(*arguments, input="Hi\n")
+    assert plain.stderr == "<|im_start|> in a prompt is ordinary text without --special-tokens\n"
+    special = fusedgpt(*arguments, "--special-tokens", input="Hi\n")
+    assert (special.stderr, special.returncode) == ("", 0)
+    assert [257 in row for row in seen] == [False, True]
+    assert fusedgpt(command, chat_model, input="Hi\n").stderr == ""
+
+
+def test_a_run_is_no_model_folder(fusedgpt: Run, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        done = fusedgpt("sample", path)
+        assert done.returncode != 0
+        remedy = f"`fusedgpt train --resume {tmp_path / 'run'}` finishes it and writes one"
+        assert done.stderr.splitlines()[-1].endswith(
+            f"{path} is of a training run and no model folder: {remedy}"
+        )
 
 
 def test_eval_prints_what_the_api_gives(fusedgpt: Run, root: Path) -> None:

@@ -34,13 +34,15 @@ def prepare(
     text_field: str = "text",
     errors: Errors = "strict",
     report: Report = lambda *_: None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> Index:
     """Tokenise text of any size into a token set `out` (see shards.py), and return its index.
 
     vocab_size: train a byte-pair tokenizer of that many ids on the text, instead of using `tokenizer`.
     Documents are held out by a hash of their text; if they are few, the end of the text is held out. The set
-    does not depend on the number of workers. Raises FileNotFoundError, DataError or ValueError for text that
-    cannot be read or tokenised, OSError if `out` cannot be written; then there is no `out`.
+    does not depend on the number of workers. note: gets a message for the user if the text names a special
+    token. Raises FileNotFoundError, DataError or ValueError for text that cannot be read or tokenised,
+    OSError if `out` cannot be written; then there is no `out`.
     """
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
@@ -54,7 +56,8 @@ def prepare(
     with new_set_folder(out) as folder:
         chosen = _choose_tokenizer(tokenizer, vocab_size, source, progress)
         writer = TokenSetWriter(folder, chosen, shard_tokens)
-        chunks = chunked(progress.begin("tokenising", chosen.safe_cut), val_fraction)
+        pieces = note_special_token(progress.begin("tokenising", chosen.safe_cut), chosen, note)
+        chunks = chunked(pieces, val_fraction)
         for encoded in encode_chunks(chunks, chosen, workers):
             writer.append(encoded)
             progress.show(writer.tokens)
@@ -83,6 +86,10 @@ class _Progress:
         """Report the progress."""
         self._report(self._title, self._done, self._total, tokens)
 
+    def wait(self, title: str) -> None:
+        """Report work of unknown length."""
+        self._report(title, 0, 0, 0)
+
 
 def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progress: _Progress) -> Tokenizer:
     if vocab_size is None and name != "char":
@@ -99,13 +106,25 @@ def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progres
             yield piece
 
     if vocab_size is not None:
-        return train_tokenizer(pieces("training the tokenizer", "words"), vocab_size)
+        return train_tokenizer(pieces("training the tokenizer", "words"), vocab_size, progress.wait)
     characters: set[str] = set()
     for text, _ in pieces("collecting characters", "anywhere"):
         characters.update(text)
     if not characters:
         raise no_text(source.inputs)
     return char_tokenizer("".join(characters))
+
+
+def note_special_token(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, note: Callable[[str], object]
+) -> Iterator[Piece]:
+    """`pieces`; `note` is told the first special token that they name, which is encoded as text."""
+    noted = False
+    for piece in pieces:
+        if not noted and (name := tokenizer.find_special(piece.text)):
+            note(f"{name} in the text is ordinary text, not a special token")
+            noted = True
+        yield piece
 
 
 def chunked(pieces: Iterable[Piece], val_fraction: float) -> Iterator[Chunk]:

@@ -123,7 +123,7 @@ def _set_folder(path: Path) -> Path | None:
 
 
 def _same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    return a is b or (a.kind == b.kind and a.definition() == b.definition())
+    return a is b or ((a.kind, a.eot_id) == (b.kind, b.eot_id) and a.definition() == b.definition())
 
 
 def _dataset(one: TokenSet, config: RunConfig) -> TokenDataset:

@@ -288,6 +288,17 @@ def test_a_trained_tokenizer_is_small_and_the_same_each_time(tmp_path: Path) -> 
     assert len(tokenizer.encode(MIXED)) < len(gpt2_tokenizer().encode(MIXED))
 
 
+def test_special_tokens_in_the_text_are_noted_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    notes: list[str] = []
+    prepare([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.0, workers=1, note=notes.append)
+    assert notes == ["<|endoftext|> in the text is ordinary text, not a special token"]
+    assert ids_of(tmp_path / "out", "train").count(EOT) == 1
+    (tmp_path / "a.txt").write_text("one <|im_end|>")
+    prepare([tmp_path / "a.txt"], tmp_path / "more", val_fraction=0.0, workers=1, note=notes.append)
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize("size", [0, 256, 2**20 + 1])
 def test_a_vocabulary_that_cannot_be_is_refused(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.txt").write_text("text")
