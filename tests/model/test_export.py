@@ -160,8 +160,8 @@ def test_a_vocabulary_of_ones_own_goes_along(tmp_path: Path) -> None:
 
 @pytest.fixture
 def chat_folder(tmp_path: Path) -> Path:
-    """A GPT-2 fine-tuned for chats, as transformers saves it, with added tokens of all kinds."""
-    gpt2_tokenizer().save(tmp_path, max_length=256)
+    """A GPT-2 of bytes fine-tuned for chats, as transformers saves it, with added tokens of all kinds."""
+    byte_tokenizer().save(tmp_path, max_length=256)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     theirs.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     theirs.add_tokens(["def▁main", "<|tool|>", "snake_case"])
@@ -183,7 +183,7 @@ def test_added_tokens_have_the_types_of_llama_cpps_converter(chat_folder: Path) 
     found = fields(chat_folder / "m.gguf")
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     kinds = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, types, strict=True)}
-    assert {token: kinds[token] for token in tokens[50256:]} == {
+    assert {token: kinds[token] for token in tokens[256:]} == {
         "<|endoftext|>": "CONTROL",
         "<|im_end|>": "CONTROL",
         "<|im_start|>": "CONTROL",
@@ -202,7 +202,7 @@ def test_a_folders_own_end_of_text_is_exported(chat_folder: Path, tmp_path: Path
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == tokenizer.eot_id
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
-    both = {"eos_token_id": [tokenizer.eot_id, 50256]}
+    both = {"eos_token_id": [tokenizer.eot_id, 256]}
     (chat_folder / "generation_config.json").write_text(json.dumps(both))
     export_safetensors(*load_folder(chat_folder), tmp_path / "both")
     assert json.loads((tmp_path / "both" / "generation_config.json").read_text()).items() >= both.items()

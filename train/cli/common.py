@@ -13,18 +13,28 @@ _output_option = partial(typer.Option, rich_help_panel="Output")
 
 
 def _model_folder(path: Path) -> Path:
-    """`path`; anything but a model folder is refused before torch is imported."""
+    """`path`, or the model folder of the finished run `path`; others are refused before torch is imported."""
     from fusedgpt.model.hf_config import ModelFolderError, read_config
 
     try:
         read_config(path)
+        return path
     except ModelFolderError:
-        runs = (p for p in (path, *path.absolute().parents[:2]) if (p / "run.json").is_file())
-        if (run := next(runs, None)) is None:
+        run = path.parent.parent if path.parent.name == "checkpoints" else path
+        if not (run / "run.json").is_file():
             raise
-        finish = f"`fusedgpt train --resume {run}` finishes it and writes one"
-        raise ModelFolderError(f"{path} is of a training run and no model folder: {finish}") from None
-    return path
+    from fusedgpt.train.run.directory import read_run
+
+    about, _ = read_run(run)
+    model = about.get("result", {}).get("model_path")
+    if model is None:
+        remedy = f"`fusedgpt {about.get('command')} --resume {run}` finishes the run and writes one"
+    elif path != run:
+        remedy = f"its run wrote {model}"
+    else:
+        read_config(Path(model))
+        return Path(model)
+    raise ModelFolderError(f"{path} is no model folder: {remedy}")
 
 
 def _remember_debug(ctx: typer.Context, value: bool) -> bool:

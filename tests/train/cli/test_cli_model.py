@@ -159,17 +159,24 @@ def test_special_tokens_in_a_prompt(
     assert fusedgpt(command, chat_model, input="Hi\n").stderr == ""
 
 
-def test_a_run_is_no_model_folder(fusedgpt: Run, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+def test_a_run_stands_for_the_model_folder_it_wrote(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "run" / "run.json").write_text("{}")
-    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+    (run / "config.toml").touch()
+    (run / "run.json").write_text('{"command": "train"}')
+    for path in (run, checkpoint):
         done = fusedgpt("sample", path)
-        assert done.returncode != 0
-        remedy = f"`fusedgpt train --resume {tmp_path / 'run'}` finishes it and writes one"
-        assert done.stderr.splitlines()[-1].endswith(
-            f"{path} is of a training run and no model folder: {remedy}"
-        )
+        remedy = f"`fusedgpt train --resume {run}` finishes the run and writes one"
+        assert (done.returncode, done.stderr) == (1, f"fusedgpt: {path} is no model folder: {remedy}\n")
+    model = root / "m"
+    (run / "run.json").write_text(json.dumps({"command": "train", "result": {"model_path": str(model)}}))
+    arguments = ("--prompt", "The", "--max-new-tokens", "3")
+    assert fusedgpt("sample", run, *arguments).stdout == fusedgpt("sample", model, *arguments).stdout != ""
+    done = fusedgpt("sample", checkpoint)
+    assert done.stderr == f"fusedgpt: {checkpoint} is no model folder: its run wrote {model}\n"
+    (run / "run.json").write_text(json.dumps({"command": "train", "result": {"model_path": "gone"}}))
+    assert "gone is no model folder" in fusedgpt("sample", run).stderr
 
 
 def test_eval_prints_what_the_api_gives(fusedgpt: Run, root: Path) -> None:
