@@ -100,6 +100,16 @@ def test_end_of_text_ends_it() -> None:
     assert stream.ended
 
 
+def test_any_end_of_text_of_the_folder_ends_it() -> None:
+    definition = byte_tokenizer().definition()
+    definition["added_tokens"].append(definition["added_tokens"][0] | {"id": 257, "content": "<|im_end|>"})
+    tokenizer = CustomTokenizer(definition, ["<|im_end|>", "<|endoftext|>"])
+    for end in (256, 257):
+        stream = TextStream(tokenizer, [])
+        assert [stream.add(i) for i in (*b"a", end, *b"b")] == ["a", "", ""]
+        assert stream.ended
+
+
 def test_ids_that_pad_the_vocabulary_have_no_text() -> None:
     assert pieces(TextStream(byte_tokenizer(), []), [97, 300, 98]) == ["a", "", "b", ""]
 
