@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -413,14 +414,15 @@ def test_python_m_fusedgpt_train_is_train() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The goal is 0.3 s on a quiet machine; twice that allows for a busy one."""
+    """The goal is 0.3 s on a quiet machine; CPU time, and a margin, allow for a busy one."""
 
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         fusedgpt("--help")
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.6
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 @pytest.mark.parametrize(

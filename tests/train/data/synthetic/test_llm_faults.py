@@ -222,7 +222,7 @@ def test_eight_in_flight_are_seven_times_as_fast_as_one(tmp_path: Path) -> None:
         return float(info["tokens"] / (time.monotonic() - started))
 
     ratios = []
-    with Fake(delay=0.2) as fake:
+    with Fake(delay=0.4) as fake:
         tokens_per_second(1, 70, tmp_path / "first.jsonl")  # loads the tokenizer and the templates
         for n in range(3):
             one = tokens_per_second(1, 700, tmp_path / f"one{n}.jsonl")

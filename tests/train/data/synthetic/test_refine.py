@@ -143,9 +143,9 @@ def test_hostile_texts(samples: list[str], prompt: str) -> None:
 
 def test_speed() -> None:
     samples = list(islice(generate_samples("", domain="conversation"), 5_000))
-    start = time.perf_counter()
+    start = time.process_time()
     run(samples)
-    assert time.perf_counter() - start < 2.0  # 0.7 s on one quiet core
+    assert time.process_time() - start < 2.0  # 0.7 s on one quiet core
 
 
 def test_near_linear_on_one_frame() -> None:
@@ -154,6 +154,6 @@ def test_near_linear_on_one_frame() -> None:
         f"{GOOD} That was in {n}, and in {n * 7 % 9_973} it was {n * 31 % 7_919} again."
         for n in range(10_000)
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     run(samples)
-    assert time.perf_counter() - start < 8.0
+    assert time.process_time() - start < 8.0
