@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from functools import partial
 from pathlib import Path
 
