@@ -29,7 +29,7 @@ def protect_streams() -> None:
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file of ours would be standard error
         os.set_inheritable(unused, True)
     os.close(unused)
-    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())
     if sys.stdout is sys.__stdout__:  # neither is a test's
         sys.stdout = _protected(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
@@ -41,7 +41,9 @@ class _Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            written = super().write(data)
+            full = written is None and self.fileno() == 2  # a pipe that must not block
+            return len(data) if full else written
         except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())

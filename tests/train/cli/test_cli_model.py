@@ -227,6 +227,18 @@ def test_export_gguf_prints_a_modelfile(fusedgpt: Run, root: Path, tmp_path: Pat
     assert out.stat().st_mode & 0o777 == 0o644
 
 
+def test_chat_does_without_readline(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    monkeypatch.setitem(sys.modules, "readline", None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["chat", str(root / "m")])
+    assert not end.value.code
+
+
 def test_chat_through_a_pipe(root: Path) -> None:
     done = process("chat", root / "m", "--max-new-tokens", "5", input="hello\n/forget\nyou")
     assert done.returncode == 0, done.stderr

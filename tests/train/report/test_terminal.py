@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_a_broken_standard_error_is_given_up(tmp_path: Path, unread: int) -> Non
         assert (done.returncode, done.stdout) == (0, "out 0\nout 1\nout 2\n")
         assert not done.stderr
         assert (tmp_path / "file").read_text() == "True ''\n"
+
+
+def test_a_standard_error_that_is_full_holds_nothing_up(tmp_path: Path) -> None:
+    end, pipe = os.pipe()
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while os.write(pipe, bytes(4096)):
+            pass
+    done = run_program(tmp_path / "file", stderr=pipe)
+    os.close(pipe)
+    os.close(end)
+    assert (done.returncode, done.stdout) == (0, "out 0\nout 1\nout 2\n")
 
 
 def test_a_standard_output_that_nobody_reads_ends_the_program_well(tmp_path: Path, unread: int) -> None:
