@@ -80,7 +80,8 @@ class Decoder:
             return self._step(token)
         if self.graph is None:
             self.token, self.graph = token.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # "thread_local": while a model is trained, the loader's thread may pin memory
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self._step(self.token)
         self.token.copy_(token)
         self.graph.replay()

@@ -6,6 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -169,12 +170,26 @@ class TrainConfig(_Frozen):
             raise ConfigError(f"{run} has no room for {given}: lower that or train longer")
 
 
+class Logger(StrEnum):  # typer takes no list of Literals
+    """Where metrics and samples go besides metrics.jsonl."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
 class SavingConfig(_Frozen):
     """What a run leaves on disk while it is going on."""
 
     save_every: str = _logs("10m", "Time or steps between checkpoints: 90s, 10m, 2h, or 500 for steps.")
     keep_last: int = _logs(1, "Number of checkpoints to keep; 0 keeps none of a finished run.", ge=0)
-    tensorboard: bool = _logs(False, "Write TensorBoard logs to the run directory.")
+    logger: list[Logger] | None = _logs(
+        None, "Where metrics and samples go too; may be repeated.", unset="only metrics.jsonl"
+    )
+    sample_every: int | None = _logs(None, "Steps between samples of the model.", unset="never", ge=1)
+    sample_prompt: list[str] | None = _logs(
+        None, "Text that the samples continue; may be repeated.", unset="empty"
+    )
 
     @field_validator("save_every")
     @classmethod
@@ -182,6 +197,12 @@ class SavingConfig(_Frozen):
         if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+[smh]", value):
             raise ValueError(f"save_every: expected steps (500) or a time (90s, 10m, 2h), got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sample_prompt and self.sample_every is None:
+            raise ValueError("--sample-prompt needs --sample-every, the steps between samples")
+        return self
 
     @property
     def save_steps(self) -> int | None:
@@ -345,6 +366,8 @@ def read_toml(path: Path) -> Sections:
         _known(section, _SECTIONS, f"section in {path}:")
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a section [{section}], got {section} = {values!r}")
+    if content.get("saving", {}).pop("tensorboard", False):  # of a run before there were other loggers
+        content["saving"]["logger"] = ["tensorboard"]
     return content
 
 

@@ -25,6 +25,7 @@ from fusedgpt.train.data.synthetic.task import Bar, Task, no_bar
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.data.tokens.load import is_token_set, load_data, tokenise
 from fusedgpt.train.loop.precision import resolve_device
+from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
 from fusedgpt.train.report.model_card import model_card
 from fusedgpt.train.report.progress import Monitor
@@ -174,7 +175,8 @@ def _train_and_save(
     monitor.note(f"dataset: {dataset}")
     total, without_embeddings = model.config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
-    summary = train(model, dataset, config.train, monitor, run, profile=profile)
+    sampler = Sampler.from_config(config, tokenizer)
+    summary = train(model, dataset, config.train, monitor, run, sampler=sampler, profile=profile)
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model

@@ -65,6 +65,7 @@ def test_name_of_a_model(changes: dict[str, Any], name: str) -> None:
         ),
         ({"batch_tokens": 511}, "batch_tokens 511 is less than one window of 512"),
         ({"patience": 2, "val_fraction": 0.0}, "patience needs held-out text"),
+        ({"sample_prompt": ["The"]}, "--sample-prompt needs --sample-every"),
         ({"save_every": "0"}, "save_every: expected steps"),
         ({"save_every": "ten minutes"}, "save_every: expected steps"),
         ({"z_loss": float("inf")}, "z_loss"),
@@ -109,7 +110,7 @@ def test_file_then_flags_then_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokenizer", ['a "b"\\', "料理/🍜.json", "\x7f\t\n''", ""])
 def test_a_written_config_reads_back_the_same(tmp_path: Path, tokenizer: str) -> None:
-    options = {"n_layer": 3, "eps": 1e-10, "save_every": "500", "tensorboard": True, "tokenizer": tokenizer}
+    options = {"n_layer": 3, "eps": 1e-10, "save_every": "500", "logger": ["wandb"], "tokenizer": tokenizer}
     config = build_config(options)
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     assert build_config({}, layers=[read_toml(tmp_path / "config.toml")]) == config
@@ -186,8 +187,11 @@ fallback = "none"
 
 
 def test_a_config_of_an_older_version_loads(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(OLD.replace("tensorboard = false", "tensorboard = true"))
+    assert build_config({}, layers=[read_toml(tmp_path / "config.toml")]).saving.logger == ["tensorboard"]
     (tmp_path / "config.toml").write_text(OLD)
     config = build_config({}, layers=[read_toml(tmp_path / "config.toml")])
+    assert config.saving.logger is None
     assert (config.model.n_layer, config.data.raw_tokens, config.train.learning_rate) == (2, 3000, 6e-4)
 
 

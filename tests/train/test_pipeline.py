@@ -24,6 +24,7 @@ from fusedgpt.train.data.synthetic import collect
 from fusedgpt.train.data.synthetic.collect import generate_texts
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
+from fusedgpt.train.report.metrics import read_metrics
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
 FILES = {
@@ -238,6 +239,17 @@ def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path, monkeypatch: 
     text = (result.model_path / "generation_info.json").read_text()
     training = json.loads(text, parse_constant=lambda constant: pytest.fail(constant))["training"]
     assert (training["final_loss"], training["val_loss"]) == (None, None)
+
+
+def test_samples_reach_the_metrics_and_a_logger(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The cat sat on the mat. " * 99)
+    options = {"sample_every": 2, "sample_prompt": ["The"], "logger": ["tensorboard"], "tokenizer": "byte"}
+    config = build_config({**TINY, **options})
+    run = train_on_files([tmp_path / "book.txt"], config, tmp_path / "models").run_path
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [(row["step"], row["sample"][:3]) for row in rows if "sample" in row] == [(2, "The"), (4, "The")]
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"samples/1" in events.read_bytes()
 
 
 def test_unknown_generation_method_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fusedgpt.train.loop.precision import (
     resolve_device,
     resolve_precision,
 )
+from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.schedule import learning_rate
 from fusedgpt.train.loop.step import GraphedStep, Step
 from fusedgpt.train.loop.validation import Validation
@@ -86,15 +87,17 @@ def train(
     monitor: Monitor | None = None,
     run: Run | None = None,
     *,
+    sampler: Sampler | None = None,
     profile: bool = False,
 ) -> TrainingSummary:
     """Train `model` in place on `dataset`, drawing progress on `monitor`, saving into `run`.
 
     The model ends in eval mode and fp32 on the device it was trained on, with the weights of the best
-    validation if there was one. profile: trace a few steps into `run`, the most expensive ops on the monitor.
+    validation if there was one. sampler: what to sample meanwhile. profile: trace a few steps into `run`, the
+    most expensive ops on the monitor.
 
     Raises ValueError for an unusable device or too little data for a step, TrainingDiverged when losses stop
-    being finite, Stopped (once `run` is saved) on SIGINT, SIGTERM or SIGUSR1, OSError where `run` cannot be
+    being finite, Stopped (once `run` is saved) on one of StopSignals, OSError where `run` cannot be
     written, CheckpointError where what it resumes does not fit.
     """
     monitor = monitor or Monitor(quiet=True)
@@ -138,6 +141,8 @@ def train(
             progress.tokens += batch.tokens
             progress.cursor = batch.following
             log.add(result, lr)
+            if sampler is not None and progress.step % sampler.every == 0:
+                log.sample(sampler, stop)
         if validation.out_of_patience:
             monitor.note(f"no improvement in {config.patience} validations: stopped early")
         if run is not None:

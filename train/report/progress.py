@@ -6,7 +6,7 @@ import atexit
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
@@ -151,6 +151,11 @@ class Monitor:
         """Show a validation: the loss in nats per token, and whether it is the best so far."""
         per_byte = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
         self.note(f"step {step}: validation loss {loss:.4f}{per_byte}{', best so far' if improved else ''}")
+
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Show samples, by prompt, each as one block."""
+        for prompt, text in texts.items():
+            self.note(f"--- step {step}: sample for {prompt!r}\n{text.rstrip()}\n---")
 
     def note(self, text: str) -> None:
         """Write a line of its own, above the bar."""

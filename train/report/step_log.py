@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from fusedgpt.kernels.ops import fallback
 from fusedgpt.model.errors import UserError
 from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.validation import Validation
-from fusedgpt.train.report.metrics import Sink
+from fusedgpt.train.report.loggers import Sink
 from fusedgpt.train.report.progress import Monitor, StepMetrics
 from fusedgpt.train.report.speed import Speed
 from fusedgpt.train.run.directory import MAX_FAILED_SAVES, Run
@@ -52,6 +54,7 @@ class TrainingLog:
         self.first_tokens = training.progress.tokens
         self.speed = Speed(training.progress.step, self.first_tokens)
         self.sinks: Sequence[Sink] = ()
+        self.failed_sinks: set[str] = set()
         self.paused_seconds = 0.0
 
     def begin(self, steps: int, steps_per_epoch: Fraction, flops_per_token: float) -> None:
@@ -83,8 +86,7 @@ class TrainingLog:
             if self.profiler is not None:
                 self.profiler.stop()
             self.monitor.close()
-            for sink in self.sinks:
-                sink.close()
+            self._tell("close")
             self.seconds = time.perf_counter() - self.started
 
     def add(self, result: Tensor, lr: float) -> None:
@@ -118,8 +120,7 @@ class TrainingLog:
                 tokens_per_second=token_rate,
                 mfu=token_rate * self.mfu_per_token,
             )
-            for sink in self.sinks:
-                sink.step(metrics)
+            self._tell("step", metrics)
             self.monitor.update(metrics)
         self.pending.clear()
         if progress.skipped_in_a_row >= self.config.max_skipped_steps:
@@ -128,6 +129,16 @@ class TrainingLog:
                 f"{self._last_good_checkpoint()}"
                 f"try a lower --learning-rate (now {self.config.learning_rate:g}) or --precision fp32"
             )
+
+    def _tell(self, method: str, *args: Any) -> None:
+        """Call a method of every sink; the first failure of each is said, and none ends the run."""
+        for sink in self.sinks:
+            try:
+                getattr(sink, method)(*args)
+            except Exception as error:
+                if sink.name not in self.failed_sinks:
+                    self.monitor.note(f"{sink.name} fails, training goes on: {error}")
+                self.failed_sinks.add(sink.name)
 
     def _last_good_checkpoint(self) -> str:
         if self.run is None or not (saved := self.run.store.steps()):
@@ -160,11 +171,19 @@ class TrainingLog:
             if validation.improved:
                 self.training.keep_best()
             loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
-            for sink in self.sinks:
-                sink.evaluation(step, loss, bits_per_byte)
+            self._tell("evaluation", step, loss, bits_per_byte)
             self.monitor.evaluation(
                 step=step, loss=loss, bits_per_byte=bits_per_byte, improved=validation.improved
             )
+
+    def sample(self, sampler: Sampler, stop: StopSignals) -> None:
+        """Sample and report it; a signal ends it at once, and the resume does not repeat it."""
+        with self._paused():
+            step = self.training.progress.step
+            texts = stop.unless_stopped(partial(sampler.texts, self.training.model))
+            if texts is not None:
+                self._tell("samples", step, texts)
+                self.monitor.samples(step, texts)
 
     def save(self, run: Run) -> None:
         """Save in the background."""

@@ -6,7 +6,8 @@ checkpoints/     step-00001000/ ..., see checkpoint.py
 abandoned/       what going back to an earlier checkpoint moved aside, each a run directory of its own
 metrics.jsonl    a line per step and per validation
 loss.png         the loss curve, if matplotlib is installed
-tensorboard/     with --tensorboard
+tensorboard/     with --logger tensorboard; wandb/ with --logger wandb
+logger_id        what wandb and trackio know the run by
 trace.json       with --profile
 
 A run is new (no run.json), training (a process holds the lock), stopped, finished (run.json has a result) or
@@ -31,10 +32,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fusedgpt.model.files import sync, sync_all, write_file
+from fusedgpt.model.files import sync, sync_all, to_json, write_file
 from fusedgpt.model.folder import safe_name
 from fusedgpt.train.config import ConfigError, RunConfig, read_toml
-from fusedgpt.train.report.metrics import MetricsFile, Sink, TensorBoardSink
+from fusedgpt.train.report.loggers import Sink, open_logger
+from fusedgpt.train.report.metrics import MetricsFile
 from fusedgpt.train.run.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -116,14 +118,14 @@ class Run:
     def _write_run_json(self, more: dict[str, Any]) -> None:
         content = {**self.command, "versions": versions(), **more}
         # ASCII, since a path may hold bytes that are not UTF-8
-        write_file(self.path / _RUN, json.dumps(content, indent=2) + "\n")
+        write_file(self.path / _RUN, to_json(content, indent=2) + "\n")
 
     def sinks(self) -> list[Sink]:
         """Where metrics go, continued from the resumed checkpoint."""
         step = self.resumed.step if self.resumed else 0
         sinks: list[Sink] = [MetricsFile(self.path / _METRICS, resume_step=step)]
-        if self.config.saving.tensorboard:
-            sinks.append(TensorBoardSink(self.path / "tensorboard", resume_step=step))
+        for name in self.config.saving.logger or ():
+            sinks.append(open_logger(name, self.path, self.config.model_dump(mode="json"), resume_step=step))
         return sinks
 
     def save_due(self, step: int) -> bool:
@@ -271,7 +273,7 @@ def _remove_traces(path: Path) -> None:
     with suppress(OSError):
         if (path / _METRICS).stat().st_size:
             return
-    for name in (_CONFIG, _RUN, _METRICS, TEXTS, "trace.json", "trainer.json", "trainer.lock"):
+    for name in (_CONFIG, _RUN, _METRICS, TEXTS, "trace.json", "logger_id", "trainer.json", "trainer.lock"):
         (path / name).unlink(missing_ok=True)
     for folder in (path / _CHECKPOINTS, path):
         with suppress(OSError):  # somebody else's files are in it

@@ -1,4 +1,4 @@
-"""What is kept of a run: metrics.jsonl and TensorBoard's files, also across kills and resumes."""
+"""metrics.jsonl, also across kills and resumes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from fusedgpt.train.report import metrics as metrics_module
-from fusedgpt.train.report.metrics import MetricsFile, Sink, TensorBoardSink, read_metrics
+from fusedgpt.train.report.loggers import Sink
+from fusedgpt.train.report.metrics import MetricsFile, read_metrics
 from fusedgpt.train.report.progress import StepMetrics
-
-Scalars = dict[str, list[tuple[int, float]]]
 
 
 def row(step: int, *, loss: float | None = None, skipped: bool = False) -> StepMetrics:
@@ -55,6 +53,7 @@ def test_rows_are_as_documented(tmp_path: Path) -> None:
     sink.step(row(7, loss=1 / 3))
     sink.evaluation(7, 2.5, 1.25)
     sink.evaluation(8, 2.5, None)
+    sink.samples(8, {"": "one\n料理", "The": "The cat"})
     sink.close()
     assert json_lines(tmp_path / "metrics.jsonl") == [
         {
@@ -70,6 +69,8 @@ def test_rows_are_as_documented(tmp_path: Path) -> None:
         },
         {"step": 7, "val_loss": 2.5, "val_bits_per_byte": 1.25},
         {"step": 8, "val_loss": 2.5, "val_bits_per_byte": None},
+        {"step": 8, "prompt": "", "sample": "one\n料理"},
+        {"step": 8, "prompt": "The", "sample": "The cat"},
     ]
 
 
@@ -150,82 +151,7 @@ def test_reading_says_which_line_is_none_of_ours(tmp_path: Path, junk: bytes) ->
     assert read_metrics(path) == [{"step": 1}, {"step": 3}]
 
 
-def scalars(folder: Path) -> Scalars:
-    """What TensorBoard shows of a folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_tensorboard_shows_each_step_and_validation(tmp_path: Path) -> None:
-    sink = TensorBoardSink(tmp_path, resume_step=0)
-    write(sink, range(1, 11))
-    sink.step(replace(row(11), tokens_per_second=math.nan, mfu=math.nan))
-    sink.evaluation(11, 2.0, None)
-    sink.close()
-    sink.close()
-    shown = scalars(tmp_path)
-    assert {tag: [step for step, _ in points] for tag, points in shown.items()} == {
-        "train/loss": [*range(1, 12)],
-        "train/grad_norm": [*range(1, 12)],
-        "train/learning_rate": [*range(1, 12)],
-        "throughput/tokens_per_second": [*range(1, 11)],
-        "throughput/mfu": [*range(1, 11)],
-        "eval/loss": [5, 10, 11],
-        "eval/bits_per_byte": [5, 10],
-    }
-    assert shown["train/loss"][6] == (7, pytest.approx(7 / 3))
-    assert shown["throughput/tokens_per_second"][0][1] == pytest.approx(1234.5678)
-
-
-@pytest.mark.parametrize("resume_step", [0, 12])
-def test_tensorboard_shows_what_a_resume_repeats_once(tmp_path: Path, resume_step: int) -> None:
-    for start, end in ((0, 18), (resume_step, 25)):
-        # a process each, as in a real resume: the order of the files comes from their names
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
-            "from test_metrics import TensorBoardSink, write\n"
-            f"sink = TensorBoardSink(Path(sys.argv[2]), resume_step={start})\n"
-            f"write(sink, range({start} + 1, {end} + 1)); sink.close(); time.sleep(1)"
-        )
-        subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
-    assert len(list(tmp_path.glob("events.*"))) == 2
-    shown = scalars(tmp_path)
-    assert [step for step, _ in shown["train/loss"]] == [*range(1, 26)]
-    assert [step for step, _ in shown["eval/loss"]] == [5, 10, 15, 20, 25]
-
-
-def test_tensorboard_reads_memory_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "_memory", lambda: {"memory/peak_bytes": 3e9})
-    sink = TensorBoardSink(tmp_path, resume_step=0)
-    write(sink, range(1, 21))  # 0.12345 seconds each
-    sink.close()
-    assert scalars(tmp_path)["memory/peak_bytes"] == [(1, 3e9), (10, 3e9), (19, 3e9)]
-
-
-@pytest.mark.gpu
-def test_tensorboard_shows_the_peak_of_gpu_memory(tmp_path: Path) -> None:
-    import torch
-
-    torch.ones(2**20, device="cuda")
-    sink = TensorBoardSink(tmp_path, resume_step=0)
-    sink.step(row(1))
-    sink.close()
-    assert scalars(tmp_path)["memory/peak_bytes"][0][1] >= 2**22
-
-
-def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [m for m in sys.modules if m.split(".")[0] == "tensorboard"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ValueError, match=r"pip install 'fusedgpt\[tensorboard\]'"):
-        TensorBoardSink(tmp_path / "tb", resume_step=0)
-    assert not (tmp_path / "tb").exists()
-
-
 def test_importing_the_sinks_imports_neither_tensorboard_nor_torch() -> None:
-    code = "import sys, fusedgpt.train.report.metrics; print(*sys.modules)"
+    code = "import sys, fusedgpt.train.report.metrics, fusedgpt.train.report.loggers; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"tensorboard", "torch", "rich"} & set(done.stdout.split())
+    assert not {"tensorboard", "wandb", "trackio", "torch", "rich"} & set(done.stdout.split())

@@ -162,6 +162,21 @@ def test_validations_are_said_with_what_is_known() -> None:
     ]
 
 
+def test_samples_are_blocks_above_the_bar(terminal: Terminal) -> None:
+    monitor = Monitor(stream=terminal)
+    monitor.begin(steps=9, steps_per_epoch=9)
+    written: list[str] = []
+    write = terminal.write
+    terminal.write = lambda text: written.append(text) or write(text)  # type: ignore[method-assign]
+    monitor.samples(5, {"The": "The cat\nsat\x1b[31m.\n", "": "[bold]"})
+    monitor.close()
+    lines = visible("".join(written))
+    start = lines.index("--- step 5: sample for 'The'")
+    assert lines[start : start + 4] == ["--- step 5: sample for 'The'", "The cat", "sat.", "---"]
+    assert "[bold]" in lines
+    assert sum("The cat" in text for text in written) == 1  # no other thread's text comes in between
+
+
 def test_a_file_gets_first_and_last_line_only_when_quick() -> None:
     out = io.StringIO()
     run(Monitor(stream=out), [1.0] * 50)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from training_runs import train_tiny
 
-from fusedgpt.train.report.progress import StepMetrics
+from fusedgpt.train.report.progress import Monitor, StepMetrics
 from fusedgpt.train.report.step_log import TrainingLog
 from fusedgpt.train.run.directory import Run
 from fusedgpt.train.run.training_state import Progress
@@ -19,8 +20,10 @@ from fusedgpt.train.run.training_state import Progress
 class Recorder:
     """A sink that keeps what it is handed."""
 
+    name: str = "recorder"
     rows: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[int, float, float | None]] = field(default_factory=list)
+    texts: dict[int, dict[str, str]] = field(default_factory=dict)
     closed: int = 0
 
     def step(self, metrics: StepMetrics) -> None:
@@ -28,6 +31,9 @@ class Recorder:
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         self.evaluations.append((step, loss, bits_per_byte))
+
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        self.texts[step] = dict(texts)
 
     def close(self) -> None:
         self.closed += 1
@@ -48,6 +54,29 @@ def test_sinks_get_every_row_and_are_closed_once(tmp_path: Path, monkeypatch: py
     assert all(math.isnan(metrics.mfu) for metrics in sinks[0].rows)  # nobody knows a CPU's peak
 
 
+class Broken(Recorder):
+    """A sink whose library fails."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        raise RuntimeError("no network")
+
+    def close(self) -> None:
+        raise RuntimeError("still no network")
+
+
+def test_a_sink_that_fails_is_said_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, notes = Recorder(), []
+    monkeypatch.setattr(Run, "sinks", lambda _: [Broken(name="broken"), sink])
+    monkeypatch.setattr(Run, "finish", lambda run, result: run.store.wait())
+    monkeypatch.setattr(Monitor, "note", lambda _, text: notes.append(text))
+    train_tiny(tmp_path, steps=20)
+    assert [metrics.step for metrics in sink.rows] == list(range(1, 21))
+    assert sink.closed == 1
+    assert [note for note in notes if "network" in note] == ["broken fails, training goes on: no network"]
+
+
 def test_mfu_follows_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink, begin = Recorder(), TrainingLog.begin
 
@@ -65,7 +94,7 @@ def test_mfu_follows_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_sinks_are_closed_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = Recorder()
     monkeypatch.setattr(Run, "sinks", lambda _: [sink])
-    monkeypatch.setattr(Recorder, "evaluation", None)  # calling it is a TypeError
+    monkeypatch.setattr(Monitor, "evaluation", None)  # calling it is a TypeError
     with pytest.raises(TypeError):
         train_tiny(tmp_path, steps=4)
     assert sink.closed == 1
