@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import Tokenizer
 
 _CONTEXT = 6  # ids before the new ones, which decide how those are written: with a leading space or without
@@ -14,7 +15,7 @@ _REPLACEMENT = "\ufffd"
 def check_stop(stop: Sequence[str]) -> None:
     """Raise ValueError for an empty stop string."""
     if "" in stop:
-        raise ValueError("stop: an empty string would end every text at once")
+        raise InputError("stop: an empty string would end every text at once")
 
 
 class TextStream:

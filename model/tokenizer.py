@@ -20,6 +20,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fusedgpt.model.errors import InputError
+
 if TYPE_CHECKING:  # imported where used: these take 60 ms and more, and every command imports this
     import numpy as np
     from numpy.typing import NDArray
@@ -227,7 +229,7 @@ class _CharTokenizer(Tokenizer):
             char = error.args[0]
         where = f"is not in this vocabulary of {self.eot_id} characters"
         remedy = "take it out, or train on text that has it, or with --tokenizer byte"
-        raise ValueError(f"the character {char!r} (U+{ord(char):04X}) {where}: {remedy}")
+        raise InputError(f"the character {char!r} (U+{ord(char):04X}) {where}: {remedy}")
 
     def token_bytes(self) -> list[int]:
         return [*(len(token.encode()) for token in self._tokens[:-1]), 0]
@@ -270,7 +272,7 @@ def build_tokenizer(name: str, *, text: str = "") -> Tokenizer:
         from fusedgpt.model.tokenizer_json import load_tokenizer  # which imports this file
 
         return load_tokenizer(Path(name))
-    raise ValueError(f"no tokenizer {name!r}: choose gpt2, char, byte or the path of a tokenizer.json")
+    raise InputError(f"no tokenizer {name!r}: choose gpt2, char, byte or the path of a tokenizer.json")
 
 
 @lru_cache(maxsize=1)
@@ -295,7 +297,7 @@ def gpt2_tokenizer() -> Tokenizer:
 def char_tokenizer(text: str) -> Tokenizer:
     """Ids 0 .. n-1 are the sorted characters of `text`; n is end-of-text. Raises ValueError if empty."""
     if not text:
-        raise ValueError("a character tokenizer takes its characters from a text, and the text is empty")
+        raise InputError("a character tokenizer takes its characters from a text, and the text is empty")
     return _CharTokenizer(text)
 
 

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
@@ -49,7 +50,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no tokenizer: {file} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot load the tokenizer {path}: {_one_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer {path}: {_one_line(error)}") from error
 
 
 def _is_split(folder: Path) -> bool:
@@ -57,7 +58,7 @@ def _is_split(folder: Path) -> bool:
     two = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if two and (folder / "added_tokens.json").exists():
         convert = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
-        raise ValueError(f"it has added tokens and no tokenizer.json; write one in Python: {convert}")
+        raise InputError(f"it has added tokens and no tokenizer.json; write one in Python: {convert}")
     return two
 
 
@@ -81,13 +82,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         raw = stream.read(MAX_TOKENIZER_BYTES + 1)
     if len(raw) > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"{file.name} is over {MAX_TOKENIZER_BYTES} bytes")
+        raise InputError(f"{file.name} is over {MAX_TOKENIZER_BYTES} bytes")
     try:
         content = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
+        raise InputError(f"{file.name} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} does not hold a JSON object")
+        raise InputError(f"{file.name} does not hold a JSON object")
     return content
 
 
@@ -202,7 +203,7 @@ class CustomTokenizer(Tokenizer):
         encoded = self._library.encode_batch(list(word))
         ids = [i for one in encoded for i in one.ids]
         if self.eot_id in ids:
-            raise ValueError(f"{word!r} has no ids but that of {self.eot_token}")
+            raise InputError(f"{word!r} has no ids but that of {self.eot_token}")
         return ids
 
     def token_bytes(self) -> list[int] | None:
@@ -260,7 +261,7 @@ def _library_errors(what: str) -> Iterator[None]:
         # A panic in Rust derives from BaseException, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what}: {_one_line(error)}") from error
+        raise InputError(f"{what}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import INDEX, WEIGHTS, ModelFolderError
 
@@ -55,7 +56,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     low = value.to(dtype)
     if dtype != torch.float32 and not low.isfinite().all() and value.isfinite().all():
         largest = value.abs().max()
-        raise ValueError(f"{name} reaches {largest:.3g}, more than {dtype} holds: choose another dtype")
+        raise InputError(f"{name} reaches {largest:.3g}, more than {dtype} holds: choose another dtype")
     return low
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import to_json, write_file
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
@@ -80,7 +81,7 @@ def run_full_pipeline(
     if generation_method is not None:
         if generation_method not in GENERATION_METHODS:
             methods = ", ".join(GENERATION_METHODS)
-            raise ValueError(f"no generation method {generation_method!r}; there are {methods}")
+            raise InputError(f"no generation method {generation_method!r}; there are {methods}")
         llm = config.llm.model_copy(update={"data_source": generation_method})
         config = config.model_copy(update={"llm": llm})
     monitor = monitor or Monitor(quiet=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.cli.common import Debug, Json, print_json, print_table
 from fusedgpt.train.report.terminal import progress_bar
 
@@ -101,7 +102,7 @@ def tune_kernels(
 def _triton_module(name: str) -> Any:
     """The module fusedgpt.kernels.tools.`name`, which needs Triton."""
     if find_spec("triton") is None:
-        raise ValueError("the kernels need the package triton, which exists for Linux only")
+        raise InputError("the kernels need the package triton, which exists for Linux only")
     return import_module(f"fusedgpt.kernels.tools.{name}")
 
 

@@ -100,7 +100,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):  # wrong usage; without a message typer has printed the help
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         return message and f"{message}; --help says more", code
-    if isinstance(error, (UserError, ValueError, OSError)):
+    if isinstance(error, (UserError, OSError)):
         return str(error), code
     return f"internal error, {type(error).__name__}: {error} (--debug shows where; please report it)", 1
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.tools.estimate import REACHED, flops_per_token, peak_flops
@@ -88,7 +89,7 @@ def choose_cuda_graphs(config: TrainConfig, model: GPT, max_length: int) -> bool
     """
     on_gpu = model.wte.weight.is_cuda
     if config.cuda_graphs == "on" and not on_gpu:
-        raise ValueError("--cuda-graphs on needs a CUDA device; leave it at auto")
+        raise InputError("--cuda-graphs on needs a CUDA device; leave it at auto")
     if config.cuda_graphs != "auto":
         return config.cuda_graphs == "on"
     micro_batches = -(-windows_per_step(config, max_length) // config.batch_size)

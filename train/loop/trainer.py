@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from fusedgpt.kernels.cpu.process import keep_freed_memory
-from fusedgpt.model.errors import UserError
+from fusedgpt.model.errors import InputError, UserError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
@@ -158,7 +158,7 @@ def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fracti
     """
     windows = windows_per_step(config, dataset.max_length)
     if windows > dataset.windows_per_epoch:
-        raise ValueError(
+        raise InputError(
             f"a step takes {windows} windows of {dataset.max_length} tokens, the training text has only "
             f"{dataset.windows_per_epoch}: lower --batch-size or --batch-tokens, or add text"
         )

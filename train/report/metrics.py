@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import to_json, write_file
 from fusedgpt.train.report.progress import StepMetrics
 
@@ -72,7 +73,7 @@ def read_metrics(path: Path) -> list[Row]:
             if row is not None:
                 rows.append(row)
             elif line.endswith(b"\n"):
-                raise ValueError(f"{path}, line {number}: not a row of metrics")
+                raise InputError(f"{path}, line {number}: not a row of metrics")
     return rows
 
 

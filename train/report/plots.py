@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.schedule import decay_steps, learning_rate, warmup_steps
 from fusedgpt.train.report.metrics import Row, read_metrics
@@ -56,7 +57,7 @@ def plot_losses(metrics_path: Path, png: Path) -> Path:
     steps, losses = _series(rows, "loss")
     val_steps, val_losses = _series(rows, "val_loss")
     if not len(steps):
-        raise ValueError(f"{metrics_path} has no training loss yet")
+        raise InputError(f"{metrics_path} has no training loss yet")
     window = max(_SMALLEST_WINDOW, len(steps) // _WINDOWS_PER_RUN)
     smooth = running_mean(losses, window)
     figure, axes = _figure("Training and validation loss" if len(val_steps) else "Training loss")
@@ -129,7 +130,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'fusedgpt[plots]'") from None
+        raise InputError("plots need matplotlib: pip install 'fusedgpt[plots]'") from None
     figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=15, pad=12)

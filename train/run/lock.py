@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.run.checkpoint import explained, make_directory
 
 
@@ -30,7 +31,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             who = _describe_holder(holder)
-            raise ValueError(f"{run_dir} is in use by {who}; end that or choose another --run-dir") from None
+            raise InputError(f"{run_dir} is in use by {who}; end that or choose another --run-dir") from None
         except NotImplementedError:
             raise OSError(errno.ENOSYS, "its file system has no locks") from None
     try:

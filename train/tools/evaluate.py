@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
@@ -107,9 +108,9 @@ def _evaluate(
     window = model.config.window if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= window <= model.config.block_size:
-        raise ValueError(f"--window: expected 1 to the model's {model.config.block_size}, got {window}")
+        raise InputError(f"--window: expected 1 to the model's {model.config.block_size}, got {window}")
     if not 1 <= stride <= window:
-        raise ValueError(f"--stride: expected 1 to the window of {window}, got {stride}")
+        raise InputError(f"--stride: expected 1 to the window of {window}, got {stride}")
     counts = _Counts()
     start = time.perf_counter()
     windows = _windows(parts, eot_id, window, stride, counts)
@@ -118,7 +119,7 @@ def _evaluate(
     if result is None or not counts.tokens:
         raise DataError("there is no text to evaluate: the data is empty")
     if not math.isfinite(result.loss):
-        raise ValueError(f"the loss is {result.loss}: the numbers overflow, try --precision fp32")
+        raise InputError(f"the loss is {result.loss}: the numbers overflow, try --precision fp32")
     nats = result.loss * counts.tokens
     return TextEvaluation(
         loss=result.loss,

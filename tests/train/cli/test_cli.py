@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from fusedgpt.model import hf_config
 from fusedgpt.train.cli.common import print_json
 from fusedgpt.train.cli.main import main
 from fusedgpt.train.config import settings_of
@@ -371,6 +372,19 @@ def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "0")
     assert "--learning-rate" in fusedgpt("train", "--help").stdout
+
+
+def test_a_bug_looks_like_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not every ValueError is the user's fault: only our own classes are."""
+
+    def fail(_: Path) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(hf_config, "list_folders", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["list"])
+    assert end.value.code == 1
+    assert "internal error, ValueError: operands could not be" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.llm import use_server
 from fusedgpt.train.data.synthetic.llm_config import HEURISTICS, LLMConfig
@@ -125,6 +126,6 @@ def refine_texts(
         info |= {"grades": grades.report(), "seconds": round(time.monotonic() - started, 1)}
         task.note("grades: " + (", ".join(f"{n:,} {why}" for why, n in info["grades"].items()) or "none"))
     if not kept:
-        raise ValueError(f"no text is good enough to be kept: {report}")
+        raise InputError(f"no text is good enough to be kept: {report}")
     task.note(str(report))
     return kept, {**asdict(report), **info}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from random import Random
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.data.synthetic.words import (
     WORD,
     article,
@@ -313,7 +314,7 @@ def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -
     """
     domain = choose_domain(prompt) if domain is None else domain
     if domain not in DOMAINS:
-        raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
+        raise InputError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
     excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
     root = _steered(prompt, domain, excluded)

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import flush, sync, write_file
 
 _MAX_LINE_BYTES = 4 << 20
@@ -73,7 +74,7 @@ def read_texts(path: Path) -> list[str]:
     """The "text" of every line. Raises ValueError that names a bad line, or if there is none."""
     texts = [text_of(value, f"{path}, line {number}") for number, value in _numbered_objects(path)]
     if not texts:
-        raise ValueError(f"{path} holds no texts")
+        raise InputError(f"{path} holds no texts")
     return texts
 
 
@@ -81,12 +82,12 @@ def _numbered_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > _MAX_LINE_BYTES:
-                raise ValueError(f"{path}, line {number}: over {_MAX_LINE_BYTES:,} bytes long")
+                raise InputError(f"{path}, line {number}: over {_MAX_LINE_BYTES:,} bytes long")
             if line.isspace():
                 continue
             value = parse_json(line)
             if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+                raise InputError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
             yield number, value
 
 
@@ -94,7 +95,7 @@ def text_of(record: Mapping[str, Any], where: str | Path) -> str:
     """The "text" of a record. Raises ValueError if there is none."""
     text = record.get("text")
     if not isinstance(text, str):
-        raise ValueError(f'{where}: every line needs a "text"; this has only {sorted(record)[:5]}')
+        raise InputError(f'{where}: every line needs a "text"; this has only {sorted(record)[:5]}')
     return text
 
 

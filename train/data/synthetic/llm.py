@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig, check_address, is_loopback
 from fusedgpt.train.data.synthetic.llm_protocols import (
     DISPENSABLE,
@@ -102,12 +103,12 @@ class LLMClient:
         try:
             url = httpx2.URL(config.origin)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"llm_host {config.origin!r} is not a URL: {error}") from None
+            raise InputError(f"llm_host {config.origin!r} is not a URL: {error}") from None
         self._addresses = _look_up(url, self.timeouts.connect)
         readable = key and url.scheme == "http" and not all(map(is_loopback, self._addresses))
         if readable and not config.llm_allow_http:
             seen = f"{config.origin} would get the API key unencrypted"
-            raise ValueError(f"{seen}: use https, or allow it with --llm-allow-http")
+            raise InputError(f"{seen}: use https, or allow it with --llm-allow-http")
         self._url = url.copy_with(host=self._addresses[0])
         self._extensions = {"sni_hostname": url.raw_host.decode("ascii")}
         headers = {

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fusedgpt.model.errors import InputError
+
 _ENV_PREFIX = "FUSEDGPT_OLLAMA_TIMEOUT_"
 HEURISTICS = "heuristics"  # instead of a model, refine.score_sample grades
 _DEFAULT_HOSTS = {"ollama": "http://localhost:11434", "openai": "http://localhost:8000"}
@@ -105,12 +107,12 @@ class LLMConfig(BaseModel):
             check_host(self.llm_host)
         name = self.llm_api_key_env
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
-            raise ValueError("llm_api_key_env must name an environment variable; the key itself goes in it")
+            raise InputError("llm_api_key_env must name an environment variable; the key itself goes in it")
         if "data_source" not in self.model_fields_set:
             for given in ("llm_host", "gen_model", "refine_model", "llm_api_key_env"):
                 if getattr(self, given) not in (None, HEURISTICS):
                     unused = f"{given} is given, but no model is used"
-                    raise ValueError(f"{unused}: add --data-source ollama or openai")
+                    raise InputError(f"{unused}: add --data-source ollama or openai")
         return self
 
     @property
@@ -146,11 +148,11 @@ class LLMConfig(BaseModel):
         key = environ.get(name, "").strip()
         if not key:
             shown = name if name.isupper() else "of --llm-api-key-env"  # users may have given the key itself
-            raise ValueError(
+            raise InputError(
                 f"the environment variable {shown} holds no API key for {self.origin}; export one"
             )
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError(f"the environment variable {name} holds characters that no API key has")
+            raise InputError(f"the environment variable {name} holds characters that no API key has")
         return key
 
     def fingerprint(self, prompt: str, domain: str, seed: int) -> str:
@@ -164,14 +166,14 @@ class LLMConfig(BaseModel):
 def check_host(url: str) -> None:
     """Raises ValueError unless it is a plain http or https URL of a host that may be contacted."""
     if "@" in url:  # not shown: it may hold a password
-        raise ValueError("llm_host holds a user name or password; name the key's variable: --llm-api-key-env")
+        raise InputError("llm_host holds a user name or password; name the key's variable: --llm-api-key-env")
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         fine = False
     if not fine or parts.query or parts.fragment or not url.isprintable() or " " in url or "\\" in url:
-        raise ValueError(f"llm_host {url!r} is not an http:// or https:// URL like http://localhost:11434")
+        raise InputError(f"llm_host {url!r} is not an http:// or https:// URL like http://localhost:11434")
     try:
         address = str(ipaddress.ip_address(parts.hostname or ""))
     except ValueError:
@@ -188,7 +190,7 @@ def check_address(address: str) -> None:
     for each in (ip, *_ipv4_within(ip)):
         if each.is_link_local or each.is_multicast or any(each in network for network in _METADATA):
             kind = "link-local, multicast or a cloud's metadata service"
-            raise ValueError(f"llm_host leads to {address}, which is {kind} and never contacted")
+            raise InputError(f"llm_host leads to {address}, which is {kind} and never contacted")
 
 
 def _ipv4_within(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
@@ -220,5 +222,5 @@ def _positive(variable: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError(f"{variable} is {text!r}, not a positive number of seconds")
+        raise InputError(f"{variable} is {text!r}, not a positive number of seconds")
     return value

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.files import write_file
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of
@@ -187,18 +188,18 @@ class SampleFile(ExitStack):
         if not info_path.exists():
             if path.exists() and path.stat().st_size:
                 missing = f"no {info_path.name} says what it is for"
-                raise ValueError(f"{path} exists, and {missing}; choose another file")
+                raise InputError(f"{path} exists, and {missing}; choose another file")
             return {}
         try:
             info = dict(json.loads(info_path.read_text(encoding="utf-8")))
             made_for = info["fingerprint"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{info_path} is damaged; remove it together with {path}") from None
+            raise InputError(f"{info_path} is damaged; remove it together with {path}") from None
         if made_for != fingerprint:
             asked = plain_text(str(info.get("prompt")))[:80]
             made = f"{asked!r} with {info.get('model')}, seed {info.get('seed')}"
             remedy = "another prompt, domain, seed, model or --llm-max-tokens needs another file"
-            raise ValueError(f"{path} was made for {made}; {remedy}")
+            raise InputError(f"{path} was made for {made}; {remedy}")
         return info
 
     def take(self, number: int, answer: Answer) -> int:

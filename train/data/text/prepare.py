@@ -8,6 +8,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
 from fusedgpt.train.data.text.encode import Chunk, encode_chunks
 from fusedgpt.train.data.text.sources import Cut, DataError, Errors, Piece, Source, no_text
@@ -45,12 +46,12 @@ def prepare(
     OSError if `out` cannot be written; then there is no `out`.
     """
     if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
+        raise InputError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for option, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
-            raise ValueError(f"{option}: expected 1 or more, got {value}")
+            raise InputError(f"{option}: expected 1 or more, got {value}")
     source = Source(inputs=tuple(inputs), text_field=text_field, errors=errors)
     progress = _Progress(report, source)
     with new_set_folder(out) as folder:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer
 from fusedgpt.model.tokenizer_json import CustomTokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
@@ -26,7 +27,7 @@ def train_tokenizer(
     impossible size, DataError if there is no text, and what iterating over `pieces` raises.
     """
     if not _SMALLEST_VOCAB <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
+        raise InputError(
             f"--train-tokenizer: expected {_SMALLEST_VOCAB} to {MAX_VOCAB_SIZE} ids, got {vocab_size}"
         )
     import tokenizers

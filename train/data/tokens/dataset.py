@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fusedgpt.model.errors import InputError
 from fusedgpt.train.data.tokens.shards import Part, TokenStream
 from fusedgpt.train.data.tokens.windows import (
     MIX_BLOCK,
@@ -135,7 +136,7 @@ class TokenDataset:
         if not self.document_masks:
             return None
         if self.eot_id is None:
-            raise ValueError("--document-masks needs to know which token ends a document")
+            raise InputError("--document-masks needs to know which token ends a document")
         return document_ids(inputs, self.eot_id)
 
 
@@ -197,7 +198,7 @@ def mix_datasets(sets: Sequence[TokenDataset], weights: Sequence[float]) -> Toke
     if len(sets) == 1:
         return sets[0]
     if len({(one.max_length, one.eot_id, one.borders is None) for one in sets}) > 1:
-        raise ValueError("sets that are mixed must have the same tokenizer and windows")
+        raise InputError("sets that are mixed must have the same tokenizer and windows")
     return MixedDataset(
         train=TokenStream.join([_as_stream(one.train) for one in sets]),
         val=TokenStream.join([_as_stream(one.val) for one in sets]),
@@ -242,7 +243,7 @@ def build_dataset(
     documents do. Raises ValueError if the training stream is no longer than one window of max_length.
     """
     if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
+        raise InputError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
     ended = [np.append(document, eot_id).astype(np.int32) for document in documents if len(document)]
     total = sum(map(len, ended))
     budget = round(total * val_fraction)
@@ -267,7 +268,7 @@ def build_dataset(
 def check_length(n_train: int, max_length: int) -> None:
     """Raise ValueError if `n_train` tokens are too few for one window."""
     if n_train <= max_length:
-        raise ValueError(
+        raise InputError(
             f"the text gives {n_train} training tokens, too few for one window of {max_length}: "
             f"add text, or make --max-length or --block-size smaller"
         )

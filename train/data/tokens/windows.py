@@ -8,6 +8,8 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedgpt.model.errors import InputError
+
 Ints = NDArray[np.int64]
 
 MIX_BLOCK = 1000  # windows in which a mix has its shares exactly
@@ -81,13 +83,13 @@ def mix_shares(weights: Sequence[float]) -> tuple[int, ...]:
     """
     wanted = np.asarray(weights, dtype=np.float64)
     if not (np.isfinite(wanted).all() and (wanted > 0).all()):
-        raise ValueError(f"weights must be positive numbers, got {', '.join(f'{w:g}' for w in weights)}")
+        raise InputError(f"weights must be positive numbers, got {', '.join(f'{w:g}' for w in weights)}")
     wanted *= MIX_BLOCK / wanted.sum()
     shares = np.floor(wanted).astype(np.int64)
     largest_remainders = np.argsort(shares - wanted, kind="stable")[: MIX_BLOCK - int(shares.sum())]
     shares[largest_remainders] += 1
     if not shares.all():
-        raise ValueError(f"a weight is below 1/{MIX_BLOCK} of their sum: leave that set out")
+        raise InputError(f"a weight is below 1/{MIX_BLOCK} of their sum: leave that set out")
     return tuple(shares.tolist())
 
 
