@@ -6,6 +6,7 @@ sampling go on running the model as it is.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,21 @@ _UNKNOWN_PEAK = 100e12  # FLOP/s
 _COMPILE_SECONDS = 30.0  # block by block
 _COMPILE_GAIN = 0.05  # share of a GPU's step that compiling saves: the kernels it could fuse are ours already
 _LAUNCHES_PER_BLOCK, _SECONDS_PER_LAUNCH = 60, 5e-6  # forward and backward
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep Python from searching for cyclic garbage in the middle of a step; gc.collect() still does."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is there stays to the end, and need not be searched
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

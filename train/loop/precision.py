@@ -26,7 +26,10 @@ _FIRST_SCALE, _STEPS_TO_GROW = 65536.0, 2000  # torch.amp.GradScaler's
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Raises ValueError for a device torch cannot use."""
+    """ "auto" is cuda where there is one, else cpu. cuda:N becomes the current GPU, which kernels run on.
+
+    Raises ValueError for a device torch cannot use.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,6 +37,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -89,6 +94,20 @@ class LossScale:
         """From a checkpoint."""
         self.scale.fill_(state["scale"])
         self.good_steps.fill_(state["good_steps"])
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Let cuBLAS round the factors of fp32 matmuls to TF32 (10 bits of mantissa) for a while, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.batches import Loader
-from fusedgpt.train.loop.execution import choose_compile, choose_cuda_graphs, executed
+from fusedgpt.train.loop.execution import choose_compile, choose_cuda_graphs, executed, no_garbage_collection
 from fusedgpt.train.loop.optimizer import build_optimizer
 from fusedgpt.train.loop.precision import (
     LossScale,
@@ -25,6 +25,7 @@ from fusedgpt.train.loop.precision import (
     deterministic,
     resolve_device,
     resolve_precision,
+    tf32,
 )
 from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.schedule import learning_rate
@@ -115,6 +116,8 @@ def train(
     device = model.wte.weight.device
     with (
         deterministic(config.deterministic and device.type == "cuda"),
+        tf32(training.dtype == torch.float32 and device.type == "cuda"),
+        no_garbage_collection(),
         executed(model, checkpointing=config.checkpointing, compile_blocks=execution["compile"] == "block"),
         StopSignals() as stop,
         Loader(dataset, config, device, progress.cursor) as batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
@@ -156,6 +157,7 @@ class TrainingLog:
         """For time that is not training; first reads all steps."""
         self.read()
         start = time.perf_counter()
+        gc.collect()  # the loop has switched the collector off
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from fusedgpt.train.loop.execution import (
     choose_cuda_graphs,
     compile_each_block,
     executed,
+    no_garbage_collection,
 )
 from fusedgpt.train.loop.trainer import train
 from fusedgpt.train.report.progress import Monitor, StepMetrics
@@ -284,3 +286,35 @@ def test_compiled_blocks_serve_documents(tiny_gpt: GPT) -> None:
 def test_inductors_graphs_give_the_gradients_of_eager_training(compiled: str) -> None:
     plain = trained("none", torch.float32)
     torch.testing.assert_close(trained("full", torch.float32, compiled, backend=INDUCTOR_GRAPHS), plain)
+
+
+def test_the_garbage_collector_is_off_for_a_while() -> None:
+    assert gc.isenabled()
+    with no_garbage_collection():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    gc.disable()
+    with no_garbage_collection():
+        pass
+    still_off = not gc.isenabled()
+    gc.enable()
+    assert still_off
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_step_leaves_no_cyclic_garbage(checkpointing: str) -> None:
+    """Else the activations in it would stay until the next validation."""
+    model = GPT(CONFIG).train()
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with executed(model, checkpointing=checkpointing, compile_blocks=False), no_garbage_collection():
+        for _ in range(2):
+            gc.collect()
+            model(ids, ids).backward()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        gc.set_debug(0)
+        left = [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+        gc.garbage.clear()
+    assert left == []

@@ -8,13 +8,32 @@ import torch
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.loop import precision
-from fusedgpt.train.loop.precision import cast_parameters, resolve_device, resolve_precision
+from fusedgpt.train.loop.precision import cast_parameters, resolve_device, resolve_precision, tf32
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense:x"])
 def test_unusable_devices_are_named(device: str) -> None:
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
         resolve_device(device)
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches kernels on the current GPU, whatever GPU their tensors are on."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda", "cpu", "cuda:1"):
+        assert resolve_device(name) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.filterwarnings("error")
+def test_tf32_is_on_for_a_while() -> None:
+    before = torch.get_float32_matmul_precision()
+    for wanted in (False, True):
+        with tf32(wanted):
+            assert (torch.get_float32_matmul_precision() == "high") == wanted
+        assert torch.get_float32_matmul_precision() == before
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
