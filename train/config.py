@@ -41,9 +41,10 @@ def _setting(default: Any, text: str, *, panel: str | None = None, unset: str = 
     return Field(default=default, description=text, json_schema_extra=shown, **limits)
 
 
-_TEXTS = "Generated texts"
+_FILES, _TEXTS = "Text files", "Generated texts"
 _model = partial(_setting, panel="Model")
 _data = partial(_setting, panel="Data")
+_files = partial(_setting, panel=_FILES)
 _texts = partial(_setting, panel=_TEXTS)
 _optim = partial(_setting, panel="Optimizer and schedule")
 _val = partial(_setting, panel="Validation")
@@ -98,6 +99,10 @@ class DataConfig(_Frozen):
     packing: bool = _data(False, "Pack whole documents into windows instead of cutting them.")
     document_masks: bool = _data(False, "Let tokens attend only within their own document.")
     val_fraction: float = _data(0.1, "Fraction of the documents held out for validation.", ge=0.0, lt=1.0)
+    text_field: str = _files("text", "Field that holds the text, in JSON, CSV and tables.")
+    errors: Literal["strict", "replace", "ignore"] = _files(
+        "strict", "Bytes that are not UTF-8: refuse the file, replace them by U+FFFD, or skip them."
+    )
     raw_tokens: int | None = _texts(None, "GPT-2 tokens of text to generate.", unset="by preset", ge=1)
     refined_tokens: int | None = _texts(None, "GPT-2 tokens of text to keep.", unset="by preset", ge=1)
 
@@ -280,7 +285,8 @@ def settings_of(command: str) -> dict[str, FieldInfo]:
     if command in ("generate", "refine"):
         return LLMConfig.model_fields
     fields = {name: field for kind in _SECTIONS.values() for name, field in kind.model_fields.items()}
-    return {name: f for name, f in fields.items() if command == "create" or panel_of(f)[0] != _TEXTS}
+    other = _FILES if command == "create" else _TEXTS  # what only the other command reads
+    return {name: field for name, field in fields.items() if panel_of(field)[0] != other}
 
 
 def panel_of(field: FieldInfo) -> tuple[str | None, str]:

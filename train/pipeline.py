@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +20,14 @@ from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.initialise import init_from
-from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, well_formed
 from fusedgpt.train.config import ConfigError, RunConfig, create_config
 from fusedgpt.train.data.synthetic.collect import collect
 from fusedgpt.train.data.synthetic.grammar import choose_domain
 from fusedgpt.train.data.synthetic.task import Bar, Task, no_bar
+from fusedgpt.train.data.text.sources import Piece
 from fusedgpt.train.data.tokens.dataset import TokenDataset
-from fusedgpt.train.data.tokens.load import is_token_set, load_data, tokenise
+from fusedgpt.train.data.tokens.load import is_token_set, kept, load_data, tokenise
 from fusedgpt.train.loop.precision import resolve_device
 from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
@@ -96,7 +99,7 @@ def run_full_pipeline(
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
         write_file(run.path / TEXTS, dataset_json)
-        dataset = tokenise(texts, tokenizer, config)
+        dataset = tokenise((Piece(text, True) for text in texts), tokenizer, config)
         model = _new_model(config, tokenizer, monitor)
         files = {TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
         folder = output_dir / domain
@@ -135,16 +138,22 @@ def train_on_files(
     text, OSError where output_dir cannot be written, and what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
-    dataset, tokenizer = load_data(paths, config)
-    check_writable(output_dir)
-    name = config.model.name
-    documents = dataset.train_documents + dataset.val_documents
-    provenance = {"data": [str(path) for path in paths], "documents": documents}
-    command = {"command": "train", "data": [str(path.resolve()) for path in paths]}
-    count_steps(dataset, config.train)  # raises before anything is written or allocated
-    model = _new_model(config, tokenizer, monitor)
-    path = run_path(name, run_dir, resume)
-    with open_run(path, config, command, resume=resume, output_dir=output_dir) as run:
+    with ExitStack() as stack:
+        files = stack.enter_context(kept(paths))
+        dataset, tokenizer = load_data(files, config, monitor.note)
+        check_writable(output_dir)
+        name = config.model.name
+        documents = dataset.train_documents + dataset.val_documents
+        provenance = {"data": [well_formed(str(path)) for path in paths], "documents": documents}
+        count_steps(dataset, config.train)  # raises before anything is written or allocated
+        model = _new_model(config, tokenizer, monitor)
+        path = run_path(name, run_dir, resume)
+        copies = {file: path / file.name for file in files if file not in paths}  # a resume reads them
+        command = {"command": "train", "data": [str(copies.get(file, file).resolve()) for file in files]}
+        run = stack.enter_context(open_run(path, config, command, resume=resume, output_dir=output_dir))
+        for file, copy in copies.items():
+            if run.resumed is None or not copy.exists():
+                shutil.copyfile(file, copy)
         folder = output_dir / name
         return _train_and_save(
             model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}

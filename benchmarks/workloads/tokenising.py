@@ -30,7 +30,7 @@ from benchmarks.report import record
 from benchmarks.report.record import Row
 from fusedgpt.model.tokenizer import gpt2_tokenizer
 from fusedgpt.train.data.text.prepare import prepare
-from fusedgpt.train.data.text.sources import read_documents
+from fusedgpt.train.data.text.sources import Source
 
 
 @lru_cache
@@ -60,7 +60,7 @@ def encode_in_processes(texts: list[str], workers: int) -> None:
 
 def speed(arguments: argparse.Namespace) -> int:
     folder, workers = arguments.folder, arguments.workers
-    texts = read_documents([folder])
+    texts = [document.text for document in Source(inputs=(folder,))]
     with tempfile.TemporaryDirectory() as scratch:
         prepare([folder], Path(scratch) / "check", val_fraction=0.0, workers=workers)
         ids = np.fromfile(Path(scratch) / "check" / "train-00000.bin", dtype="<u2")

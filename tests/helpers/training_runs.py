@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from token_data import dataset_of
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import RunConfig, build_config
-from fusedgpt.train.data.tokens.dataset import TokenDataset, build_dataset
+from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop import validation
 from fusedgpt.train.loop.trainer import train
 from fusedgpt.train.report.progress import Monitor
@@ -28,7 +29,7 @@ OPTIONS: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.2,
     "batch_size": 3, "batch_tokens": 8 * 16, "steps": 80, "learning_rate": 0.05, "schedule": "constant",
     "eval_every": 7,
-    "device": "cpu", "precision": "fp32", "tokenizer": "byte", "seed": 4,
+    "device": "cpu", "precision": "fp32", "tokenizer": "byte", "seed": 3,
 }  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def counting() -> TokenDataset:
     """Documents that count upwards from anywhere: easy to learn."""
     rng = np.random.default_rng(0)
     documents = [[(int(start) + i) % 60 for i in range(24)] for start in rng.integers(60, size=60)]
-    return build_dataset(documents, eot_id=60, max_length=16, val_fraction=0.1, seed=0)
+    return dataset_of(documents, eot_id=60, max_length=16, val_fraction=0.1)
 
 
 def config(**changes: Any) -> RunConfig:

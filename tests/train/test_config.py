@@ -92,7 +92,7 @@ def test_settings_of_generated_texts_are_only_for_create() -> None:
     train, create = settings_of("train"), settings_of("create")
     only = set(create) - set(train)
     assert {"raw_tokens", "refined_tokens", "data_source", "gen_model"} <= only
-    assert set(train) < set(create)
+    assert set(train) - set(create) == {"text_field", "errors"}
     assert {panel_of(create[name])[0] for name in only} == {"Generated texts"}
 
 

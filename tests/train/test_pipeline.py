@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +289,34 @@ def test_generated_tokens_reach_the_target_and_no_more() -> None:
     texts = generate_texts(Task(prompt="poems", domain="poetry"), 5000)
     lengths = count_gpt2_tokens(texts)
     assert sum(lengths) >= 5000 > sum(lengths[:-1])
+
+
+def test_text_that_can_be_read_only_once_is_kept_for_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "It was the best of times, it was the worst of times. " * 40
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=[json.dumps({"text": text * 2})], daemon=True)
+    writer.start()
+    config, run = tiny(steps=2, tokenizer="char", keep_last=1), tmp_path / "run"
+    first = train_on_files([Path("-"), pipe], config, tmp_path, run_dir=run)
+    copies = [str(run / "input-0"), str(run / "input-1.jsonl")]
+    assert json.loads((run / "run.json").read_text())["data"] == copies
+    config = tiny(steps=3, tokenizer="char", keep_last=1)
+    again = train_on_files([*map(Path, copies)], config, tmp_path, resume=run)
+    assert (first.summary.steps, again.summary.steps) == (2, 3)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_a_data_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    file.write_text("It was the best of times, it was the worst of times. " * 40)
+    config, run = tiny(steps=2, tokenizer="byte", keep_last=1), tmp_path / "run"
+    result = train_on_files([file], config, tmp_path, run_dir=run)
+    assert json.loads((run / "run.json").read_text())["data"] == [str(file)]
+    info = json.loads((result.model_path / "generation_info.json").read_text())
+    assert info["data"] == [str(tmp_path / "caf\ufffd.txt")]
+    again = train_on_files([file], tiny(steps=3, tokenizer="byte", keep_last=1), tmp_path, resume=run)
+    assert again.summary.steps == 3

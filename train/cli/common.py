@@ -44,7 +44,7 @@ def _remember_debug(ctx: typer.Context, value: bool) -> bool:
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.", callback=_model_folder)]
 OutputDir = Annotated[Path, typer.Option(help="Directory of the finished model folders.")]
-TextField = Annotated[str, typer.Option(help="Field that holds the text, in .jsonl files and tables.")]
+TextField = Annotated[str, typer.Option(help="Field that holds the text, in JSON, CSV and tables.")]
 Errors = Annotated[
     Literal["strict", "replace", "ignore"],
     typer.Option(help="Bytes that are not UTF-8: refuse the file, replace them by U+FFFD, or skip them."),

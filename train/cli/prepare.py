@@ -16,7 +16,7 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="Text, .jsonl or .parquet files, Hugging Face datasets, folders of them, or - for stdin.",
+            help="Text, JSON, CSV or .parquet files, Hugging Face datasets, folders of them, or - for stdin.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],

@@ -92,7 +92,7 @@ def train(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="Text, .jsonl or .parquet files, folders of them, or token sets, which may have a weight "
+            help="Text, JSON, CSV or .parquet files, folders of them, or token sets, which may have a weight "
             "(SET:0.7); may be repeated.",
         ),
     ] = None,

@@ -9,6 +9,7 @@ loss.png         the loss curve, if matplotlib is installed
 tensorboard/     with --logger tensorboard; wandb/ with --logger wandb
 logger_id        what wandb and trackio know the run by
 trace.json       with --profile
+input-0 ...      what `train` read from standard input or pipes
 
 A run is new (no run.json), training (a process holds the lock), stopped, finished (run.json has a result) or
 broken (a file cannot be read, no checkpoint is whole). Nothing in its directory changes before it is certain
@@ -275,6 +276,8 @@ def _remove_traces(path: Path) -> None:
             return
     for name in (_CONFIG, _RUN, _METRICS, TEXTS, "trace.json", "logger_id", "trainer.json", "trainer.lock"):
         (path / name).unlink(missing_ok=True)
+    for copy in path.glob("input-*"):
+        copy.unlink()
     for folder in (path / _CHECKPOINTS, path):
         with suppress(OSError):  # somebody else's files are in it
             folder.rmdir()

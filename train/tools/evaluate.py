@@ -22,7 +22,7 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
 from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch
-from fusedgpt.train.data.tokens.shards import TokenStream
+from fusedgpt.train.data.tokens.shards import Tokens
 from fusedgpt.train.loop.validation import evaluate
 
 _BATCH_TOKENS = 8192
@@ -84,7 +84,7 @@ def evaluate_text(
 def evaluate_tokens(
     model: GPT,
     tokenizer: Tokenizer,  # that made the ids
-    streams: Sequence[TokenStream],
+    streams: Sequence[Tokens],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -139,7 +139,7 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Part]:
         yield _Part(tokenizer.encode(text), len(text.encode("utf-8", "surrogatepass")), ends)
 
 
-def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[_Part]:
+def _documents(stream: Tokens, tokenizer: Tokenizer) -> Iterator[_Part]:
     lengths = np.asarray(tokenizer.token_bytes() or [0] * tokenizer.vocab_size)
     for start in range(0, len(stream), _CHUNK):
         ids = stream[start : start + _CHUNK]

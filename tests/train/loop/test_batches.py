@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
+from token_data import dataset_of
 from training_runs import counting
 
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset, build_dataset
+from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset
 from fusedgpt.train.loop.batches import Cursor, Loader, StepBatch
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_the_cursor_leads_to_the_next_step() -> None:
 
 def test_padding_is_not_counted() -> None:
     """Three documents of three tokens and their ends, packed one to a window of ten."""
-    packed = build_dataset([[1, 2, 3]] * 3, eot_id=9, max_length=6, val_fraction=0.0, seed=0, packing=True)
+    packed = dataset_of([[1, 2, 3]] * 3, eot_id=9, max_length=6, packing=True)
     config = TrainConfig(batch_size=2, batch_tokens=18)
     with Loader(packed, config, CPU, Cursor()) as loader:
         batch = next(loader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 from dataclasses import replace
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from token_data import dataset_of
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.data.tokens.dataset import TokenDataset, build_dataset
+from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.trainer import TrainingDiverged, train, train_model
 from fusedgpt.train.loop.validation import evaluate
 from fusedgpt.train.report.progress import Monitor, StepMetrics
@@ -28,7 +30,7 @@ def counting() -> TokenDataset:
     """Documents that count upwards from anywhere: easy to learn."""
     rng = np.random.default_rng(0)
     documents = [[(int(start) + i) % 60 for i in range(24)] for start in rng.integers(60, size=60)]
-    return build_dataset(documents, eot_id=60, max_length=16, val_fraction=0.1, seed=0)
+    return dataset_of(documents, eot_id=60, max_length=16, val_fraction=0.1)
 
 
 class Losses(Monitor):
@@ -142,6 +144,17 @@ def test_epochs_count_steps(counting: TokenDataset) -> None:
     assert summary.steps == math.ceil(2 * counting.windows_per_epoch / 16)
     assert summary.steps < 2 * math.ceil(counting.windows_per_epoch / 16)  # one step has text of both
     assert summary.tokens == summary.steps * 16 * 16
+
+
+def test_the_garbage_collector_runs_at_validations_only(
+    counting: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(Losses, "update", lambda *_: events.append("on" if gc.isenabled() else "off"))
+    monkeypatch.setattr("fusedgpt.train.report.step_log.gc.collect", lambda: events.append("collect"))
+    train(GPT(CONFIG), counting, settings(steps=4, eval_every=2), Losses())
+    assert events == ["collect", *["off", "off", "collect"] * 2]
+    assert gc.isenabled()
 
 
 def test_train_model_returns_the_smoothed_loss(counting: TokenDataset) -> None:

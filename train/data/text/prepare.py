@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 
 from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
-from fusedgpt.train.data.text.encode import Chunk, encode_chunks
-from fusedgpt.train.data.text.sources import Cut, DataError, Errors, Piece, Source, no_text
+from fusedgpt.train.data.text.encode import all_cores, characters, chunked, encode_chunks, note_special_token
+from fusedgpt.train.data.text.sources import Cut, Errors, Piece, Source, no_text
 from fusedgpt.train.data.text.tokenizer_training import train_tokenizer
 from fusedgpt.train.data.tokens.shard_writer import TokenSetWriter, new_set_folder
 from fusedgpt.train.data.tokens.shards import Index
-
-_CHUNK_CHARACTERS = 1 << 19  # encoded by a worker at a time
-_CHUNK_PIECES = 1 << 13
-_HASHED_CHARACTERS = 1 << 16  # of a document, to decide whether it is held out; pieces are no shorter
 
 Report = Callable[[str, int, int, int], None]  # what is being done, bytes read, bytes in all, tokens so far
 
@@ -47,8 +41,7 @@ def prepare(
     """
     if not 0.0 <= val_fraction < 1.0:
         raise InputError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = all_cores() if workers is None else workers
     for option, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
             raise InputError(f"{option}: expected 1 or more, got {value}")
@@ -95,11 +88,7 @@ class _Progress:
 def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progress: _Progress) -> Tokenizer:
     if vocab_size is None and name != "char":
         return build_tokenizer(name)
-    if source.read_once is not None:
-        raise DataError(
-            f"{source.read_once} can be read only once, but this tokenizer needs two passes over the text: "
-            f"write it to a file first"
-        )
+    source.check_rereadable()
 
     def pieces(title: str, cut: Cut) -> Iterator[Piece]:
         for piece in progress.begin(title, cut):
@@ -108,45 +97,7 @@ def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progres
 
     if vocab_size is not None:
         return train_tokenizer(pieces("training the tokenizer", "words"), vocab_size, progress.wait)
-    characters: set[str] = set()
-    for text, _ in pieces("collecting characters", "anywhere"):
-        characters.update(text)
-    if not characters:
+    found = characters(pieces("collecting characters", "anywhere"))
+    if not found:
         raise no_text(source.inputs)
-    return char_tokenizer("".join(characters))
-
-
-def note_special_token(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, note: Callable[[str], object]
-) -> Iterator[Piece]:
-    """`pieces`; `note` is told the first special token that they name, which is encoded as text."""
-    noted = False
-    for piece in pieces:
-        if not noted and (name := tokenizer.find_special(piece.text)):
-            note(f"{name} in the text is ordinary text, not a special token")
-            noted = True
-        yield piece
-
-
-def chunked(pieces: Iterable[Piece], val_fraction: float) -> Iterator[Chunk]:
-    """Pieces in chunks for the workers, each marked as held out if its document is."""
-    chunk: Chunk = []
-    size = 0
-    held_out = begins = True
-    for text, ends in pieces:
-        if begins:
-            held_out = is_held_out(text, val_fraction)
-        begins = ends
-        chunk.append((text, ends, held_out))
-        size += len(text)
-        if size >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_PIECES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def is_held_out(beginning: str, val_fraction: float) -> bool:
-    """Whether the document with this beginning is for validation; equal texts always get the same answer."""
-    digest = blake2b(beginning[:_HASHED_CHARACTERS].encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
+    return char_tokenizer(found)

@@ -1,12 +1,13 @@
 """Documents from files, folders and standard input, read one after another in constant memory.
 
-A text file, a line of a .jsonl file and a row of a .parquet file are one document each. A text file is read
-in pieces, cut where the token ids stay those of the whole text.
+A text file, a JSON record and a row of a table are one document each. A text file is read in pieces, cut
+where the token ids stay those of the whole text.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 from fusedgpt.model.errors import InputError
 
@@ -34,6 +35,7 @@ _IN_FOLDERS = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")  # what is read o
 _BLOCK_BYTES = 1 << 18
 _BINARY_BYTES = 8192  # a zero byte among the first means binary, as for git
 _ROWS = 256  # of a table, in memory at once
+csv.field_size_limit(2**31 - 1)  # by default a text may have 131,072 characters
 _IDEOGRAPH_END = re.compile("[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa](?=[。、，！？])")
 
 
@@ -60,7 +62,10 @@ class Source:
 
     def __iter__(self) -> Iterator[Piece]:
         """Raises FileNotFoundError for a missing input, DataError for one that cannot be read."""
-        readers = {".jsonl": _lines, ".ndjson": _lines, ".parquet": _rows, ".arrow": _rows}
+        readers = {
+            **{".jsonl": _lines, ".ndjson": _lines, ".json": _json},
+            **{".csv": _csv, ".tsv": _csv, ".parquet": _rows, ".arrow": _rows},
+        }
         for path in _files(self.inputs):
             with _readable(path):
                 if reader := readers.get(_suffix(path.name)):
@@ -76,19 +81,14 @@ class Source:
     @property
     def read_once(self) -> Path | None:
         """An input that cannot be read a second time: standard input, or a pipe."""
-        once = (p for p in self.inputs if p == _STANDARD_INPUT or not (p.is_file() or p.is_dir()))
-        return next(once, None)
+        pipes = (p for p in self.inputs if p.exists() and not (p.is_file() or p.is_dir()))
+        return _STANDARD_INPUT if _STANDARD_INPUT in self.inputs else next(pipes, None)
 
-
-def read_documents(paths: Sequence[Path]) -> list[str]:
-    """The documents of text, JSON lines and parquet files, and of the folders they are in, in order of names.
-
-    Raises FileNotFoundError for a missing path, DataError for files that cannot be read or hold no text.
-    """
-    documents = [piece.text for piece in Source(inputs=tuple(paths))]
-    if not documents:
-        raise no_text(paths)
-    return documents
+    def check_rereadable(self) -> None:
+        """Raises DataError where one cannot be read twice."""
+        if (path := self.read_once) is not None:
+            what = f"{path} can be read only once, but this tokenizer needs two passes over the text"
+            raise DataError(f"{what}: write it to a file first")
 
 
 def no_text(paths: Sequence[Path]) -> DataError:
@@ -196,7 +196,7 @@ def _refuse_binary(block: bytes, path: Path) -> None:
         raise DataError(f"{path} is a binary file (byte {place} is zero), not text: leave it out")
 
 
-def _not_utf8(where: Path | str, place: int) -> DataError:
+def _not_utf8(where: object, place: int) -> DataError:
     return DataError(
         f"{where} is not UTF-8 text (byte {place}); convert it first, or choose --errors replace or ignore"
     )
@@ -245,16 +245,50 @@ def _lines(source: Source, path: Path) -> Iterator[str]:
             if line.isspace():
                 continue
             where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8", source.errors))
-            except UnicodeDecodeError as error:
-                raise _not_utf8(where, error.start) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {_reason(error)}") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where} is not a JSON object with a field {source.text_field!r}")
-            _check_field(where, source.text_field, list(record))
-            yield _checked_text(record[source.text_field], where, source.text_field)
+            yield _text_of(source, _parsed(source, line, where), where)
+
+
+def _json(source: Source, path: Path) -> Iterator[str]:
+    """One document per object of an array, which is read whole; any other file is JSON lines."""
+    with _opened(path, source.on_bytes) as stream:
+        beginning = stream.read(_BINARY_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        records = _parsed(source, beginning + stream.read(), path) if beginning.startswith(b"[") else None
+    if records is None:
+        yield from _lines(source, path)
+        return
+    for number, record in enumerate(records, start=1):
+        yield _text_of(source, record, f"{path}, record {number}")
+
+
+def _parsed(source: Source, text: bytes, where: object) -> Any:
+    try:
+        return json.loads(text.decode("utf-8", source.errors))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error.start) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {_reason(error)}") from None
+
+
+def _text_of(source: Source, record: object, where: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is not a JSON object with a field {source.text_field!r}")
+    _check_field(where, source.text_field, list(record))
+    return _checked_text(record[source.text_field], where, source.text_field)
+
+
+def _csv(source: Source, path: Path) -> Iterator[str]:
+    """One document per row of a .csv or .tsv file, whose first row names the columns."""
+    with _opened(path, source.on_bytes) as stream:
+        lines = io.TextIOWrapper(cast("IO[bytes]", stream), "utf-8-sig", errors=source.errors, newline="")
+        rows = csv.DictReader(lines, delimiter="\t" if _suffix(path.name) == ".tsv" else ",")
+        try:
+            _check_field(path, source.text_field, list(rows.fieldnames or []))
+            for row in rows:
+                yield _checked_text(
+                    row[source.text_field], f"{path}, line {rows.line_num}", source.text_field
+                )
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{path}, after line {rows.line_num}", error.start) from None
 
 
 def _check_field(where: object, name: str, names: list[str]) -> None:
@@ -357,7 +391,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged: {_reason(error)}") from None
-    except (OSError, ValueError) as error:  # which pyarrow's are
+    except (OSError, ValueError, csv.Error) as error:  # which pyarrow's are, too
         raise DataError(f"cannot read {path}: {_reason(error)}") from None
 
 

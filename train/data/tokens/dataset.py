@@ -21,18 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusedgpt.model.errors import InputError
-from fusedgpt.train.data.tokens.shards import Part, TokenStream
+from fusedgpt.train.data.tokens.shards import Part, Tokens, TokenStream
 from fusedgpt.train.data.tokens.windows import (
     MIX_BLOCK,
     Ints,
     epoch_order,
     mix_order,
     mix_shares,
-    pack_documents,
 )
 
 IGNORE_INDEX = -100
-Tokens = NDArray[np.int32] | TokenStream  # in memory, or memory-mapped shards
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
 
 
@@ -72,7 +70,7 @@ class TokenDataset:
             if isinstance(tokens, TokenStream):
                 digest.update(tokens.fingerprint.encode())
             else:
-                digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+                digest.update(np.ascontiguousarray(tokens).data)
         return digest.hexdigest()[:32]
 
     def train_batch(self, *, seed: int, epoch: int, position: int, batch_size: int) -> Batch:
@@ -227,44 +225,6 @@ def _ring(tokens: Tokens, start: int, length: int) -> NDArray[np.integer]:
     return ids
 
 
-def build_dataset(
-    documents: Sequence[Sequence[int]],
-    *,
-    eot_id: int,
-    max_length: int,
-    val_fraction: float,
-    seed: int,
-    packing: bool = False,
-) -> TokenDataset:
-    """Join tokenised documents, each followed by eot_id, into a training and a validation stream.
-
-    Whole documents are held out, drawn by seed, up to val_fraction of the tokens. If they hold less than half
-    of that (a single book), the end of the last document is held out instead. packing: windows end where
-    documents do. Raises ValueError if the training stream is no longer than one window of max_length.
-    """
-    if not 0.0 <= val_fraction < 1.0:
-        raise InputError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
-    ended = [np.append(document, eot_id).astype(np.int32) for document in documents if len(document)]
-    total = sum(map(len, ended))
-    budget = round(total * val_fraction)
-    held_out = _choose_validation([len(d) for d in ended], budget, seed)
-    train = [d for i, d in enumerate(ended) if i not in held_out]
-    val = [d for i, d in enumerate(ended) if i in held_out]
-    if train and not val and 0 < budget < len(train[-1]):
-        train[-1], tail = train[-1][:-budget], train[-1][-budget:]
-        val = [tail]
-    check_length(sum(map(len, train)), max_length)
-    return TokenDataset(
-        train=np.concatenate(train),
-        val=np.concatenate(val) if val else np.empty(0, dtype=np.int32),
-        max_length=max_length,
-        train_documents=len(train),
-        val_documents=len(val),
-        eot_id=eot_id,
-        borders=pack_documents(np.cumsum([len(d) for d in train]), max_length) if packing else None,
-    )
-
-
 def check_length(n_train: int, max_length: int) -> None:
     """Raise ValueError if `n_train` tokens are too few for one window."""
     if n_train <= max_length:
@@ -272,14 +232,3 @@ def check_length(n_train: int, max_length: int) -> None:
             f"the text gives {n_train} training tokens, too few for one window of {max_length}: "
             f"add text, or make --max-length or --block-size smaller"
         )
-
-
-def _choose_validation(lengths: list[int], budget: int, seed: int) -> set[int]:
-    """Indices of documents, drawn by seed, that together fit the token budget; none if under half of it."""
-    chosen: set[int] = set()
-    left = budget
-    for i in np.random.Generator(np.random.Philox(seed)).permutation(len(lengths)).tolist():
-        if lengths[i] <= left:
-            chosen.add(i)
-            left -= lengths[i]
-    return chosen if left <= budget / 2 else set()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
+from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
 from fusedgpt.train.config import RunConfig
-from fusedgpt.train.data.text.sources import DataError, read_documents
-from fusedgpt.train.data.tokens.dataset import TokenDataset, build_dataset, check_length, mix_datasets
+from fusedgpt.train.data.text.encode import characters, encode_streams, note_special_token
+from fusedgpt.train.data.text.sources import DataError, Piece, Source, no_text
+from fusedgpt.train.data.tokens.dataset import TokenDataset, check_length, mix_datasets
 from fusedgpt.train.data.tokens.nanogpt import bin_tokenizer, open_bin, open_nanogpt_set
-from fusedgpt.train.data.tokens.shards import INDEX, TokenSet, TokenStream, open_token_set
+from fusedgpt.train.data.tokens.shards import INDEX, Tokens, TokenSet, open_token_set
 from fusedgpt.train.data.tokens.windows import pack_documents
 
 
@@ -35,29 +42,61 @@ def is_token_set(path: Path) -> bool:
     return path.name == INDEX or path.suffix == ".bin"
 
 
-def load_data(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
-    """The dataset of text files or token sets, and its tokenizer.
+@contextmanager
+def kept(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`paths`, of which those that can be read only once (standard input, pipes) are copied to files."""
+    with TemporaryDirectory() as folder:
+        yield [
+            _keep(path, Path(folder) / f"input-{i}{''.join(path.suffixes)}") for i, path in enumerate(paths)
+        ]
 
-    Raises as read_documents, tokenise and load_token_sets do.
+
+def _keep(path: Path, copy: Path) -> Path:
+    if Source(inputs=(path,)).read_once is None:
+        return path
+    opened = nullcontext(sys.stdin.buffer) if path == Path("-") else path.open("rb")
+    with opened as stream, copy.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    return copy
+
+
+def load_data(
+    paths: Sequence[Path], config: RunConfig, note: Callable[[str], object] = lambda _: None
+) -> tuple[TokenDataset, Tokenizer]:
+    """The dataset of text files or token sets, and its tokenizer; note: see note_special_token.
+
+    Raises FileNotFoundError or DataError for text that cannot be read, else as tokenise and load_token_sets.
     """
     if any(is_token_set(path) or split_weight(path)[1] is not None for path in paths):
         return load_token_sets(paths, config)
-    documents = read_documents(paths)
-    tokenizer = build_tokenizer(config.data.tokenizer, text="".join(documents))
-    return tokenise(documents, tokenizer, config), tokenizer
+    source = Source(inputs=tuple(paths), text_field=config.data.text_field, errors=config.data.errors)
+    tokenizer = _choose_tokenizer(config.data.tokenizer, source)
+    pieces = iter(replace(source, cut=tokenizer.safe_cut))
+    if (first := next(pieces, None)) is None:
+        raise no_text(paths)
+    noted = note_special_token(chain([first], pieces), tokenizer, note)
+    return tokenise(noted, tokenizer, config), tokenizer
 
 
-def tokenise(documents: Sequence[str], tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
-    """The dataset of `documents`. Raises ValueError if there is too little text for one window."""
-    dataset = build_dataset(
-        tokenizer.encode_batch(documents),
-        eot_id=tokenizer.eot_id,
-        max_length=config.max_length,
-        val_fraction=config.data.val_fraction,
-        seed=config.train.seed,
-        packing=config.data.packing,
-    )
-    return replace(dataset, token_bytes=_token_bytes(tokenizer), document_masks=config.data.document_masks)
+def _choose_tokenizer(name: str, source: Source) -> Tokenizer:
+    if name != "char":
+        return build_tokenizer(name)
+    source.check_rereadable()
+    found = characters(replace(source, cut="anywhere"))
+    if not found:
+        raise no_text(source.inputs)
+    return char_tokenizer(found)
+
+
+def tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
+    """The dataset of a text, which is that of the token set `fusedgpt prepare` makes of it.
+
+    Memory grows with the tokens, not with the text. Raises ValueError if there is too little for one window.
+    """
+    train, val = encode_streams(pieces, tokenizer, config.data.val_fraction)
+    streams: dict[str, Any] = {"train": train.ids, "train_ends": train.document_ends}
+    streams |= {"val": val.ids, "val_ends": val.document_ends}
+    return _dataset(TokenSet(**streams, tokenizer=tokenizer), config)
 
 
 def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenDataset, Tokenizer]:
@@ -83,7 +122,7 @@ def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenData
     return mix_datasets(datasets, weights or [len(one.train) for one in datasets]), tokenizer
 
 
-def load_validation_tokens(path: Path, tokenizer: Tokenizer) -> TokenStream:
+def load_validation_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
     """The ids of a token set to evaluate on: its validation stream, or all of a .bin file.
 
     Raises FileNotFoundError or DataError if there are none, or another tokenizer made them.

@@ -1,4 +1,7 @@
-"""nanoGPT's data: .bin files of uint16 token ids, and a meta.json beside them that says what the ids mean."""
+"""nanoGPT's data: .bin files of uint16 token ids, and a meta.json beside them that says what the ids mean.
+
+llm.c's .bin files for GPT-2 are the same behind a header of 1,024 bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from fusedgpt.train.data.tokens.shards import BLOCK, Part, TokenSet, TokenStream
 
 _MAX_META_BYTES = 64 << 20
 _DTYPE = np.dtype("<u2")
+_LLM_C, _LLM_C_HEADER = np.array(20240520, "<i4").tobytes(), 512  # llm.c's magic number; ids in its header
+_CONVERSION = "convert it with numpy: fromfile(OLD, '<u4').astype('<u2').tofile(NEW)"
 
 
 def open_nanogpt_set(file: Path, tokenizer: str, val_fraction: float) -> TokenSet:
@@ -33,11 +38,20 @@ def open_nanogpt_set(file: Path, tokenizer: str, val_fraction: float) -> TokenSe
 
 
 def open_bin(file: Path, tokenizer: Tokenizer) -> TokenStream:
-    """The ids of a .bin file. Raises DataError for a truncated file or ids outside the vocabulary."""
+    """The ids of a .bin file. Raises DataError if it is truncated, of uint32 or of another vocabulary."""
     size = file.stat().st_size
     if size % _DTYPE.itemsize:
         raise DataError(f"{file} is truncated: {size:,} bytes are not a whole number of uint16 ids")
+    if tokenizer.vocab_size > 2**16:
+        raise DataError(
+            f"{file} is read as uint16, which cannot hold the {tokenizer.vocab_size:,} ids of the tokenizer: "
+            f"make a token set of the text with `fusedgpt prepare`"
+        )
     ids = map_file(file, size // _DTYPE.itemsize, _DTYPE)
+    if bytes(ids[:2]) == _LLM_C:
+        ids = ids[_LLM_C_HEADER:]
+    if len(ids) % 2 == 0 and ids[:BLOCK:2].any() and not ids[1:BLOCK:2].any():
+        raise DataError(f"{file} holds uint32, not uint16 ids (every second is 0): {_CONVERSION}")
     hashed = f"{len(ids)} ".encode() + ids[:BLOCK].tobytes() + ids[-BLOCK:].tobytes()
     stream = TokenStream([Part(ids, str(file), tokenizer.vocab_size)], hashlib.sha256(hashed).hexdigest())
     stream.check_ids()

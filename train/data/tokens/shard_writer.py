@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fusedgpt.model.files import publish
 from fusedgpt.model.tokenizer import Tokenizer
-from fusedgpt.train.data.text.encode import Encoded
+from fusedgpt.train.data.text.encode import Encoded, tail_to_hold_out
 from fusedgpt.train.data.tokens.shards import (
     BLOCK,
     INDEX,
@@ -134,20 +134,17 @@ class TokenSetWriter:
         self.text_bytes += encoded.text_bytes
 
     def balance(self, val_fraction: float) -> None:
-        """Hold out the last tokens instead if the held-out documents are far from val_fraction of all tokens.
-
-        That is, less than half of it or more than twice, as where documents are few or very unequal.
-        """
-        wanted = round(self.tokens * val_fraction)
+        """Hold out the last tokens instead where tail_to_hold_out says so."""
         train, val = self._train, self._val
-        if wanted / 2 <= val.tokens <= 2 * wanted:
+        tail = tail_to_hold_out(self.tokens, val.tokens, val_fraction)
+        if tail is None:
             return
         for ids, ends in val.blocks():
             train.append(ids, ends)
         val.truncate(0)
-        for ids, ends in train.blocks(train.tokens - wanted):
+        for ids, ends in train.blocks(train.tokens - tail):
             val.append(ids, ends)
-        train.truncate(train.tokens - wanted)
+        train.truncate(train.tokens - tail)
 
     def finish(self) -> Index:
         """Write the index; something must have been appended."""

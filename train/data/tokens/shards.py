@@ -157,12 +157,15 @@ class TokenStream:
             self[start : min(start + BLOCK, end)]
 
 
+Tokens = NDArray[np.integer] | TokenStream  # in memory, or memory-mapped shards
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
-    """The streams of a token set, where their documents end (None: unknown), and the tokenizer of the ids."""
+    """A training and a validation stream, where documents end (None: unknown), the tokenizer of the ids."""
 
-    train: TokenStream
-    val: TokenStream
+    train: Tokens
+    val: Tokens
     train_ends: NDArray[np.integer] | None
     val_ends: NDArray[np.integer] | None
     tokenizer: Tokenizer

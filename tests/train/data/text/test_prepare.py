@@ -24,15 +24,12 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.model.tokenizer_json import load_tokenizer
 from fusedgpt.train.cli import prepare as cli_prepare
-from fusedgpt.train.config import build_config
 from fusedgpt.train.data.text import encode, sources
-from fusedgpt.train.data.text import prepare as prepare_
-from fusedgpt.train.data.text.encode import encode_chunk
-from fusedgpt.train.data.text.prepare import chunked, is_held_out, prepare
-from fusedgpt.train.data.text.sources import DataError, read_documents
+from fusedgpt.train.data.text.encode import chunked, encode_chunk, is_held_out
+from fusedgpt.train.data.text.prepare import prepare
+from fusedgpt.train.data.text.sources import DataError, Source
 from fusedgpt.train.data.text.tokenizer_training import train_tokenizer
 from fusedgpt.train.data.tokens import shard_writer, shards
-from fusedgpt.train.data.tokens.load import tokenise
 from fusedgpt.train.report import terminal
 
 FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
@@ -77,33 +74,7 @@ def many_documents(folder: Path, n: int = 300) -> Path:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and chunks so small that every text is in many."""
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(prepare_, "_CHUNK_CHARACTERS", 3000)
-
-
-# Documents in memory
-
-
-def test_documents_are_read_from_all_kinds(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
-    assert read_documents([tmp_path]) == ["one", "two", "three"]
-
-
-def test_unusable_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
-        read_documents([tmp_path / "absent"])
-    (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"a\.txt is empty"):
-        read_documents([tmp_path / "a.txt"])
-
-
-def test_tokenise_ends_every_document() -> None:
-    config = build_config({"block_size": 4, "val_fraction": 0.0})
-    dataset = tokenise(["ab", "c"], byte_tokenizer(), config)
-    assert dataset.train.tolist() == [97, 98, 256, 99, 256]  # type: ignore[union-attr]
-    assert dataset.max_length == 4
-    assert dataset.token_bytes is not None
-    assert dataset.token_bytes.tolist() == [1] * 256 + [0]
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 3000)
 
 
 # Ids
@@ -218,7 +189,7 @@ def test_the_set_does_not_depend_on_the_workers(tmp_path: Path) -> None:
 def test_documents_keep_their_order_and_are_told_apart(tmp_path: Path) -> None:
     source = many_documents(tmp_path)
     index = prepare([source], tmp_path / "out", val_fraction=0.2, shard_tokens=1000)
-    texts = read_documents([source])
+    texts = [piece.text for piece in Source(inputs=(source,))]
     for split, held_out in (("train", False), ("val", True)):
         stream, ends = shards.open_stream(tmp_path / "out", index, split)
         wanted = [[*tiktoken_ids(t), EOT] for t in texts if is_held_out(t, 0.2) == held_out]
@@ -240,7 +211,7 @@ def test_the_same_text_is_on_one_side() -> None:
 
 
 def test_all_of_a_document_is_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_, "_CHUNK_PIECES", 7)
+    monkeypatch.setattr(encode, "_CHUNK_PIECES", 7)
     pieces = [sources.Piece(f"{document} {i}", i == 9) for document in range(40) for i in range(10)]
     drawn = [held_out for chunk in chunked(pieces, 0.3) for _, _, held_out in chunk]
     assert drawn == [is_held_out(f"{document} 0", 0.3) for document in range(40) for _ in range(10)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -114,11 +115,11 @@ def test_a_text_file_in_blocks_is_the_text(
 
 
 def test_folders_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.TXT", "sub/c.md", "sub.md", "d.bin", "e.csv"):
+    for name in ("b.txt", "a.TXT", "sub/c.md", "sub.md", "d.bin", "e.log"):
         write(tmp_path / name, name)
     write(tmp_path / "z.jsonl", '{"text": "z"}\n')
     assert texts(tmp_path) == ["a.TXT", "b.txt", "sub/c.md", "sub.md", "z"]
-    assert texts(tmp_path / "e.csv", tmp_path / "sub") == ["e.csv", "sub/c.md"]  # a file named is read
+    assert texts(tmp_path / "e.log", tmp_path / "sub") == ["e.log", "sub/c.md"]  # a file named is read
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -338,6 +339,45 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
             DataError, match=rf"{name} takes the package pyarrow: pip install 'fusedgpt\[parquet\]'"
         ):
             texts(write(tmp_path / name, b"x"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_json_is_read_as_what_it_is(tmp_path: Path, name: str) -> None:
+    def file(content: str) -> Path:
+        raw = content.encode()
+        return write(tmp_path / name, gzip.compress(raw) if name.endswith("gz") else raw)
+
+    records = [{"text": "one\n[{", "id": 1}, {"text": " "}, {"text": "é" * 9000}]
+    wanted = ["one\n[{", "é" * 9000]
+    assert texts(file("\n".join(map(json.dumps, records)))) == wanted
+    assert texts(file("\ufeff \n" + json.dumps(records, indent=1, ensure_ascii=False))) == wanted
+    for content, message in (
+        ('[{"text": "a"}, {"body": "b"}]', r"a.json.*, record 2 has no field 'text' \(it has: body\)"),
+        ('["a"]', r"record 1 is not a JSON object with a field 'text'"),
+        ('[{"text": "a"}', "a.json.* is not JSON"),
+        ('{\n "text": "a"\n}', "line 1 is not JSON"),
+    ):
+        with pytest.raises(DataError, match=message):
+            texts(file(content))
+
+
+def test_columns_of_csv_and_tsv(tmp_path: Path) -> None:
+    rows = [["id", "text"], ["1", 'a "quoted", text\nof two lines'], ["2", " "], ["3", "é" * 200_000]]
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")):
+        made = io.StringIO(newline="")
+        csv.writer(made, delimiter=delimiter).writerows(rows)
+        raw = b"\xef\xbb\xbf" + made.getvalue().encode()
+        file = write(tmp_path / name, gzip.compress(raw) if name.endswith("gz") else raw)
+        assert texts(file) == ['a "quoted", text\nof two lines', "é" * 200_000]
+        assert texts(file, text_field="id") == ["1", "2", "3"]
+        with pytest.raises(DataError, match=rf"{name} has no field 'body' \(it has: id, text\)"):
+            texts(file, text_field="body")
+    with pytest.raises(DataError, match=r"a\.csv, line 3: the field 'text' is not text but NoneType"):
+        texts(write(tmp_path / "a.csv", "id,text\n1,a\n2\n"))
+    latin = write(tmp_path / "a.csv", b"id,text\n1,caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.csv.* is not UTF-8 text"):
+        texts(latin)
+    assert texts(latin, errors="ignore") == ["caf"]
 
 
 # Anything

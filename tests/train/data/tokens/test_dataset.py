@@ -1,4 +1,4 @@
-"""Windows: every token once an epoch, an order that is a pure function, a split by document."""
+"""Windows: every token once an epoch, an order that is a pure function of seed, epoch and position."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_data import dataset_of
 
-from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, TokenDataset, build_dataset, mix_datasets
+from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, TokenDataset, mix_datasets
 from fusedgpt.train.data.tokens.windows import epoch_order, permute
 
 EOT = 9999
@@ -36,7 +37,7 @@ def whole_epoch(dataset: TokenDataset, *, seed: int, epoch: int, batch_size: int
 @given(st.integers(10, 300), st.integers(1, 9), st.integers(1, 5), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_has_every_token_as_a_target_once(n: int, T: int, batch_size: int, epoch: int) -> None:
-    dataset = build_dataset([list(range(n))], eot_id=n, max_length=T, val_fraction=0.0, seed=0)
+    dataset = dataset_of([list(range(n))], eot_id=n, max_length=T)
     windows = torch.cat(whole_epoch(dataset, seed=3, epoch=epoch, batch_size=batch_size))
     assert torch.equal((windows[:, :-1] + 1) % (n + 1), windows[:, 1:])  # the stream, as a ring
     targets = windows[:, 1:].flatten().tolist()
@@ -45,7 +46,7 @@ def test_an_epoch_has_every_token_as_a_target_once(n: int, T: int, batch_size: i
 
 
 def test_order_depends_on_seed_epoch_and_position_alone() -> None:
-    dataset = build_dataset([list(range(400))], eot_id=EOT, max_length=8, val_fraction=0.0, seed=0)
+    dataset = dataset_of([list(range(400))], eot_id=EOT, max_length=8)
 
     def batch(seed: int, epoch: int, position: int) -> torch.Tensor:
         return dataset.train_batch(seed=seed, epoch=epoch, position=position, batch_size=4)[0]
@@ -60,38 +61,12 @@ def test_order_depends_on_seed_epoch_and_position_alone() -> None:
 
 
 def test_window_borders_move_from_epoch_to_epoch() -> None:
-    dataset = build_dataset([list(range(400))], eot_id=EOT, max_length=8, val_fraction=0.0, seed=0)
+    dataset = dataset_of([list(range(400))], eot_id=EOT, max_length=8)
     first_tokens = {
         epoch: int(whole_epoch(dataset, seed=0, epoch=epoch, batch_size=99)[0].min(dim=1).values[0]) % 8
         for epoch in range(12)
     }
     assert len(set(first_tokens.values())) > 4
-
-
-def test_documents_are_joined_by_end_of_text() -> None:
-    dataset = build_dataset([[1, 2], [3], [], [4, 5, 6]], eot_id=EOT, max_length=4, val_fraction=0.0, seed=0)
-    assert dataset.train.tolist() == [1, 2, EOT, 3, EOT, 4, 5, 6, EOT]
-    assert (dataset.train_documents, dataset.val_documents) == (3, 0)
-
-
-def test_split_holds_out_whole_documents() -> None:
-    texts = documents(50, 20)
-    dataset = build_dataset(texts, eot_id=EOT, max_length=8, val_fraction=0.1, seed=0)
-    assert (dataset.train_documents, dataset.val_documents) == (45, 5)
-    assert str(dataset) == ("945 training tokens in 45 documents, 105 validation tokens in 5, windows of 8")
-    for stream in (dataset.train, dataset.val):
-        pieces = np.split(stream, np.flatnonzero(stream == EOT) + 1)[:-1]
-        assert all(piece[:-1].tolist() in texts for piece in pieces)
-    assert set(dataset.train) & set(dataset.val) == {EOT}
-    other = build_dataset(texts, eot_id=EOT, max_length=8, val_fraction=0.1, seed=1)
-    assert other.val.tolist() != dataset.val.tolist()
-
-
-@pytest.mark.parametrize("texts", [[list(range(1000))], [[1, 2, 3], list(range(1000))]])
-def test_a_single_book_gives_up_its_end(texts: list[list[int]]) -> None:
-    dataset = build_dataset(texts, eot_id=EOT, max_length=8, val_fraction=0.1, seed=0)
-    assert dataset.val.tolist() == [*range(1001 - len(dataset.val), 1000), EOT]
-    assert len(dataset.val) == round(0.1 * sum(len(t) + 1 for t in texts))
 
 
 @given(st.integers(2, 100), st.integers(1, 9), st.integers(1, 5))
@@ -110,16 +85,9 @@ def test_validation_counts_every_target_once(n: int, T: int, batch_size: int) ->
     assert torch.equal(inputs[counted] + 1, targets[counted])
 
 
-def test_too_little_text_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"5 training tokens.*window of 8.*--block-size smaller"):
-        build_dataset([[1, 2, 3, 4]], eot_id=EOT, max_length=8, val_fraction=0.0, seed=0)
-    with pytest.raises(ValueError, match="0 training tokens"):
-        build_dataset([], eot_id=EOT, max_length=8, val_fraction=0.1, seed=0)
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_batch_goes_on_into_the_next_epoch(packing: bool) -> None:
-    one = build_dataset(documents(20, 5), eot_id=EOT, max_length=8, val_fraction=0.0, seed=0, packing=packing)
+    one = dataset_of(documents(20, 5), eot_id=EOT, max_length=8, packing=packing)
     for data in (one, mix_datasets([one, one], [1, 3])):
         n = data.windows_per_epoch
         across = data.train_batch(seed=4, epoch=1, position=n - 3, batch_size=n + 5)
@@ -152,7 +120,7 @@ def test_a_computed_order_looks_random() -> None:
 
 
 def test_a_large_epoch_needs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = build_dataset([list(range(400))], eot_id=400, max_length=8, val_fraction=0.0, seed=0)
+    data = dataset_of([list(range(400))], eot_id=400, max_length=8)
     epoch_order.cache_clear()
     monkeypatch.setattr("fusedgpt.train.data.tokens.windows._LARGEST_TABLE", 10)
     windows = torch.cat(whole_epoch(data, seed=3, epoch=1, batch_size=7))
@@ -163,7 +131,7 @@ def test_a_large_epoch_needs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_order_of_old_runs_stays() -> None:
     """A change here would make every run that is resumed see other text than it would have."""
-    data = build_dataset([list(range(99))], eot_id=99, max_length=10, val_fraction=0.0, seed=0)
+    data = dataset_of([list(range(99))], eot_id=99, max_length=10)
     inputs, _ = data.train_batch(seed=5, epoch=2, position=3, batch_size=4)
     assert inputs[:, 0].tolist() == [88, 78, 28, 98]
 
@@ -172,7 +140,7 @@ def test_the_order_of_old_runs_stays() -> None:
 
 
 def test_documents_are_told_apart_in_a_window() -> None:
-    data = build_dataset([[1, 2], [3], [4, 5, 6]], eot_id=9, max_length=4, val_fraction=0.0, seed=0)
+    data = dataset_of([[1, 2], [3], [4, 5, 6]], eot_id=9, max_length=4)
     inputs = torch.tensor([[1, 2, 9, 3], [9, 9, 4, 5]])
     assert data.document_ids(inputs) is None
     ids = replace(data, document_masks=True).document_ids(inputs)
@@ -194,7 +162,7 @@ def test_packed_windows_have_every_token_as_a_target_once(
     total = sum(n + 1 for n in lengths)
     if total <= T:
         return
-    data = build_dataset(texts, eot_id=EOT, max_length=T, val_fraction=0.0, seed=0, packing=True)
+    data = dataset_of(texts, eot_id=EOT, max_length=T, packing=True)
     assert data.borders is not None
     ends = np.cumsum([n + 1 for n in lengths]).tolist()
     seen: list[int] = []
@@ -214,9 +182,7 @@ def test_packed_windows_have_every_token_as_a_target_once(
 
 
 def test_a_packed_window_begins_with_end_of_text() -> None:
-    data = build_dataset(
-        [[1, 2], [3, 4], [5]], eot_id=9, max_length=4, val_fraction=0.0, seed=0, packing=True
-    )
+    data = dataset_of([[1, 2], [3, 4], [5]], eot_id=9, max_length=4, packing=True)
     assert data.borders is not None
     assert data.borders.tolist() == [0, 3, 6, 8]
     assert ", packed into 3" in str(data)
@@ -231,7 +197,7 @@ def test_a_packed_window_begins_with_end_of_text() -> None:
 
 
 def stream(first: int, n: int, T: int = 4) -> TokenDataset:
-    return build_dataset([list(range(first, first + n))], eot_id=EOT, max_length=T, val_fraction=0.1, seed=0)
+    return dataset_of([list(range(first, first + n))], eot_id=EOT, max_length=T, val_fraction=0.1)
 
 
 def firsts(mix: TokenDataset, *, seed: int = 0, epochs: int = 1, batch_size: int = 7) -> list[int]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from token_data import dataset_of
 
 from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.train.config import RunConfig, build_config
+from fusedgpt.train.data.text import encode
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.data.text.sources import DataError
-from fusedgpt.train.data.tokens.dataset import build_dataset
 from fusedgpt.train.data.tokens.load import is_token_set, load_data, load_token_sets, split_weight
 
 TEXTS = [f"Document {i} says: the cat sat on the mat, {i * i} times. " * 3 for i in range(40)]
@@ -24,9 +27,9 @@ def config(**options: Any) -> RunConfig:
     return build_config({"block_size": 16, "tokenizer": "byte", **options})
 
 
-def prepared(folder: Path, name: str = "set", **options: Any) -> Path:
+def prepared(folder: Path, name: str = "set", texts: Sequence[str] = TEXTS, **options: Any) -> Path:
     file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare([file], folder / name, **{"tokenizer": "byte", "shard_tokens": 700, **options})
     return folder / name
 
@@ -41,7 +44,7 @@ def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
     path = prepared(tmp_path, val_fraction=0.0)
     dataset, tokenizer = load_token_sets([path], config())
     ids = byte_tokenizer().encode_batch(TEXTS)
-    memory = build_dataset(ids, eot_id=256, max_length=16, val_fraction=0.0, seed=0)
+    memory = dataset_of(ids, eot_id=256, max_length=16)
     assert (tokenizer.kind, dataset.windows_per_epoch) == ("byte", memory.windows_per_epoch)
     for epoch in (0, 3):
         for position in range(0, memory.windows_per_epoch, 50):
@@ -51,7 +54,7 @@ def test_a_set_gives_the_batches_of_the_text_in_memory(tmp_path: Path) -> None:
     assert str(dataset) == str(memory)
     assert dataset.token_bytes is not None
     packed, _ = load_token_sets([path], config(packing=True))
-    wanted = build_dataset(ids, eot_id=256, max_length=16, val_fraction=0.0, seed=0, packing=True)
+    wanted = dataset_of(ids, eot_id=256, max_length=16, packing=True)
     assert packed.borders is not None
     assert packed.borders.tolist() == wanted.borders.tolist()  # type: ignore[union-attr]
     assert packed.fingerprint != dataset.fingerprint
@@ -158,6 +161,30 @@ def test_a_bad_bin_is_named(tmp_path: Path) -> None:
         load_token_sets([tmp_path / "absent:0.5"], config())
 
 
+def test_a_bin_of_32_bits_is_refused(tmp_path: Path) -> None:
+    ids = gpt2_tokenizer().encode(" ".join(TEXTS))
+    (tmp_path / "wide.bin").write_bytes(np.array(ids, dtype="<u4").tobytes())
+    with pytest.raises(DataError, match=r"wide\.bin holds uint32, not uint16 ids .*convert it"):
+        load_token_sets([tmp_path / "wide.bin"], config(tokenizer="gpt2"))
+    definition = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000}
+    big = tokenizers.Tokenizer(tokenizers.models.WordLevel(definition, unk_token="w0"))
+    big.add_special_tokens(["</s>"])
+    big.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"read as uint16, which cannot hold the 70,001 ids.*prepare"):
+        load_token_sets([tmp_path / "wide.bin"], config(tokenizer=str(tmp_path / "tokenizer.json")))
+    zeros = write_bin(tmp_path / "zeros.bin", [0] * 100)
+    assert len(load_token_sets([zeros], config(val_fraction=0.0))[0].train) == 100
+
+
+def test_the_header_of_llm_c_is_skipped(tmp_path: Path) -> None:
+    ids = gpt2_tokenizer().encode(" ".join(TEXTS))
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(ids)
+    (tmp_path / "a.bin").write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+    dataset, _ = load_token_sets([tmp_path / "a.bin"], config(tokenizer="gpt2", val_fraction=0.0))
+    assert dataset.train[:].tolist() == ids
+
+
 # Mixes
 
 
@@ -181,18 +208,77 @@ def test_sets_are_mixed_by_their_weights(tmp_path: Path) -> None:
         load_token_sets([one, tmp_path / "one.jsonl"], config())
 
 
-def test_text_and_sets_are_read_alike(tmp_path: Path) -> None:
-    path = prepared(tmp_path, val_fraction=0.0)
-    sets, _ = load_data([path], config())
-    text, tokenizer = load_data([tmp_path / "set.jsonl"], config(val_fraction=0.0))
-    assert sets.train[:].tolist() == text.train.tolist()  # type: ignore[union-attr]
-    assert tokenizer.kind == "byte"
-    packed, _ = load_data([tmp_path / "set.jsonl"], config(packing=True))
-    assert packed.borders is not None
+def test_what_is_no_set_is_named(tmp_path: Path) -> None:
+    prepared(tmp_path)
     with pytest.raises(DataError, match=r"set\.jsonl is text: only token sets can be mixed or weighted"):
         load_data([Path(f"{tmp_path / 'set.jsonl'}:0.5")], config())
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
         load_data([tmp_path / "absent"], config())
+
+
+# Text
+
+
+BOOK = "It was the best of times, it was the worst of times. " * 60
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2"])
+@pytest.mark.parametrize("texts", [TEXTS, [BOOK], [BOOK, "short"], [*TEXTS, BOOK * 9], [TEXTS[0]] * 40])
+def test_text_is_split_as_prepare_splits_it_whatever_the_seed(
+    tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents by a hash of their text; where they are few or unequal, the end of the text."""
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 3000)  # several, in processes of their own
+    path = prepared(tmp_path, texts=texts, val_fraction=0.1, tokenizer=tokenizer)
+    for packing in (False, True):
+        sets, _ = load_data([path], config(packing=packing))
+        for seed in (0, 1):
+            settings = config(tokenizer=tokenizer, seed=seed, packing=packing)
+            text, _ = load_data([tmp_path / "set.jsonl"], settings)
+            assert str(text) == str(sets)
+            assert text.train.tolist() == sets.train[:].tolist()  # type: ignore[union-attr]
+            assert text.val.tolist() == sets.val[:].tolist()  # type: ignore[union-attr]
+            assert np.array_equal(text.borders, sets.borders)  # type: ignore[arg-type]
+    assert 0.04 <= len(text.val) / (len(text.val) + len(text.train)) <= 0.21
+
+
+def test_tokens_in_memory_take_two_bytes(tmp_path: Path) -> None:
+    """And nothing is held out where nothing is asked to be."""
+    (tmp_path / "a.txt").write_text("ab" * 9)
+    (tmp_path / "b.jsonl").write_text('{"text": "c"}\n{"text": ""}\n{"text": "d"}\n')
+    dataset, _ = load_data([tmp_path], config(val_fraction=0.0))
+    assert isinstance(dataset.train, np.ndarray)
+    assert dataset.train.tolist() == [97, 98] * 9 + [256, 99, 256, 100, 256]
+    assert dataset.train.dtype == np.uint16
+    assert (dataset.train_documents, dataset.val_documents, len(dataset.val)) == (3, 0, 0)
+    assert dataset.token_bytes is not None
+    assert dataset.token_bytes.tolist() == [1] * 256 + [0]
+
+
+def test_unusable_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    for tokenizer in ("byte", "char"):
+        with pytest.raises(DataError, match=r"a\.txt is empty"):
+            load_data([tmp_path / "a.txt"], config(tokenizer=tokenizer))
+    (tmp_path / "a.txt").write_text("1234")
+    with pytest.raises(ValueError, match=r"5 training tokens.*window of 16.*--block-size smaller"):
+        load_data([tmp_path / "a.txt"], config(val_fraction=0.0))
+    with pytest.raises(DataError, match=r"- can be read only once, .* two passes"):
+        load_data([Path("-")], config(tokenizer="char"))
+
+
+def test_text_of_another_field_and_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"content": "un café noir, s\'il vous plaît"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"choose --errors replace or ignore"):
+        load_data([path], config(text_field="content"))
+    with pytest.raises(DataError, match=r"\(it has: content\); name .* --text-field"):
+        load_data([path], config(errors="ignore"))
+    options = {"text_field": "content", "val_fraction": 0.0}
+    ignored, _ = load_data([path], config(errors="ignore", **options))
+    assert bytes(ignored.train[:-1].tolist()) == b"un caf noir, s'il vous plat"
+    replaced, _ = load_data([path], config(errors="replace", **options))
+    assert bytes(replaced.train[:-1].tolist()).decode() == "un caf\ufffd noir, s'il vous pla\ufffdt"
 
 
 def test_weights_are_told_from_names(tmp_path: Path) -> None:
@@ -212,3 +298,10 @@ def test_prepared_data_is_told_from_text(tmp_path: Path) -> None:
     assert not is_token_set(tmp_path / "set.jsonl")
     write_bin(tmp_path / "train.bin", [1])
     assert is_token_set(tmp_path)
+
+
+def test_a_special_token_in_the_text_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one <|endoftext|> two " * 9)
+    notes: list[str] = []
+    load_data([tmp_path / "a.txt"], config(), notes.append)
+    assert notes == ["<|endoftext|> in the text is ordinary text, not a special token"]
