@@ -94,7 +94,7 @@ def modelfile(model: GPT, tokenizer: Tokenizer, gguf_path: Path) -> str:
         f"PARAMETER num_ctx {model.config.window}\n"
         "PARAMETER temperature 0.8\n"
         "PARAMETER top_k 40\n"
-        f'PARAMETER stop "{tokenizer.eot_token}"\n'
+        + "".join(f'PARAMETER stop "{tokenizer.decode([end])}"\n' for end in tokenizer.end_ids)
     )
 
 

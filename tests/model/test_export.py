@@ -204,7 +204,10 @@ def test_a_folders_own_end_of_text_is_exported(chat_folder: Path, tmp_path: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
     both = {"eos_token_id": [tokenizer.eot_id, 256]}
     (chat_folder / "generation_config.json").write_text(json.dumps(both))
-    export_safetensors(*load_folder(chat_folder), tmp_path / "both")
+    gpt, tokenizer = load_folder(chat_folder)
+    stops = [f'PARAMETER stop "<|{name}|>"' for name in ("im_end", "endoftext")]
+    assert modelfile(gpt, tokenizer, tmp_path / "m.gguf").splitlines()[-2:] == stops
+    export_safetensors(gpt, tokenizer, tmp_path / "both")
     assert json.loads((tmp_path / "both" / "generation_config.json").read_text()).items() >= both.items()
 
 
