@@ -73,9 +73,7 @@ class TextStream:
 
     def _decode(self) -> str:
         text = self._text()
-        whole = text.rstrip(
-            _REPLACEMENT
-        )  # the end may be the first bytes of a character, each written as one
+        whole = text.rstrip(_REPLACEMENT)  # the end may be a character's first bytes, each written as one
         new = whole[self._told :]
         self._told += len(new)
         if whole == text:
