@@ -469,13 +469,14 @@ def test_a_folders_configs_name_the_end_of_text(
     assert tj.load_tokenizer(tmp_path).eot_id == ends[0]
 
 
-def test_an_end_of_text_of_another_name_is_not_made_of_text(tmp_path: Path) -> None:
-    vocab = {"<unk>": 0, "a": 1, "<": 2, "E": 3, ">": 4, "<E>": 5}
-    write(tmp_path, words(vocab, added_tokens=[added("<E>", 5, special=False)]))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<E>"}')
+def test_an_end_of_text_of_another_name_is_not_made_of_text(gpt2_file: Path, tmp_path: Path) -> None:
+    file = json.loads(gpt2_file.read_text(encoding="utf-8"))
+    file["added_tokens"].append(added("<END>", 50257, special=False))
+    write(tmp_path, file)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<END>"}')
     loaded = tj.load_tokenizer(tmp_path)
-    assert loaded.encode("a <E>") == [1, 2, 3, 4]
-    assert loaded.encode_special("a <E>") == [1, 5]
+    assert (loaded.eot_id, loaded.encode("<END>")) == (50257, tk.gpt2_tokenizer().encode("<END>"))
+    assert loaded.encode_special("<END>") == [50257]
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
