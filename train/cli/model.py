@@ -149,8 +149,8 @@ def eval_model(
         list[Path],
         typer.Option(
             metavar="PATH",
-            help="Text, .jsonl or .parquet files, folders of them, - for stdin, or a token set, of which the "
-            "held-out part is used; may be repeated.",
+            help="Text, JSON, CSV or .parquet files, folders of them, - for stdin, or a token set, of which "
+            "the held-out part is used; may be repeated.",
         ),
     ],
     stride: Annotated[
