@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fusedgpt.model.errors import InputError
-from fusedgpt.model.files import to_json, write_file
+from fusedgpt.model.files import sync, to_json, write_file
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
@@ -153,7 +153,8 @@ def train_on_files(
         run = stack.enter_context(open_run(path, config, command, resume=resume, output_dir=output_dir))
         for file, copy in copies.items():
             if run.resumed is None or not copy.exists():
-                shutil.copyfile(file, copy)
+                shutil.move(file, copy)
+                sync(copy)
         folder = output_dir / name
         return _train_and_save(
             model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}
