@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,12 +68,17 @@ class TrainingLog:
                 self.monitor.note(f"resuming after step {step} of {steps} from {self.run.path}")
         if why := fallback(device, self.training.dtype):
             self.monitor.note(f"plain PyTorch ops in place of fused kernels: {why}")
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        peak = peak_flops(name, self.training.dtype)
-        self.mfu_per_token = flops_per_token / peak if peak else math.nan  # seconds
-        self.steps = steps
+        self.steps, self.flops_per_token = steps, flops_per_token
         self.sinks = self.run.sinks() if self.run else ()
         self.monitor.begin(steps=steps, steps_per_epoch=steps_per_epoch, step=step)
+
+    @cached_property
+    def mfu_per_token(self) -> float:
+        """Seconds at the GPU's peak, NaN where it is not known; asked in the loop, which chooses TF32."""
+        device = self.results.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, self.training.dtype)
+        return self.flops_per_token / peak if peak else math.nan
 
     def __enter__(self) -> Self:
         self.started = time.perf_counter()

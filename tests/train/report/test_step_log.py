@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from training_runs import train_tiny
 
+from fusedgpt.train.loop import trainer
+from fusedgpt.train.report import step_log
 from fusedgpt.train.report.progress import Monitor, StepMetrics
 from fusedgpt.train.report.step_log import TrainingLog
 from fusedgpt.train.run.directory import Run
@@ -89,6 +92,24 @@ def test_mfu_follows_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TrainingLog, "begin", with_peak)
     train_tiny(tmp_path, steps=4)
     assert sink.rows[-1].mfu == 2e-9 * sink.rows[-1].tokens_per_second
+
+
+def test_the_peak_is_that_of_the_precision_in_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[bool] = []
+    asked: list[bool] = []
+
+    @contextmanager
+    def tf32(wanted: bool) -> Iterator[None]:
+        chosen.append(wanted)
+        yield
+        chosen.clear()
+
+    monkeypatch.setattr(trainer, "tf32", tf32)
+    monkeypatch.setattr(step_log, "peak_flops", lambda *_: asked.append(bool(chosen)) or 0.0)
+    train_tiny(tmp_path, steps=4)
+    assert asked == [True]
 
 
 def test_sinks_are_closed_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
