@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import metrics_rows
 import pytest
 from metrics_rows import row, write
 
@@ -56,11 +57,12 @@ def test_tensorboard_shows_what_a_resume_repeats_once(tmp_path: Path, resume_ste
         # a process each, as in a real resume: the order of the files comes from their names
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
-            "from test_loggers import TensorBoardSink, write\n"
+            "from fusedgpt.train.report.loggers import TensorBoardSink; from metrics_rows import write\n"
             f"sink = TensorBoardSink(Path(sys.argv[2]), resume_step={start})\n"
             f"write(sink, range({start} + 1, {end} + 1)); sink.close(); time.sleep(1)"
         )
-        subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
+        helpers = Path(metrics_rows.__file__).parent
+        subprocess.run([sys.executable, "-c", code, str(helpers), str(tmp_path)], check=True)
     assert len(list(tmp_path.glob("events.*"))) == 2
     shown = scalars(tmp_path)
     assert [step for step, _ in shown["train/loss"]] == [*range(1, 26)]
