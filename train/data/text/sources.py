@@ -62,10 +62,8 @@ class Source:
 
     def __iter__(self) -> Iterator[Piece]:
         """Raises FileNotFoundError for a missing input, DataError for one that cannot be read."""
-        readers = {
-            **{".jsonl": _lines, ".ndjson": _lines, ".json": _json},
-            **{".csv": _csv, ".tsv": _csv, ".parquet": _rows, ".arrow": _rows},
-        }
+        readers = {".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
+        readers |= {".parquet": _rows, ".arrow": _rows}
         for path in _files(self.inputs):
             with _readable(path):
                 if reader := readers.get(_suffix(path.name)):
