@@ -25,7 +25,9 @@ RunDir = Annotated[
 ]
 Resume = Annotated[
     str | None,
-    typer.Option(help="Continue a run: its directory, one of its checkpoints, or auto for the newest run."),
+    typer.Option(
+        help="Continue a run: its directory, one of its checkpoints, or auto for the newest run of the same data."
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags override the file.")]
 Assignments = Annotated[
