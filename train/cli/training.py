@@ -26,7 +26,7 @@ RunDir = Annotated[
 Resume = Annotated[
     str | None,
     typer.Option(
-        help="Continue a run: its directory, one of its checkpoints, or auto for the newest run of the same data."
+        help="Continue a run: its directory, a checkpoint of it, or auto for the newest of the same data."
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags override the file.")]
