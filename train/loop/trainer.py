@@ -97,9 +97,9 @@ def train(
     validation if there was one. sampler: what to sample meanwhile. profile: trace a few steps into `run`, the
     most expensive ops on the monitor.
 
-    Raises ValueError for an unusable device or too little data for a step, TrainingDiverged when losses stop
-    being finite, Stopped (once `run` is saved) on one of StopSignals, OSError where `run` cannot be
-    written, CheckpointError where what it resumes does not fit.
+    Raises InputError for an unusable device or too little data for a step, CheckpointError where what `run`
+    resumes does not fit, RunFinished where nothing is left to do, OutOfMemory, TrainingDiverged when losses
+    stop being finite, Stopped (once `run` is saved) on a signal, OSError where `run` cannot be written.
     """
     monitor = monitor or Monitor(quiet=True)
     steps, steps_per_epoch = count_steps(dataset, config)
@@ -135,11 +135,11 @@ def train(
             batch, lr = next(batches), learning_rate(progress.step, steps, config)
             if slow_start:  # compiling takes minutes, and before the first step there is nothing to save
                 result = stop.unless_stopped(partial(step, batch, lr))
-                if result is None:
-                    raise log.stopped(stop, save=False)
                 slow_start = False
             else:
                 result = step(batch, lr)
+            if result is None:
+                raise log.stopped(stop, save=False)
             progress.step += 1
             progress.tokens += batch.tokens
             progress.cursor = batch.following
