@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.files import beside, publish
 from fusedgpt.model.folder import write_files
 from fusedgpt.model.gpt import GPT

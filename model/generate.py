@@ -11,8 +11,8 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.decode import Decoder
-from fusedgpt.model.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import TextStream
 from fusedgpt.model.tokenizer import Tokenizer

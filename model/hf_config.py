@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.tokenizer import Tokenizer
 
 _CONTEXT = 6  # ids before the new ones, which decide how those are written: with a leading space or without

@@ -20,7 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 
 if TYPE_CHECKING:  # imported where used: these take 60 ms and more, and every command imports this
     import numpy as np

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.config import GPTConfig
-from fusedgpt.model.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import INDEX, WEIGHTS, ModelFolderError
 

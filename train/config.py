@@ -15,8 +15,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.config import PRESETS, GPTConfig
-from fusedgpt.model.errors import InputError
 from fusedgpt.model.tokenizer import BUILT_IN
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 

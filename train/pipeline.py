@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.files import sync, to_json, write_file
 from fusedgpt.model.folder import check_writable, safe_name, save_folder
 from fusedgpt.model.generate import sample_texts

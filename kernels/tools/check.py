@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.kernels.tools.cases import Case, Function, Inputs, cases
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -107,7 +108,7 @@ def check(
 def _refuse_unknown(what: str, asked: Iterable[str], known: Iterable[str]) -> None:
     for name in asked:
         if name not in known:
-            raise ValueError(f"no {what} {name!r} to check here; there are {', '.join(dict.fromkeys(known))}")
+            raise InputError(f"no {what} {name!r} to check here; there are {', '.join(dict.fromkeys(known))}")
 
 
 def measure(case: Case, dtype: torch.dtype, device: torch.device, *, seed: int = 0) -> list[Finding]:

@@ -28,6 +28,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fusedgpt.kernels import tuning
+from fusedgpt.kernels.errors import InputError
 
 Launch = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
 
@@ -94,12 +95,12 @@ def report(
     stems, architectures = tuple(stems) or tuple(LAUNCHES), tuple(architectures)
     for stem in stems:
         if stem not in LAUNCHES:
-            raise ValueError(f"no kernel file {stem!r}; there are {', '.join(LAUNCHES)}")
+            raise InputError(f"no kernel file {stem!r}; there are {', '.join(LAUNCHES)}")
     for arch in architectures:
         if arch not in SHARED_LIMIT:
-            raise ValueError(f"no architecture {arch}; there are {', '.join(map(str, SHARED_LIMIT))}")
+            raise InputError(f"no architecture {arch}; there are {', '.join(map(str, SHARED_LIMIT))}")
     if triton.knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
+        raise InputError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
     dtypes = _MORE_DTYPES if full else _DTYPES
     tasks = [(stem, arch, dtype, full) for stem in stems for arch in architectures for dtype in dtypes]
     # fork: a spawned worker would spend seconds importing torch.

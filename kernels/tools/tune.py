@@ -16,6 +16,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fusedgpt.kernels import attention, tuning
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.kernels.tools.check import DTYPES
 from fusedgpt.kernels.tuning import Tile
 
@@ -72,11 +73,11 @@ def tune(
     Raises ValueError without a GPU and for a head size that attention does not take.
     """
     if not torch.cuda.is_available():
-        raise ValueError("kernels tune measures on a CUDA GPU, and torch finds none on this machine")
+        raise InputError("kernels tune measures on a CUDA GPU, and torch finds none on this machine")
     head_sizes = tuple(head_sizes)
     for size in head_sizes:
         if size not in range(1, 129):
-            raise ValueError(f"head size {size}: expected 1 to 128")
+            raise InputError(f"head size {size}: expected 1 to 128")
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
     total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), itertools.count(1)

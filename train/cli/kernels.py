@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.cli.common import Debug, Json, print_json, print_table
 from fusedgpt.train.report.terminal import progress_bar
 

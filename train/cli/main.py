@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from fusedgpt.model.errors import UserError
+from fusedgpt.kernels.errors import UserError
 from fusedgpt.train.cli import model, training
 from fusedgpt.train.cli.common import Debug, Json, OutputDir, print_json
 from fusedgpt.train.cli.data import data

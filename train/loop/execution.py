@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.tools.estimate import REACHED, flops_per_token, peak_flops

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.generate import Sampling, sample_batch
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer

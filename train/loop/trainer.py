@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from fusedgpt.kernels.cpu.process import keep_freed_memory
-from fusedgpt.model.errors import InputError, UserError
+from fusedgpt.kernels.errors import InputError, UserError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.schedule import decay_steps, learning_rate, warmup_steps
 from fusedgpt.train.report.metrics import Row, read_metrics

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fusedgpt.kernels.errors import UserError
 from fusedgpt.kernels.ops import fallback
-from fusedgpt.model.errors import UserError
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.validation import Validation

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-from fusedgpt.model.errors import UserError
+from fusedgpt.kernels.errors import UserError
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece

@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_runs import config, counting, outcome
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
 from fusedgpt.train.config import build_config

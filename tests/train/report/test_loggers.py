@@ -14,7 +14,7 @@ import metrics_rows
 import pytest
 from metrics_rows import row, write
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.report import loggers
 from fusedgpt.train.report.loggers import TensorBoardSink, open_logger
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.llm import use_server
 from fusedgpt.train.data.synthetic.llm_config import HEURISTICS, LLMConfig

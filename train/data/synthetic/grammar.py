@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from random import Random
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.data.synthetic.words import (
     WORD,
     article,

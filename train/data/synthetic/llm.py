@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig, check_address, is_loopback
 from fusedgpt.train.data.synthetic.llm_protocols import (
     DISPENSABLE,

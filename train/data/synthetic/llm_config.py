@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 
 _ENV_PREFIX = "FUSEDGPT_OLLAMA_TIMEOUT_"
 HEURISTICS = "heuristics"  # instead of a model, refine.score_sample grades

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.files import write_file
 from fusedgpt.train.data.synthetic.grammar import generate_samples
 from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of

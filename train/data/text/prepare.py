@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
 from fusedgpt.train.data.text.encode import all_cores, characters, chunked, encode_chunks, note_special_token
 from fusedgpt.train.data.text.sources import Cut, Errors, Piece, Source, no_text

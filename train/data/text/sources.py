@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 
 Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]

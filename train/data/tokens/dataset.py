@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.data.tokens.shards import Part, Tokens, TokenStream
 from fusedgpt.train.data.tokens.windows import (
     MIX_BLOCK,

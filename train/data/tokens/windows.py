@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedgpt.model.errors import InputError
+from fusedgpt.kernels.errors import InputError
 
 Ints = NDArray[np.int64]
 
