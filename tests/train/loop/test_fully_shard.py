@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_two
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
@@ -21,11 +22,9 @@ CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=3, n_head=2, n_embd=16,
 TRAIN = TrainConfig(grad_clip=0.5, weight_decay=0.1)
 
 
-def _train_both(rank: int, folder: str, checkpointing: str, dtype: torch.dtype) -> None:
+def _train_both(_rank: int, checkpointing: str, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     plain = GPT(CONFIG, seed=1).train()
     sharded = copy.deepcopy(plain)
@@ -45,7 +44,6 @@ def _train_both(rank: int, folder: str, checkpointing: str, dtype: torch.dtype) 
     for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         assert len(p.to_local()) < len(q), name
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -53,8 +51,6 @@ def _train_both(rank: int, folder: str, checkpointing: str, dtype: torch.dtype) 
     [("none", torch.float32), ("selective", torch.float32), ("full", torch.bfloat16)],
 )
 def test_a_sharded_model_trains_as_a_whole_one(
-    checkpointing: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpointing: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(_train_both, args=(str(tmp_path), checkpointing, dtype), nprocs=2)
+    run_two(_train_both, tmp_path, checkpointing, dtype)

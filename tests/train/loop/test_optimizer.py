@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_two
 from torch import Tensor, nn
 
 from fusedgpt.model.gpt import GPT
@@ -476,14 +477,11 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     assert optimizer.state[params[0]]["step"].item() == 4
 
 
-def _sharded_run(rank: int, folder: str) -> None:
+def _sharded_run(rank: int) -> None:
     """One of two processes."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
     for path in ("triton", "reference") if DEVICE.type == "cpu" else ("reference",):
         os.environ["FUSEDGPT_KERNELS"] = path
         _compare_sharded_with_whole(rank)
-    torch.distributed.destroy_process_group()
 
 
 def _compare_sharded_with_whole(rank: int) -> None:
@@ -516,7 +514,5 @@ def _compare_sharded_with_whole(rank: int) -> None:
         assert optimizer.state[p]["exp_avg"].placements == p.placements
 
 
-def test_sharded_parameters_share_one_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(_sharded_run, args=(str(tmp_path),), nprocs=2)
+def test_sharded_parameters_share_one_norm(tmp_path: Path) -> None:
+    run_two(_sharded_run, tmp_path)
