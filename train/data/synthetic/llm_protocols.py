@@ -19,11 +19,8 @@ _CLOSE = rf"(?:</{_NAME}>|(?-i:\[/THINK\])|◁/think▷|<\|(?:end_of_thought|end
 _THOUGHT = re.compile(rf"{_OPEN}.*?(?:{_CLOSE}|\Z)", re.S | re.I)
 _UNOPENED_THOUGHT = re.compile(rf"\A.*{_CLOSE}", re.S | re.I)  # the chat template opens it, in the prompt
 # Harmony, gpt-oss's format: its special tokens, and what is left of them if the server drops those.
-_CHANNEL, _MESSAGE, _MESSAGE_END = (
-    "<|channel|>",
-    "<|message|>",
-    re.compile(r"<\|(?:end|return|start|call)\|>"),
-)
+_CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
+_MESSAGE_END = re.compile(r"<\|(?:end|return|start|call)\|>")
 _BARE_HARMONY = re.compile(r"\Aanalysis(?=[A-Z]).*?(?:assistantfinal|\Z)", re.S)
 
 
