@@ -1,8 +1,7 @@
 """Registers, spills, shared memory, instructions of every kernel, without a GPU: `fusedgpt kernels report`.
 
 The launchers themselves are called on meta tensors, under a driver that only compiles. What is reported is
-therefore what runs: the same block sizes, flags and argument specialisation (the address of a meta tensor is
-its byte offset in its storage, so it is aligned where memory from torch is).
+therefore what runs: the same block sizes, flags and argument specialisation.
 """
 
 from __future__ import annotations
@@ -11,26 +10,18 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-from fusedgpt.kernels import tuning
 from fusedgpt.kernels.errors import InputError
-
-Launch = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
+from fusedgpt.kernels.tools.compiling import Compiled, only_compile
+from fusedgpt.kernels.tools.launches import LAUNCHES
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block
@@ -114,52 +105,22 @@ def report(
 def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
     """One row for each distinct kernel that the launches of one file start."""
     rows: dict[str, Row] = {}
-    with _only_compile(arch) as compiled:
+    with only_compile(arch) as compiled:
         for label, launch in LAUNCHES[stem](_MORE_DTYPES[dtype], full):
             try:
                 launch()
             except Exception as error:  # a launcher that raises is reported like a compiler error
-                compiled.append((stem, error))
-            for kernel, result in compiled:
-                common: dict[str, Any] = {"kernel": kernel, "arch": arch, "dtype": dtype, "label": label}
+                compiled.append(Compiled(kernel=stem, grid=(), arguments={}, result=error))
+            for kernel in compiled:
+                name, result = kernel.kernel, kernel.result
+                common: dict[str, Any] = {"kernel": name, "arch": arch, "dtype": dtype, "label": label}
                 if isinstance(result, Exception):
                     problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
-                    rows.setdefault(f"{kernel} {problem}", Row(**common, problem=problem))
+                    rows.setdefault(f"{name} {problem}", Row(**common, problem=problem))
                 elif result.hash not in rows:
                     rows[result.hash] = _examine(result, **common)
             compiled.clear()
     return list(rows.values())
-
-
-@contextmanager
-def _only_compile(arch: int) -> Iterator[list[tuple[str, Any]]]:
-    """Within the block launches only compile, for `arch`; yields a growing list of (kernel, result).
-
-    A result is a CompiledKernel or the exception that compiling raised.
-    """
-    compiled: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def compile_and_record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        try:
-            result = run(self, *args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:
-            result = error
-        compiled.append((self.fn.__name__, result))
-
-    JITFunction.run = compile_and_record
-    asked = {  # what Triton's launch code asks of a driver before it compiles
-        "get_current_device": lambda: f"sm_{arch}",  # the key of Triton's cache; no real device shares it
-        "get_current_stream": lambda device: 0,
-        "get_current_target": lambda: GPUTarget("cuda", arch, 32),
-    }
-    driver.set_active(SimpleNamespace(**asked))
-    try:
-        with tuning.assume_capability((arch // 10, arch % 10)):
-            yield compiled
-    finally:
-        JITFunction.run = run
-        driver.set_active(None)  # Triton looks for the real one at the next launch
 
 
 def _examine(compiled: Any, **common: Any) -> Row:
@@ -243,108 +204,3 @@ def _innermost(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] + (f" in `{lines[lines.index('^') - 1]}`" if "^" in lines[1:] else "")
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _counters() -> dict[str, Tensor]:
-    return {name: _meta(dtype=torch.int64) for name in ("seed", "offset")}
-
-
-# The launches of each kernel file. Imported inside the function: a file that fails to import hides no other.
-
-
-def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import activation
-
-    for C in (65, 1536, 3072, 6400, 16384) if full else (3072, 6400):
-        x, bias = _meta(8192, C, dtype=dtype), _meta(C)
-        yield f"C {C}", partial(activation.bias_gelu_fwd, x, bias)
-        yield f"C {C}", partial(activation.bias_gelu_bwd, x, x, bias)
-
-
-def _dropout(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import dropout
-
-    for C in (768, 65) if full else (768,):
-        x = _meta(64, C, dtype=dtype)
-        yield f"C {C}", partial(dropout.dropout_fwd, x, 0.1, **_counters())
-
-
-def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import layer_norm
-
-    for C in (65, 384, 768, 1024, 1280, 1600, 4096) if full else (768, 1600):
-        x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
-        forward = partial(layer_norm.layer_norm_fwd, x)
-        backward = partial(layer_norm.layer_norm_bwd, x)
-        saved = (x, weight, rows, rows, weight.dtype, dtype)
-        yield f"C {C}", partial(forward, None, weight, weight, 1e-5)
-        yield f"C {C}", partial(backward, None, *saved)
-        yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
-        yield f"C {C}, residual", partial(backward, x, *saved)
-        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, **_counters())
-        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, **_counters())
-
-
-def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import attention
-
-    for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
-        q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
-        out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
-        documents = {"documents": _meta(8, 1024, dtype=torch.int64)}
-        dropout = {"dropout_p": 0.1, **_counters()}
-        features: dict[str, dict[str, Any]] = {
-            "": {},
-            ", documents": documents,
-            ", dropout": dropout,
-            ", documents, dropout": documents | dropout,
-        }
-        for label, feature in features.items():
-            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, 0.125, **feature)
-            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, 0.125, **feature)
-
-
-def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import decode_attention
-
-    for D in (16, 40, 64, 80, 96, 128) if full else (64, 128):
-        cache, lengths = _meta(8, 1024, 2, 12, D, dtype=dtype), _meta(8, dtype=torch.int32)
-        k, v = cache.unbind(2)
-        for splits in (1, 8):
-            forward = partial(decode_attention.decode_attention_fwd, k[:, 0], k, v, lengths, 0.125, splits)
-            yield f"D {D}, {splits} splits", forward
-
-
-def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy_fwd
-
-    for V, P in ((50257, 50304), (65, 65), (256, 256)) if full else ((50257, 50304),):
-        hidden, weight = _meta(1024, 768, dtype=dtype), _meta(P, 768)
-        targets, row_scale = _meta(1024, dtype=torch.int64), _meta(1024)
-        for smoothing in (0.0, 0.1):
-            options = LossOptions(V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
-            for name, scale in (("losses", None), ("gradients", row_scale)):
-                label = f"V {V}, {name}, smoothing {smoothing}"
-                args = (hidden, weight, targets, scale, options, "triton")
-                yield label, partial(linear_cross_entropy_fwd, *args)
-
-
-def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import adamw
-
-    state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()], [0])  # exp_avgs, exp_avg_sqs, steps, groups
-    scalars = (_meta(), _meta(), _meta(dtype=torch.int64))
-    param, wide = [_meta(768, 768, dtype=dtype)], [_meta(768, 768)]
-    for grad in (param, wide) if full and dtype != torch.float32 else (param,):
-        batch, hyper = adamw.make_batch(param, grad, wide, *state), _meta(1, 8, dtype=torch.float64)
-        partials, label = _meta(adamw.PARTIALS), f"{grad[0].dtype} gradient".replace("torch.", "")
-        yield label, partial(adamw.grad_norm, batch, hyper, partials)
-        yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
-
-
-_FILES = (_activation, _adamw, _attention, _cross_entropy, _decode_attention, _dropout, _layer_norm)
-LAUNCHES = {launches.__name__.removeprefix("_"): launches for launches in _FILES}

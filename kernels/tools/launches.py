@@ -1,0 +1,120 @@
+"""The launches of every kernel file: what `fusedgpt kernels report` compiles.
+
+Each list is a generator named after its file. It yields a label and a call of a launcher on meta tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Launch = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _counters() -> dict[str, Tensor]:
+    return {name: _meta(dtype=torch.int64) for name in ("seed", "offset")}
+
+
+# Imported inside the functions: a file that fails to import hides no other.
+
+
+def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import activation
+
+    for C in (65, 1536, 3072, 6400, 16384) if full else (3072, 6400):
+        x, bias = _meta(8192, C, dtype=dtype), _meta(C)
+        yield f"C {C}", partial(activation.bias_gelu_fwd, x, bias)
+        yield f"C {C}", partial(activation.bias_gelu_bwd, x, x, bias)
+
+
+def _dropout(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import dropout
+
+    for C in (768, 65) if full else (768,):
+        x = _meta(64, C, dtype=dtype)
+        yield f"C {C}", partial(dropout.dropout_fwd, x, 0.1, **_counters())
+
+
+def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import layer_norm
+
+    for C in (65, 384, 768, 1024, 1280, 1600, 4096) if full else (768, 1600):
+        x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
+        forward = partial(layer_norm.layer_norm_fwd, x)
+        backward = partial(layer_norm.layer_norm_bwd, x)
+        saved = (x, weight, rows, rows, weight.dtype, dtype)
+        yield f"C {C}", partial(forward, None, weight, weight, 1e-5)
+        yield f"C {C}", partial(backward, None, *saved)
+        yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
+        yield f"C {C}, residual", partial(backward, x, *saved)
+        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, **_counters())
+        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, **_counters())
+
+
+def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import attention
+
+    for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
+        q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
+        out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
+        documents = {"documents": _meta(8, 1024, dtype=torch.int64)}
+        dropout = {"dropout_p": 0.1, **_counters()}
+        features: dict[str, dict[str, Any]] = {
+            "": {},
+            ", documents": documents,
+            ", dropout": dropout,
+            ", documents, dropout": documents | dropout,
+        }
+        for label, feature in features.items():
+            yield f"D {D}{label}", partial(attention.attention_fwd, q, k, v, 0.125, **feature)
+            yield f"D {D}{label}", partial(attention.attention_bwd, out, q, k, v, out, lse, 0.125, **feature)
+
+
+def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import decode_attention
+
+    for D in (16, 40, 64, 80, 96, 128) if full else (64, 128):
+        cache, lengths = _meta(8, 1024, 2, 12, D, dtype=dtype), _meta(8, dtype=torch.int32)
+        k, v = cache.unbind(2)
+        for splits in (1, 8):
+            forward = partial(decode_attention.decode_attention_fwd, k[:, 0], k, v, lengths, 0.125, splits)
+            yield f"D {D}, {splits} splits", forward
+
+
+def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy_fwd
+
+    for V, P in ((50257, 50304), (65, 65), (256, 256)) if full else ((50257, 50304),):
+        hidden, weight = _meta(1024, 768, dtype=dtype), _meta(P, 768)
+        targets, row_scale = _meta(1024, dtype=torch.int64), _meta(1024)
+        for smoothing in (0.0, 0.1):
+            options = LossOptions(V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
+            for name, scale in (("losses", None), ("gradients", row_scale)):
+                label = f"V {V}, {name}, smoothing {smoothing}"
+                args = (hidden, weight, targets, scale, options, "triton")
+                yield label, partial(linear_cross_entropy_fwd, *args)
+
+
+def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import adamw
+
+    state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()], [0])  # exp_avgs, exp_avg_sqs, steps, groups
+    scalars = (_meta(), _meta(), _meta(dtype=torch.int64))
+    param, wide = [_meta(768, 768, dtype=dtype)], [_meta(768, 768)]
+    for grad in (param, wide) if full and dtype != torch.float32 else (param,):
+        batch, hyper = adamw.make_batch(param, grad, wide, *state), _meta(1, 8, dtype=torch.float64)
+        partials, label = _meta(adamw.PARTIALS), f"{grad[0].dtype} gradient".replace("torch.", "")
+        yield label, partial(adamw.grad_norm, batch, hyper, partials)
+        yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
+
+
+_FILES = (_activation, _adamw, _attention, _cross_entropy, _decode_attention, _dropout, _layer_norm)
+LAUNCHES = {launches.__name__.removeprefix("_"): launches for launches in _FILES}
