@@ -4,9 +4,11 @@ import re
 import tomllib
 import unicodedata
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+# importlib.resources refuses a package path that has more than directories, as under `pip install -e`
+_TEMPLATES = Path(__file__).parent / "templates"
 _PROMPT_CHARS = 4000  # of a prompt that are considered
 _SILENT = ("hour", "honest", "honor", "honour", "heir", "8", "11", "18")  # begin with a vowel's sound
 _YOU_OR_WON = ("uni", "use", "usu", "eu", "one", "once", "uti", "ubi")
@@ -16,7 +18,7 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 @lru_cache
 def read_templates(name: str) -> dict[str, Any]:
     """The content of templates/{name}.toml."""
-    return tomllib.loads((files(__package__) / "templates" / f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((_TEMPLATES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 @lru_cache
