@@ -1,33 +1,33 @@
 """Attention of one new token against a key-value cache, split over the sequence.
 
 Shape letters: B batch, T rows the cache can hold, H heads, D head size (BLOCK_D: the next power of two),
-S splits.
+S splits of R rows.
 
 Cache layout: keys and values (B, T, H, D) each, row t holding token t; a new token appends one contiguous row
 of H * D numbers. Row t of sequence b is used if t < lengths[b]; the rows beyond are never read.
 
 A query is only a few kilobytes of work: few sequences and heads would leave most of the GPU idle. So the rows
 of one head are split among S programs, each with its own softmax, and a second, tiny kernel combines them:
-out = sum_s w_s out_s / sum_s w_s with w_s = exp2(lse_s - max lse). S depends on shapes alone, never on
-lengths: the host never waits for the device, and a CUDA graph stays valid as the cache fills.
+out = sum_s w_s out_s / sum_s w_s with w_s = exp2(lse_s - max lse). R depends on the cache's capacity alone.
+Not on lengths: the host never waits for the device, and a CUDA graph stays valid as the cache fills. Not on
+the batch either: a sequence gives the same bits in any batch. One sequence of GPT-2 (12 heads, 1,024 rows)
+is 96 programs, 32 are 3,072.
 
-Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
+Sources: Dao et al. 2023, "Flash-Decoding for long-context inference"; He et al. 2025, "Defeating
+nondeterminism in LLM inference", for fixed sizes of splits.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
 
 _BLOCK_N = 64  # cache rows that a program reads at once
-_PROGRAMS_PER_SM = 2
+_ROWS, _MAX_SPLITS = 128, 64  # rows of a split, until a cache has too many splits for one program to combine
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _decode_attention_kernel(
     lse_ptr,  # (S, B, H) fp32, log2 units
     H,
     T,
-    S,
+    R,
     qk_scale,  # scale * log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,8 +52,7 @@ def _decode_attention_kernel(
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
     length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), T)
-    rows_per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), S) * BLOCK_N
-    begin = split * rows_per_split
+    begin = split * R
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     q = tl.load(q_ptr + b * q_strides[0] + h * q_strides[1] + offs_d * q_strides[2], mask=mask_d, other=0.0)
@@ -63,7 +62,7 @@ def _decode_attention_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_N,), LOWEST, tl.float32)  # each of the BLOCK_N lanes has its own softmax
     row_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(begin, tl.minimum(begin + rows_per_split, length), BLOCK_N):
+    for start in range(begin, tl.minimum(begin + R, length), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         mask = mask_n[:, None] & mask_d[None, :]
@@ -108,22 +107,23 @@ def _decode_combine_kernel(
     tl.store(out_ptr + bh.to(tl.int64) * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-def split_count(n_heads: int, capacity: int, multiprocessors: int) -> int:
-    """How many programs share one head's cache: a power of two that fills the GPU, at most one per block."""
-    wanted = int(triton.next_power_of_2(max(1, _PROGRAMS_PER_SM * multiprocessors // max(n_heads, 1))))
-    return max(1, min(wanted, math.ceil(capacity / _BLOCK_N)))
+def rows_per_split(capacity: int) -> int:
+    """How many of a cache's `capacity` rows one program reads: a multiple of those it reads at once."""
+    blocks_each = triton.cdiv(triton.cdiv(capacity, _BLOCK_N), _MAX_SPLITS)
+    return max(_ROWS, int(blocks_each) * _BLOCK_N)
 
 
 def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float, splits: int | None = None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float, rows: int | None = None
 ) -> Tensor:
-    """Launch; see ops.decode_attention. splits: programs per head, by `split_count` if None."""
+    """Launch; see ops.decode_attention. rows: of a split, by `rows_per_split` if None."""
     B, H, D = q.shape
     T = k_cache.shape[1]
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    S = splits or split_count(B * H, T, tuning.multiprocessor_count(q.device))
+    R = rows or rows_per_split(T)
+    S = max(1, triton.cdiv(T, R))
     parts = out if S == 1 else torch.empty(S, B, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, B, H, dtype=torch.float32, device=q.device)
     BLOCK_D = block_size(D)
@@ -140,7 +140,7 @@ def decode_attention_fwd(
             lse,
             H,
             T,
-            S,
+            R,
             scale * LOG2_E.value,
             D=D,
             BLOCK_D=BLOCK_D,

@@ -84,9 +84,9 @@ def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     for D in (16, 40, 64, 80, 96, 128) if full else (64, 128):
         cache, lengths = _meta(8, 1024, 2, 12, D, dtype=dtype), _meta(8, dtype=torch.int32)
         k, v = cache.unbind(2)
-        for splits in (1, 8):
-            forward = partial(decode_attention.decode_attention_fwd, k[:, 0], k, v, lengths, 0.125, splits)
-            yield f"D {D}, {splits} splits", forward
+        for rows in (1024, 128):
+            forward = partial(decode_attention.decode_attention_fwd, k[:, 0], k, v, lengths, 0.125, rows)
+            yield f"D {D}, {1024 // rows} splits", forward
 
 
 def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedgpt.kernels import ops, reference
-from fusedgpt.kernels.decode_attention import decode_attention_fwd, split_count
+from fusedgpt.kernels.decode_attention import decode_attention_fwd, rows_per_split
 from fusedgpt.kernels.tools import cases, check
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -44,15 +44,15 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     assert cache.numel() > 2**31
     whole = ops.decode_attention(q, cache, cache, lengths)
     alone = ops.decode_attention(q[-1:], cache[-1:], cache[-1:], lengths[-1:])
-    torch.testing.assert_close(whole[-1:], alone)  # the same but for the number of splits
+    assert torch.equal(whole[-1:], alone)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8])
-def test_any_number_of_splits(splits: int, device: torch.device) -> None:
-    """Some splits get no rows at all: 64 rows a block, sequences of 1, 64, 65 and 300 rows."""
+@pytest.mark.parametrize("rows", [64, 128, 192, 320])
+def test_splits_of_any_size(rows: int, device: torch.device) -> None:
+    """Some get no rows at all: 64 rows a block, sequences of 1, 64, 65 and 300 rows."""
     q, k, v = inputs(4, 300, 2, 24, device)
     lengths = torch.tensor([1, 64, 65, 300], device=device)
-    out = decode_attention_fwd(q, k, v, lengths, 0.2, splits=splits)
+    out = decode_attention_fwd(q, k, v, lengths, 0.2, rows)
     truth = reference.decode_attention(q.double(), k.double(), v.double(), lengths, scale=0.2)
     assert (out - truth).norm() <= 1e-6 * truth.norm()
 
@@ -70,8 +70,8 @@ def test_lengths_beyond_the_cache_count_as_full_and_0_gives_nan(device: torch.de
     q, k, v = inputs(2, 70, 2, 16, device)
     full = ops.decode_attention(q, k, v, torch.tensor([70, 70], device=device))
     assert torch.equal(ops.decode_attention(q, k, v, torch.tensor([70, 10**6], device=device)), full)
-    for splits in (1, 2):
-        empty = decode_attention_fwd(q, k, v, torch.zeros(2, dtype=torch.int64, device=device), 0.1, splits)
+    for rows in (64, 128):
+        empty = decode_attention_fwd(q, k, v, torch.zeros(2, dtype=torch.int64, device=device), 0.1, rows)
         assert empty.isnan().all()
 
 
@@ -85,11 +85,24 @@ def test_a_cache_of_any_strides(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "capacity", "expected"),
-    [(12, 1024, 16), (12, 16384, 32), (1, 64, 1), (384, 1024, 1), (1, 10**6, 512), (0, 1, 1)],
+    ("capacity", "rows"), [(1, 128), (1024, 128), (8192, 128), (8193, 192), (16384, 256), (10**6, 15680)]
 )
-def test_few_heads_are_split_to_fill_the_card(n_heads: int, capacity: int, expected: int) -> None:
-    assert split_count(n_heads, capacity, multiprocessors=132) == expected
+def test_the_capacity_decides_how_rows_are_split(capacity: int, rows: int) -> None:
+    assert rows_per_split(capacity) == rows
+    assert -(-capacity // rows) <= 64
+
+
+@pytest.mark.parametrize("T", [100, 300])  # in one split, in three
+def test_a_sequence_gives_the_same_bits_in_any_batch(T: int, device: torch.device) -> None:
+    """Alone, at any place in a batch, beside longer and shorter ones, and for any number of heads."""
+    q, k, v = inputs(5, T, 3, 24, device)
+    lengths = torch.tensor([T, 1, 65, T - 1, 40], device=device)
+    whole = ops.decode_attention(q, k, v, lengths)
+    for rows in ([0], [3], [4, 3, 2], [1, 1, 3]):
+        part = ops.decode_attention(q[rows], k[rows], v[rows], lengths[rows])
+        assert torch.equal(part, whole[rows])
+    one_head = ops.decode_attention(q[:, 1:2], k[:, :, 1:2], v[:, :, 1:2], lengths)
+    assert torch.equal(one_head, whole[:, 1:2])
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 16), (2, 0, 16)])
