@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels.cpu.linear import matmul_nt
+from fusedgpt.kernels.numerics import fp32_sums
 
 CPU_ROWS = 512  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
 _LOGITS_BYTES = 1 << 29  # of a GPU's buffer at most: 4096 rows of 50304 in bf16
@@ -76,6 +77,7 @@ def extra_bytes(
     return max(forward, backward)
 
 
+@fp32_sums()  # dhidden's have V terms, dweight's a chunk's rows
 def linear_cross_entropy_fwd(
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (P, C)

@@ -226,6 +226,28 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
+def reduced_precision() -> tuple[bool, bool]:
+    """Whether cuBLAS may add up (bf16, fp16) products in their own dtype."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+
+
+class Settings(TorchDispatchMode):
+    """Keeps what cuBLAS may do in half precision while matrices are multiplied, and each product's dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduced: list[tuple[bool, bool]] = []
+        self.dtypes: list[tuple[torch.dtype, torch.dtype]] = []  # of a factor and the product
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._opname in ("mm", "addmm"):
+            self.reduced.append(reduced_precision())
+            self.dtypes.append((args[1].dtype, out.dtype))
+        return out
+
+
 class NoKernel:
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **kwargs: None
@@ -288,6 +310,36 @@ def test_the_memory_bound_on_a_gpu(weight_dtype: torch.dtype, device: torch.devi
     assert peaks[1] == pytest.approx(
         lce.extra_bytes(*hidden.shape, 50304, hidden.dtype, weight_dtype), rel=0.02
     )
+
+
+def test_sums_of_half_precision_products_are_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dhidden's have V terms; dweight does not pass through a product rounded to bf16."""
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_kernel", NoKernel())
+    with Settings() as settings:
+        peak_of_a_step(20, 8, 300, torch.bfloat16, torch.float32, rows=16)
+    assert settings.reduced == [(False, False)] * 6  # of two chunks: logits, dhidden, dweight
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert settings.dtypes == [(bf16, bf16), (bf16, bf16), (bf16, fp32)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dhidden_is_as_exact_as_a_sum_in_fp32(dtype: torch.dtype, device: torch.device) -> None:
+    """50,304 terms of one sign for each element, whatever the caller lets cuBLAS do."""
+    V = 50304
+    hidden, weight, targets = problem(1024, 768, V, dtype, device)
+    weight = (weight.detach().abs() / 8).requires_grad_()
+    dhidden = launched(hidden.detach() / 8, weight, targets, V, rows=1024)[1]
+    dlogits = (hidden.detach() / 8) @ weight.detach().T
+    counted, losses = (targets != -100).float(), torch.empty(1024, device=device)
+    cross_entropy.cross_entropy(dlogits, targets, counted, losses, loss_options(V))
+    truth = dlogits.double() @ weight.detach().double()
+    exact = relative_error((dlogits.float() @ weight.detach().float()).to(dtype), truth)
+    assert relative_error(dhidden, truth) <= 1.01 * exact
+    bias = ((dhidden.double() - truth) * truth.sign()).mean() / (
+        dhidden.double() - truth
+    ).square().mean().sqrt()
+    assert abs(bias) < 0.02 + 5 / 1024**0.5  # the standard's
 
 
 def test_chunks_depend_on_the_vocabulary() -> None:

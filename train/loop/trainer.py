@@ -13,6 +13,7 @@ import torch
 
 from fusedgpt.kernels.cpu.process import keep_freed_memory
 from fusedgpt.kernels.errors import InputError, UserError
+from fusedgpt.kernels.numerics import fp32_sums
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
@@ -117,6 +118,7 @@ def train(
     with (
         deterministic(config.deterministic and device.type == "cuda"),
         tf32(training.dtype == torch.float32 and device.type == "cuda"),
+        fp32_sums(),  # of weight gradients over all tokens of a batch
         no_garbage_collection(),
         executed(model, checkpointing=config.checkpointing, compile_blocks=execution["compile"] == "block"),
         StopSignals() as stop,

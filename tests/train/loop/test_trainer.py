@@ -157,6 +157,17 @@ def test_the_garbage_collector_runs_at_validations_only(
     assert gc.isenabled()
 
 
+def test_no_sum_of_a_step_is_in_half_precision(counting: TokenDataset) -> None:
+    """Neither forward nor backward: cuBLAS would add the parts of a long one in bf16."""
+    model, matmul, allowed = GPT(CONFIG), torch.backends.cuda.matmul, []
+    model.register_forward_hook(lambda *_: allowed.append(matmul.allow_bf16_reduced_precision_reduction))
+    model.wte.weight.register_hook(lambda _: allowed.append(matmul.allow_fp16_reduced_precision_reduction))
+    train(model, counting, settings(steps=1, eval_every=1))
+    assert set(allowed) == {False}
+    assert matmul.allow_bf16_reduced_precision_reduction
+    assert matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_train_model_returns_the_smoothed_loss(counting: TokenDataset) -> None:
     monitor = Losses()
     config = settings(steps=12)
