@@ -11,6 +11,7 @@ Both sigmoids come from exp(-|s|), which neither overflows nor, as 1 - sigmoid(s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import contiguous_like, exp, load_columns, row_blocks, row_tile
+from fusedgpt.kernels.library import register_op
 
 _SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
@@ -116,27 +118,29 @@ def bias_gelu_bwd(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dx, partial.sum(0).to(bias.dtype)
 
 
-bias_gelu = torch.library.custom_op("fusedgpt::bias_gelu", bias_gelu_fwd, mutates_args=())
-_backward_op = torch.library.custom_op("fusedgpt::bias_gelu_bwd", bias_gelu_bwd, mutates_args=())
-
-
-@bias_gelu.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
+def _fwd_fake(x: Tensor, bias: Tensor) -> Tensor:
     return contiguous_like(x)
 
 
-@_backward_op.register_fake
-def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_fake(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return contiguous_like(x), contiguous_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+_fwd_op = register_op("bias_gelu", bias_gelu_fwd, _fwd_fake)
+_bwd_op = register_op("bias_gelu_bwd", bias_gelu_bwd, _bwd_fake)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dbias = _backward_op(dout, *ctx.saved_tensors)
-    return dx, dbias
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        out: Tensor = _fwd_op(x, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dbias = _bwd_op(dout, *ctx.saved_tensors)
+        return dx, dbias
 
 
-bias_gelu.register_autograd(_backward, setup_context=_save)
+bias_gelu: Callable[..., Tensor] = _BiasGelu.apply

@@ -9,6 +9,7 @@ neighbours that a thread loads with one 16-byte instruction; the backward draws 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgpt.kernels.common import contiguous_like
+from fusedgpt.kernels.library import register_op
 
 _BLOCK_C = 1024
 
@@ -80,23 +82,24 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     return out
 
 
-# The backward is the same op on the gradient.
-dropout = torch.library.custom_op("fusedgpt::dropout", dropout_fwd, mutates_args=())
-
-
-@dropout.register_fake
-def _(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+def _fake(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     return contiguous_like(x)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.p, seed, offset = inputs
-    ctx.save_for_backward(seed, offset)
+_dropout_op = register_op("dropout", dropout_fwd, _fake)
 
 
-def _bwd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    dx: Tensor = dropout(dout, ctx.p, *ctx.saved_tensors)
-    return dx, None, None, None
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(seed, offset)
+        out: Tensor = _dropout_op(x, p, seed, offset)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # the same op on the gradient
+        return _dropout_op(dout, ctx.p, *ctx.saved_tensors), None, None, None
 
 
-dropout.register_autograd(_bwd, setup_context=_save)
+dropout: Callable[..., Tensor] = _Dropout.apply

@@ -13,6 +13,7 @@ them in a fixed order: no atomics, and the same call gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import block_size, contiguous_like, load_columns, row_blocks, row_tile
 from fusedgpt.kernels.dropout import dropout_arguments, philox_lanes
+from fusedgpt.kernels.library import register_op
 
 MAX_C = 8192
 _WARPS_PER_SM = 16  # of the backward: at its 128 registers per thread no more fit at once
@@ -244,20 +246,14 @@ def layer_norm_bwd(
     return dz, dx, dweight, dbias
 
 
-layer_norm = torch.library.custom_op("fusedgpt::layer_norm", layer_norm_fwd, mutates_args=())
-_backward_op = torch.library.custom_op("fusedgpt::layer_norm_bwd", layer_norm_bwd, mutates_args=())
-
-
-@layer_norm.register_fake
-def _(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fwd_fake(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = contiguous_like(x if residual is None else residual)
     new_residual = y.new_empty(0) if residual is None else contiguous_like(residual)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return y, new_residual, mean, rstd
 
 
-@_backward_op.register_fake
-def _(
+def _bwd_fake(
     dy: Tensor,
     dnew_residual: Tensor | None,
     z: Tensor,
@@ -273,22 +269,39 @@ def _(
     return contiguous_like(z), dx, contiguous_like(weight), contiguous_like(weight, bias_dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, ctx.p, seed, offset = inputs
-    ctx.x_dtype, ctx.bias_dtype, ctx.has_residual = x.dtype, bias.dtype, residual is not None
-    ctx.set_materialize_grads(False)  # the final norm's new residual is unused: no zeros to read
-    ctx.mark_non_differentiable(*output[2 if ctx.has_residual else 1 :])
-    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, *output[2:], seed, offset)
+_fwd_op = register_op("layer_norm", layer_norm_fwd, _fwd_fake)
+_bwd_op = register_op("layer_norm_bwd", layer_norm_bwd, _bwd_fake)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, *_: object) -> tuple[Any, ...]:
-    z, weight, mean, rstd, seed, offset = ctx.saved_tensors
-    dy = torch.zeros_like(z) if dy is None else dy
-    dz, dx, dweight, dbias = _backward_op(
-        dy, dnew_residual, z, weight, mean, rstd, ctx.bias_dtype, ctx.x_dtype, ctx.p, seed, offset
-    )
-    dx = dx if ctx.p > 0.0 else dz.to(ctx.x_dtype)
-    return dx, dz if ctx.has_residual else None, dweight, dbias, *[None] * 4
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., C)
+        residual: Tensor | None,  # (..., C)
+        weight: Tensor,  # (C,)
+        bias: Tensor,  # (C,)
+        eps: float,
+        p: float,
+        seed: Tensor | None,
+        offset: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        y, new_residual, mean, rstd = _fwd_op(x, residual, weight, bias, eps, p, seed, offset)
+        ctx.p, ctx.x_dtype, ctx.bias_dtype, ctx.has_residual = p, x.dtype, bias.dtype, residual is not None
+        ctx.set_materialize_grads(False)  # the final norm's new residual is unused: no zeros to read
+        z = x if residual is None else new_residual
+        ctx.save_for_backward(z, weight, mean, rstd, seed, offset)
+        return y, None if residual is None else new_residual
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, weight, mean, rstd, seed, offset = ctx.saved_tensors
+        dy = torch.zeros_like(z) if dy is None else dy
+        dz, dx, dweight, dbias = _bwd_op(
+            dy, dnew_residual, z, weight, mean, rstd, ctx.bias_dtype, ctx.x_dtype, ctx.p, seed, offset
+        )
+        dx = dx if ctx.p > 0.0 else dz.to(ctx.x_dtype)
+        return dx, dz if ctx.has_residual else None, dweight, dbias, *[None] * 4
 
 
-layer_norm.register_autograd(_backward, setup_context=_save)
+layer_norm: Callable[..., tuple[Tensor, Tensor]] = _LayerNorm.apply

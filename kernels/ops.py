@@ -160,8 +160,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
     assert seed is not None
     assert offset is not None
     if _takes_triton("dropout", x):
-        out: Tensor = dropout_.dropout(x, p, seed, offset)
-        return out
+        return dropout_.dropout(x, p, seed, offset)
     return reference.dropout(x, p, seed, offset)
 
 
@@ -299,8 +298,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        y: Tensor = layer_norm_.layer_norm(x, None, weight, bias, eps)[0]
-        return y
+        return layer_norm_.layer_norm(x, None, weight, bias, eps, 0.0, None, None)[0]
     return reference.layer_norm(x, weight, bias, eps)
 
 
@@ -324,8 +322,7 @@ def dropout_add_layer_norm(
     _check_dropout(x, dropout_p, seed, offset)
     if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        out = layer_norm_.layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
-        return out[0], out[1]
+        return layer_norm_.layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
 
 
@@ -354,8 +351,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         raise _unexpected("x", "(..., C)", x.shape)
     _check_shape("bias", bias, x.shape[-1:])
     if _takes_triton("bias_gelu", x, bias):
-        y: Tensor = activation_.bias_gelu(x, bias)
-        return y
+        return activation_.bias_gelu(x, bias)
     return reference.bias_gelu(x, bias)
 
 

@@ -280,13 +280,13 @@ def test_a_cuda_graph_replays_both_directions(device: torch.device) -> None:
 
 @pytest.mark.parametrize("p", [0.0, P])
 def test_opcheck(p: float, device: torch.device) -> None:
-    inputs = list(leaves(device, 3, 2, 24).values())
+    inputs = [x.detach() for x in leaves(device, 3, 2, 24).values()]
     _, seed, offset = counter(device).values()
     namespace = torch.ops.fusedgpt
     torch.library.opcheck(namespace.layer_norm, (inputs[0], None, *inputs[2:], EPS))
     state = (p, seed, offset) if p else (p, None, None)
     torch.library.opcheck(namespace.layer_norm, (*inputs, EPS, *state))
-    z, _, weight, _ = (x.detach() for x in inputs)
+    z, _, weight, _ = inputs
     statistics = torch.randn(2, 3, 2, device=device).abs().unbind()
     torch.library.opcheck(
         namespace.layer_norm_bwd, (z, z + 1, z, weight, *statistics, torch.float32, HALF, *state)
