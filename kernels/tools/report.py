@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory, instructions of every kernel, without a GPU: `fusedgpt kernels report`.
+"""What every kernel compiles to and needs, without a GPU: `fusedgpt kernels report`.
 
 The launchers themselves are called on meta tensors, under a driver that only compiles. What is reported is
 therefore what runs: the same block sizes, flags and argument specialisation.
@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -20,11 +20,12 @@ import torch
 import triton
 
 from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.tools import sass
 from fusedgpt.kernels.tools.compiling import Compiled, only_compile
+from fusedgpt.kernels.tools.hardware import MULTIPROCESSORS, blocks_per_multiprocessor
 from fusedgpt.kernels.tools.launches import LAUNCHES
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MORE_DTYPES = {**_DTYPES, "fp16": torch.float16}
 
@@ -47,6 +48,11 @@ class Row:
     registers: int = 0  # per thread
     stack: int = 0  # bytes per thread in local memory: spilled registers and arrays
     shared: int = 0  # bytes per block
+    blocks: int = 0  # resident on one multiprocessor
+    loop: dict[str, int] = field(default_factory=dict)  # execution unit -> instructions of the hot loop
+    straight: dict[str, int] = field(default_factory=dict)  # the same outside of loops
+    overlapped: int = 0  # instructions of the hot loop issued while its matrix products run
+    overlapped_mufu: int = 0
     tensor_core: dict[str, int] = field(default_factory=dict)  # instruction and input type -> count
     loads: dict[str, int] = field(default_factory=dict)  # bytes per instruction, or "tma" -> count
     stores: dict[str, int] = field(default_factory=dict)
@@ -54,19 +60,13 @@ class Row:
     problem: str = ""
 
     def cells(self) -> dict[str, str]:
-        """Column -> text, for a table."""
+        """Column -> text, for a table that fits a terminal; loop: instructions, or all if there is none."""
         return {
-            "kernel": self.kernel,
-            "arch": f"sm_{self.arch}",
-            "dtype": self.dtype,
+            "kernel": self.kernel.removeprefix("_").removesuffix("_kernel"),
             "launch": self.label,
-            "config": self.config,
-            "registers": str(self.registers),
-            "spilled bytes": str(self.stack),
-            "shared bytes": str(self.shared),
-            "tensor core instructions": _counts(self.tensor_core),
-            "load widths": _counts(self.loads),
-            "store widths": _counts(self.stores),
+            "regs": str(self.registers),
+            "blocks/SM": str(self.blocks),
+            "loop": str(sum(self.loop.values()) or sum(self.straight.values())),
             "problem": self.problem,
         }
 
@@ -88,8 +88,8 @@ def report(
         if stem not in LAUNCHES:
             raise InputError(f"no kernel file {stem!r}; there are {', '.join(LAUNCHES)}")
     for arch in architectures:
-        if arch not in SHARED_LIMIT:
-            raise InputError(f"no architecture {arch}; there are {', '.join(map(str, SHARED_LIMIT))}")
+        if arch not in MULTIPROCESSORS:
+            raise InputError(f"no architecture {arch}; there are {', '.join(map(str, MULTIPROCESSORS))}")
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
     dtypes = _MORE_DTYPES if full else _DTYPES
@@ -123,32 +123,45 @@ def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
     return list(rows.values())
 
 
-def _examine(compiled: Any, **common: Any) -> Row:
+def _examine(compiled: Any, *, arch: int, **common: Any) -> Row:
     """The row of a CompiledKernel."""
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
     registers, stack = _resources(compiled)
+    used = {"warps": metadata.num_warps, "registers": registers, "shared": metadata.shared}
+    blocks = blocks_per_multiprocessor(arch, **used)
+    code = sass.read(compiled)
     loads, stores = _widths(ptx)
-    limit = SHARED_LIMIT[common["arch"]]
-    problems = []
-    if stack:
-        problems.append(f"spills {stack} bytes per thread")
-    if metadata.shared > limit * 1024:
-        problems.append(f"needs {metadata.shared / 1024:.0f} KiB of shared memory, the limit is {limit}")
-    if (getattr(metadata, "tmem_size", None) or 0) > 512:
-        problems.append(f"needs {metadata.tmem_size} columns of tensor memory, the limit is 512")
     return Row(
         **common,
+        arch=arch,
         config=" ".join([*constants, f"warps={metadata.num_warps}", f"stages={metadata.num_stages}"]),
         registers=registers,
         stack=stack,
         shared=metadata.shared,
+        blocks=blocks,
+        loop=code.hot.units if code.hot else {},
+        straight=code.straight.units,
+        overlapped=code.hot.overlapped if code.hot else 0,
+        overlapped_mufu=code.hot.overlapped_mufu if code.hot else 0,
         tensor_core=_tensor_core(ptx),
         loads=loads,
         stores=stores,
         unaligned=_unaligned(compiled.src),
-        problem="; ".join(problems),
+        problem="; ".join(_problems(arch, metadata, stack, blocks)),
     )
+
+
+def _problems(arch: int, metadata: Any, stack: int, blocks: int) -> Iterator[str]:
+    limit = MULTIPROCESSORS[arch].shared_per_block
+    if stack:
+        yield f"spills {stack} bytes per thread"
+    if metadata.shared > limit * 1024:
+        yield f"needs {metadata.shared / 1024:.0f} KiB of shared memory, the limit is {limit}"
+    elif not blocks:
+        yield f"does not fit a multiprocessor with {metadata.num_warps} warps"
+    if (getattr(metadata, "tmem_size", None) or 0) > 512:
+        yield f"needs {metadata.tmem_size} columns of tensor memory, the limit is 512"
 
 
 def _resources(compiled: Any) -> tuple[int, int]:
@@ -192,10 +205,6 @@ def _unaligned(source: Any) -> tuple[str, ...]:
         for i, (name, kind) in enumerate(source.signature.items())
         if isinstance(kind, str) and kind.startswith("*") and (i,) not in aligned
     )
-
-
-def _counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in found.items())
 
 
 def _innermost(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import typer
@@ -39,14 +40,20 @@ def report_kernels(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compile every kernel, no GPU needed: registers, spills, shared memory, instructions."""
+    """Compile every kernel, no GPU needed: registers, blocks per multiprocessor, instructions in the loop.
+
+    --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
+    """
     inspection = _triton_module("report")
     with progress_bar("compiling") as progress:
         rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
+    rows.sort(key=lambda row: (row.arch, row.dtype))
     if as_json:
         print_json([asdict(row) for row in rows])
-    else:
-        print_table([row.cells() for row in rows])
+    for (arch, dtype), group in groupby([] if as_json else rows, key=lambda row: (row.arch, row.dtype)):
+        typer.echo(f"sm_{arch} {dtype}")
+        print_table([row.cells() for row in group])
+        typer.echo()
     if check:
         faulty = [row for row in rows if row.problem]
         _exit_with([f"{r.kernel} ({r.dtype}, {r.label}, sm_{r.arch}) {r.problem}" for r in faulty])

@@ -186,7 +186,7 @@ def test_a_spill_fails_the_check(tmp_path: Path) -> None:
     done = report_planted(tmp_path, "spilling", "--check", "--arch", "90")
     assert done.returncode == 1
     assert done.stderr.startswith("fusedgpt: spilling (fp32, spilling, sm_90) spills ")
-    assert "N=16384 warps=1" in done.stdout
+    assert re.search(r"^spilling +spilling +64 +32 +\d+ +spills ", done.stdout, re.MULTILINE)
 
 
 def test_too_much_shared_memory_fails_the_check_where_it_is_too_much(tmp_path: Path) -> None:
@@ -215,6 +215,10 @@ def test_instructions_and_widths_are_read(tmp_path: Path) -> None:
         matmul, unaligned = by_name["matmul", arch], by_name["spilling", arch]
         assert f"warps={8 if arch == 100 else 4} " in matmul["config"]  # chosen for the arch
         assert list(matmul["tensor_core"]) == [kind]
+        # 64 x 64 x 512 in steps of m64n64k16, or of m16n8k16 in four warps; unrolled, or four in a step
+        products = matmul["loop"] if arch == 100 else matmul["straight"]
+        assert products["tensor"] == {80: 256, 90: 32, 100: 4}[arch]
+        assert matmul["blocks"] >= 4
         assert matmul["loads"].keys() == {"16"}
         assert matmul["shared"] >= 64 * 64 * 2
         assert unaligned["unaligned"] == ["x_ptr"]
