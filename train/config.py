@@ -142,7 +142,9 @@ class TrainConfig(_Frozen):
     compile: Literal["auto", "off", "block", "model"] = _speed(
         "auto", "What torch.compile compiles: nothing, each block, or the whole model."
     )
-    cuda_graphs: Literal["auto", "off", "on"] = _speed("auto", "Replay the training step as a CUDA graph.")
+    cuda_graphs: Literal["auto", "off", "on"] = _speed(
+        "auto", "Replay the training step as a CUDA graph; auto: on a GPU, unless --profile."
+    )
     checkpointing: Literal["none", "selective", "full"] = _speed(
         "none", "Gradient checkpointing: saves memory, costs time."
     )

@@ -93,8 +93,8 @@ def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: 
     if not eager and choose_compile(train_config, model, LONG_RUN, length) == "block":
         compile_each_block(model)
     train_step: Step | GraphedStep = Step(forward, build_optimizer(model, train_config), train_config)
-    if not eager and choose_cuda_graphs(train_config, model, length):
-        train_step = GraphedStep(train_step)
+    if not eager and choose_cuda_graphs(train_config, model.wte.weight.device):
+        train_step = GraphedStep(train_step, note=print)
     step_batch = StepBatch.collect([batch], Cursor())
     return lambda: forward(*batch), lambda: train_step(step_batch, LEARNING_RATE), model
 

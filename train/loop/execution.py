@@ -24,7 +24,6 @@ from fusedgpt.train.tools.estimate import REACHED, flops_per_token, peak_flops
 _UNKNOWN_PEAK = 100e12  # FLOP/s
 _COMPILE_SECONDS = 30.0  # block by block
 _COMPILE_GAIN = 0.05  # share of a GPU's step that compiling saves: the kernels it could fuse are ours already
-_LAUNCHES_PER_BLOCK, _SECONDS_PER_LAUNCH = 60, 5e-6  # forward and backward
 
 
 @contextmanager
@@ -98,23 +97,19 @@ def choose_compile(config: TrainConfig, model: GPT, steps: int, max_length: int)
     return "block" if model.wte.weight.is_cuda and saved > _COMPILE_SECONDS else "off"
 
 
-def choose_cuda_graphs(config: TrainConfig, model: GPT, max_length: int) -> bool:
-    """Whether to replay steps as a CUDA graph: "auto" where launching would take longer than computing.
+def choose_cuda_graphs(config: TrainConfig, device: torch.device, *, profiled: bool = False) -> bool:
+    """Whether to replay steps as a CUDA graph: "auto" on a GPU, unless profiled: a replay hides the ops.
 
-    Raises ValueError for "on" without a GPU.
+    Raises InputError for "on" without a GPU.
     """
-    on_gpu = model.wte.weight.is_cuda
+    on_gpu = device.type == "cuda"
     if config.cuda_graphs == "on" and not on_gpu:
         raise InputError("--cuda-graphs on needs a CUDA device; leave it at auto")
-    if config.cuda_graphs != "auto":
-        return config.cuda_graphs == "on"
-    micro_batches = -(-windows_per_step(config, max_length) // config.batch_size)
-    launching = micro_batches * model.config.n_layer * _LAUNCHES_PER_BLOCK * _SECONDS_PER_LAUNCH
-    return on_gpu and launching > _predict_step_seconds(config, model, max_length)
+    return config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and on_gpu and not profiled)
 
 
 def _predict_step_seconds(config: TrainConfig, model: GPT, max_length: int) -> float:
-    """Estimated time of a step on a GPU, launches not counted."""
+    """Estimated time of a step on a GPU."""
     device = model.wte.weight.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
     tokens = windows_per_step(config, max_length) * max_length

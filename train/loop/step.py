@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -16,7 +17,8 @@ from fusedgpt.train.loop.precision import LossScale
 
 Forward = Callable[..., Tensor]  # (idx, targets, documents=, label_smoothing=, z_loss=) -> mean loss
 DocumentIds = Callable[[Tensor], Tensor | None]  # inputs (B, T) -> what the model takes as `documents`
-_EAGER_STEPS = 3  # before a capture: autotuning, workspaces, the optimizer's tables
+_Shapes = tuple[torch.Size, ...]  # of all that a step reads
+_EAGER_STEPS = 3  # before a capture: compiling, workspaces, the optimizer's tables
 
 
 class Step:
@@ -72,48 +74,65 @@ class Step:
 
 
 class GraphedStep:
-    """A Step captured as one CUDA graph: one launch where there were hundreds.
+    """A Step that is replayed as a CUDA graph: one launch where there were hundreds.
 
-    The first steps run eagerly. All steps must have the same shape. Learning rate, shares, loss scale,
-    dropout offset and step counts are tensors that the graph reads and writes.
+    Each shape of batch runs eagerly a few times and is captured then. Learning rate, shares, loss scale,
+    dropout offset and step counts are tensors that a graph reads and writes. It keeps the memory of its step:
+    where a capture finds too little, `note` is told, and steps of that shape stay eager.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.eager_steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+    def __init__(self, step: Step, note: Callable[[str], None]) -> None:
+        self.step, self.note = step, note
+        self.eager_steps: Counter[_Shapes] = Counter()
+        self.graphs: dict[_Shapes, _Graph] = {}
+        # Of eager steps and captures: cuBLAS keeps a workspace (32 MB on Hopper) for each stream it has seen.
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: StepBatch, lr: float) -> Tensor:
         """As Step; the tensor returned is overwritten by the next call."""
-        if self.graph is None and self.eager_steps < _EAGER_STEPS:
-            return self._run_aside(batch, lr)
-        if self.graph is None:
-            self._capture(batch)
-        assert self.graph is not None
-        for x, y in zip(_tensors(self.batch), _tensors(batch), strict=True):
-            x.copy_(y, non_blocking=True)
         self.step.set_learning_rate(lr)
-        self.graph.replay()
-        return self.result
+        shapes = tuple(x.shape for x in _tensors(batch))
+        if self.eager_steps[shapes] == _EAGER_STEPS:
+            self._capture(shapes, batch)
+        if shapes in self.graphs:
+            return self.graphs[shapes].replay(batch)
+        self.eager_steps[shapes] += 1
+        return self._run_aside(batch)
 
-    def _run_aside(self, batch: StepBatch, lr: float) -> Tensor:
-        """An eager step on a side stream, as a capture wants it to have happened."""
-        self.eager_steps += 1
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = self.step(batch, lr)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _run_aside(self, batch: StepBatch) -> Tensor:
+        """An eager step on the stream of captures, as a capture wants it to have happened."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.step.run(batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _capture(self, batch: StepBatch) -> None:
+    def _capture(self, shapes: _Shapes, batch: StepBatch) -> None:
+        self.eager_steps[shapes] += 1  # whatever happens, only once
+        try:
+            self.graphs[shapes] = _Graph(self.step, batch, self.stream)
+        except torch.OutOfMemoryError:
+            self.step.optimizer.zero_grad()  # those of the unfinished capture
+            self.note("too little memory for a CUDA graph: each step launches its kernels one by one")
+
+
+class _Graph:
+    """A captured step; what it reads and returns stays where it is."""
+
+    def __init__(self, step: Step, batch: StepBatch, stream: torch.cuda.Stream) -> None:
         copies = tuple((x.clone(), y.clone()) for x, y in batch.micro_batches)
         self.batch = replace(batch, micro_batches=copies, shares=batch.shares.clone())
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         # "thread_local": meanwhile the loader's thread may pin memory, which "global" forbids to all threads.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.result = self.step.run(self.batch)
-        self.graph = graph
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.result = step.run(self.batch)
+
+    def replay(self, batch: StepBatch) -> Tensor:
+        """The step on `batch`: copied and replayed on one stream, so neither overtakes the other."""
+        for x, y in zip(_tensors(self.batch), _tensors(batch), strict=True):
+            x.copy_(y, non_blocking=True)
+        self.graph.replay()
+        return self.result
 
 
 def _tensors(batch: StepBatch) -> list[Tensor]:

@@ -106,15 +106,15 @@ def train(
     steps, steps_per_epoch = count_steps(dataset, config)
     training = _prepare(model, dataset, config, run)
     progress = training.progress
-    execution = _choose_execution(training, config, steps, dataset.max_length)
-    step = _build_step(training, config, dataset)
-    slow_start = execution["compile"] != "off" or execution["cuda_graphs"]
+    execution = _choose_execution(training, config, steps, dataset.max_length, profiled=profile)
+    step = _build_step(training, config, dataset, monitor)
     validation = Validation(dataset, config, steps, progress.validation)
     if run is not None:
         run.begin(nothing_left=progress.step >= steps or validation.out_of_patience)
     log = TrainingLog(training, config, monitor, run, profile=profile)
     log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
     device = model.wte.weight.device
+    slow_start = device.type == "cuda" or execution["compile"] != "off"
     with (
         deterministic(config.deterministic and device.type == "cuda"),
         tf32(training.dtype == torch.float32 and device.type == "cuda"),
@@ -135,7 +135,7 @@ def train(
             if progress.step >= steps or validation.out_of_patience:
                 break
             batch, lr = next(batches), learning_rate(progress.step, steps, config)
-            if slow_start:  # compiling takes minutes, and before the first step there is nothing to save
+            if slow_start:  # compiling may take minutes, and before the first step there is nothing to save
                 result = stop.unless_stopped(partial(step, batch, lr))
                 slow_start = False
             else:
@@ -201,23 +201,25 @@ def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig, run: Run | 
 
 
 def _choose_execution(
-    training: Training, config: TrainConfig, steps: int, max_length: int
+    training: Training, config: TrainConfig, steps: int, max_length: int, *, profiled: bool
 ) -> dict[str, str | bool]:
-    """What "auto" means for this run; a resume on the same kind of device keeps to what was chosen then."""
+    """What "auto" means for this run; a resume on the same kind of device compiles what was compiled then."""
     model, then = training.model, training.execution
     now: dict[str, str | bool] = {
         "device": model.wte.weight.device.type,
         "precision": _name(training.dtype),
         "compile": choose_compile(config, model, steps - training.progress.step, max_length),
-        "cuda_graphs": choose_cuda_graphs(config, model, max_length),
+        "cuda_graphs": choose_cuda_graphs(config, model.wte.weight.device, profiled=profiled),
     }
-    if then.get("device") == now["device"]:
-        now |= {name: then[name] for name in ("compile", "cuda_graphs") if getattr(config, name) == "auto"}
+    if then.get("device") == now["device"] and config.compile == "auto":
+        now["compile"] = then["compile"]
     training.execution = now
     return now
 
 
-def _build_step(training: Training, config: TrainConfig, dataset: TokenDataset) -> Step | GraphedStep:
+def _build_step(
+    training: Training, config: TrainConfig, dataset: TokenDataset, monitor: Monitor
+) -> Step | GraphedStep:
     model = training.model
     whole = training.execution["compile"] == "model"
     forward = torch.compile(model, fullgraph=True, dynamic=False) if whole else model
@@ -228,7 +230,7 @@ def _build_step(training: Training, config: TrainConfig, dataset: TokenDataset) 
         training.loss_scale,
         dataset.document_ids,
     )
-    return GraphedStep(step) if training.execution["cuda_graphs"] else step
+    return GraphedStep(step, monitor.note) if training.execution["cuda_graphs"] else step
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from training_runs import counting
 
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.generate import generate
 from fusedgpt.model.gpt import GPT
@@ -59,21 +60,34 @@ def test_a_cpu_compiles_nothing_unasked() -> None:
     model = GPT(CONFIG)
     assert choose_compile(TrainConfig(), model, 10**9, 16) == "off"
     assert choose_compile(TrainConfig(compile="model"), model, 1, 16) == "model"
-    assert not choose_cuda_graphs(TrainConfig(), model, 16)
-    with pytest.raises(ValueError, match="--cuda-graphs on needs a CUDA device"):
-        choose_cuda_graphs(TrainConfig(cuda_graphs="on"), model, 16)
 
 
 @pytest.mark.usefixtures("h200")
-def test_a_gpu_compiles_long_runs_and_captures_small_steps() -> None:
+def test_a_gpu_compiles_long_runs() -> None:
     gpt2 = on_gpu(GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024))
-    small = on_gpu(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512))
-    long_step = TrainConfig(batch_size=64)
-    assert choose_compile(long_step, gpt2, 100, 1024) == "off"
-    assert choose_compile(long_step, gpt2, 100_000, 1024) == "block"
-    assert not choose_cuda_graphs(long_step, gpt2, 1024)
-    assert choose_cuda_graphs(TrainConfig(batch_size=2), small, 128)
-    assert not choose_cuda_graphs(TrainConfig(batch_size=2, cuda_graphs="off"), small, 128)
+    assert choose_compile(TrainConfig(batch_size=64), gpt2, 100, 1024) == "off"
+    assert choose_compile(TrainConfig(batch_size=64), gpt2, 100_000, 1024) == "block"
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda_graphs", "profiled", "expected"),
+    [
+        ("cuda", "auto", False, True),
+        ("cuda", "auto", True, False),
+        ("cuda", "on", True, True),
+        ("cuda", "off", False, False),
+        ("cpu", "auto", False, False),
+        ("cpu", "off", False, False),
+    ],
+)
+def test_a_gpu_captures_its_steps(device: str, cuda_graphs: str, profiled: bool, expected: bool) -> None:
+    config = TrainConfig.model_validate({"cuda_graphs": cuda_graphs})
+    assert choose_cuda_graphs(config, torch.device(device), profiled=profiled) == expected
+
+
+def test_a_cpu_captures_nothing() -> None:
+    with pytest.raises(InputError, match="--cuda-graphs on needs a CUDA device"):
+        choose_cuda_graphs(TrainConfig(cuda_graphs="on"), torch.device("cpu"))
 
 
 class Losses(Monitor):

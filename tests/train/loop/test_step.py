@@ -164,7 +164,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seen: list[tuple[list[float], float]] = []
-        self.lr = 0.0
+        self.optimizer = Mock()
 
     def __call__(self, batch: StepBatch, lr: float) -> Tensor:
         self.set_learning_rate(lr)
@@ -174,34 +174,65 @@ class Recorder:
         self.lr = lr
 
     def run(self, batch: StepBatch) -> Tensor:
-        self.seen.append(([*batch.shares.tolist(), batch.micro_batches[1][0].sum().item()], self.lr))
+        self.batch = batch
+        self.seen.append(([*batch.shares.tolist(), batch.micro_batches[-1][0].sum().item()], self.lr))
         return torch.zeros(3)
 
 
-def test_a_graph_reads_windows_shares_and_learning_rate_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed windows weigh differently in each step. Three run eagerly, one is captured, then all replay."""
-    step = Recorder()
-    graphed = GraphedStep(cast("Step", step))
-    modes: list[str] = []
+class Graphs:
+    """In place of torch.cuda's: what is captured computes when it is replayed."""
 
-    class Graph:
-        def replay(self) -> None:
-            step.run(graphed.batch)
+    def __init__(self, step: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.step, self.short_of_memory = step, False
+        self.events: list[str] = []
+        fakes = {"Stream": Mock(), "current_stream": Mock(), "stream": lambda _: nullcontext()}
+        for name, fake in {**fakes, "CUDAGraph": Mock, "graph": self.capture}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
 
     @contextmanager
-    def capture(_: Graph, *, capture_error_mode: str) -> Iterator[None]:
-        modes.append(capture_error_mode)
+    def capture(self, graph: Mock, *, stream: Mock, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # so that the loader's thread may pin memory meanwhile
+        self.events.append("capture")
         yield
-        step.seen.pop()  # a capture computes nothing
+        self.step.seen.pop()  # a capture computes nothing
+        if self.short_of_memory:
+            raise torch.OutOfMemoryError
+        batch = self.step.batch
+        graph.replay = lambda: self.events.append("replay") or self.step.run(batch)
 
-    fakes = {"Stream": Mock(), "current_stream": Mock(), "stream": lambda _: nullcontext()}
-    for name, fake in {**fakes, "CUDAGraph": Graph, "graph": capture}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    wanted = Recorder()
-    for i in range(6):
-        batch = StepBatch.collect([windows(2, ignored=i, seed=i), windows(1, seed=i + 9)], Cursor())
+
+def step_batches(*rows: int) -> list[StepBatch]:
+    """Each of two micro-batches, the second of one packed window: they weigh differently in each step."""
+    pairs = [(windows(n, ignored=i, seed=i), windows(1, seed=i + 9)) for i, n in enumerate(rows)]
+    return [StepBatch.collect(pair, Cursor()) for pair in pairs]
+
+
+@pytest.mark.parametrize("rows", [[2] * 7, [2, 3, 2, 3, 2, 3, 2, 2, 3, 3, 2, 2]], ids=["one", "two"])
+def test_graphs_read_windows_shares_and_learning_rate_anew(
+    rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of each shape run eagerly, one is captured, then all replay."""
+    step, wanted = Recorder(), Recorder()
+    graphs = Graphs(step, monkeypatch)
+    graphed = GraphedStep(cast("Step", step), note=pytest.fail)
+    for i, batch in enumerate(step_batches(*rows)):
         graphed(batch, lr=float(i))
         wanted(batch, lr=float(i))
     assert step.seen == wanted.seen
-    assert graphed.eager_steps == 3
-    assert modes == ["thread_local"]  # so that the loader's thread may pin memory meanwhile
+    assert graphs.events.count("capture") == len(set(rows))
+    assert graphs.events.count("replay") == len(rows) - 3 * len(set(rows))
+
+
+def test_too_little_memory_for_a_graph_leaves_the_steps_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of the unfinished capture are dropped; no step is lost or repeated, and one line says it."""
+    step, wanted, notes = Recorder(), Recorder(), list[str]()
+    graphs = Graphs(step, monkeypatch)
+    graphs.short_of_memory = True
+    graphed = GraphedStep(cast("Step", step), notes.append)
+    for i, batch in enumerate(step_batches(*[2] * 7)):
+        graphed(batch, lr=float(i))
+        wanted(batch, lr=float(i))
+    assert step.seen == wanted.seen
+    assert graphs.events == ["capture"]
+    assert step.optimizer.zero_grad.call_count == 1
+    assert notes == ["too little memory for a CUDA graph: each step launches its kernels one by one"]

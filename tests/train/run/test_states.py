@@ -306,7 +306,7 @@ def test_a_16_bit_checkpoint_goes_on_in_fp32_from_its_masters(
         masters = dict[str, torch.Tensor]()
         patch.setattr(
             trainer, "_choose_execution",
-            lambda training, *_: masters.update(copied(training.parameters())) or training.execution,
+            lambda training, *_, **__: masters.update(copied(training.parameters())) or training.execution,
         )  # fmt: skip
         trained(run_dir, resume=run_dir, steps=7, precision="bf16")
     assert torch.equal(masters[name], tensors["model"][name])
@@ -320,7 +320,9 @@ def test_what_auto_chose_is_kept_by_a_resume(tmp_path: Path, monkeypatch: pytest
     assert state["execution"] == expected
     monkeypatch.setattr(trainer, "choose_compile", lambda *_: "block")  # as fewer steps may let it
     real = trainer._choose_execution
-    monkeypatch.setattr(trainer, "_choose_execution", lambda *a: chosen.append(real(*a)) or chosen[-1])
+    monkeypatch.setattr(
+        trainer, "_choose_execution", lambda *a, **k: chosen.append(real(*a, **k)) or chosen[-1]
+    )
     trained(run_dir, resume=run_dir, steps=5)
     assert chosen == [expected]
 
