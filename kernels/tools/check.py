@@ -117,10 +117,10 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, *, seed: int =
     dtypes = dict.fromkeys(exact, dtype) | dict.fromkeys(case.fp32_inputs, torch.float32)
     rounded = {name: _cast(x, dtypes[name]).to(device) for name, x in exact.items()}
     wide = {name: _cast(x, torch.float64) for name, x in rounded.items()}
-    truth, upstream = _run(case.reference, wide, None, dtype)
+    truth, upstream = run_case(case.reference, wide, None, dtype)
     with patch.dict(os.environ, FUSEDGPT_KERNELS="triton"):
-        ours, _ = _run(case.ours, rounded, upstream)
-    theirs, _ = _run(case.reference, rounded, upstream)
+        ours, _ = run_case(case.ours, rounded, upstream)
+    theirs, _ = run_case(case.reference, rounded, upstream)
     findings = []
     for direction in truth:
         compared = [
@@ -136,7 +136,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def _run(
+def run_case(
     function: Function,
     inputs: Inputs,
     upstream: list[Tensor] | None,

@@ -118,12 +118,12 @@ def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
                     problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
                     rows.setdefault(f"{name} {problem}", Row(**common, problem=problem))
                 elif result.hash not in rows:
-                    rows[result.hash] = _examine(result, **common)
+                    rows[result.hash] = examine(result, **common)
             compiled.clear()
     return list(rows.values())
 
 
-def _examine(compiled: Any, *, arch: int, **common: Any) -> Row:
+def examine(compiled: Any, *, arch: int, **common: Any) -> Row:
     """The row of a CompiledKernel."""
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
