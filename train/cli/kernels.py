@@ -44,7 +44,7 @@ def report_kernels(
 
     --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
     """
-    inspection = _triton_module("report")
+    inspection = _triton_module("kernels.tools.report")
     with progress_bar("compiling") as progress:
         rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
     rows.sort(key=lambda row: (row.arch, row.dtype))
@@ -72,7 +72,7 @@ def check_kernels(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are imported
-    checking = _triton_module("check")
+    checking = _triton_module("kernels.tools.check")
     with progress_bar("checking") as progress:
         findings = checking.check(device, op or (), dtype or (), progress=progress)
     if as_json:
@@ -80,6 +80,27 @@ def check_kernels(
     else:
         print_table([finding.cells() for finding in findings])
     _exit_with([finding.fault for finding in findings if not finding.ok])
+
+
+@kernels.command(name="rehearse")
+def rehearse_kernels(
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(help="Compute capability; may be repeated.", show_default="80, 90, 100"),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every case for every architecture.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run training and sampling as on a GPU, no GPU needed: launches, faults; exit with 1 on a fault."""
+    rehearsal = _triton_module("train.tools.rehearse")
+    with progress_bar("rehearsing") as progress:
+        results = rehearsal.rehearse(arch or rehearsal.ARCHITECTURES, full=full, progress=progress)
+    if as_json:
+        print_json([asdict(result) for result in results])
+    else:
+        print_table([result.cells() for result in results])
+    _exit_with([f"{r.case}, sm_{r.arch}: {fault}" for r in results for fault in r.faults])
 
 
 @kernels.command(name="tune")
@@ -96,7 +117,7 @@ def tune_kernels(
     debug: Debug = False,
 ) -> None:
     """Find the fastest attention tiles for this GPU and store them for later runs."""
-    tune = _triton_module("tune")
+    tune = _triton_module("kernels.tools.tune")
     with progress_bar("tuning") as progress:
         choices, path = tune.tune(head_size or (64, 128), dtype, feature, minutes, progress=progress)
     if as_json:
@@ -107,10 +128,10 @@ def tune_kernels(
 
 
 def _triton_module(name: str) -> Any:
-    """The module fusedgpt.kernels.tools.`name`, which needs Triton."""
+    """The module fusedgpt.`name`, which needs Triton."""
     if find_spec("triton") is None:
         raise InputError("the kernels need the package triton, which exists for Linux only")
-    return import_module(f"fusedgpt.kernels.tools.{name}")
+    return import_module(f"fusedgpt.{name}")
 
 
 def _exit_with(faults: list[str]) -> None:

@@ -61,6 +61,11 @@ class _Drawn:
     following: Cursor
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, which copies it while the CPU goes on."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 class Loader:
     """Iterates over the steps of a run from `cursor` on, without end; use it as a context manager.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch, TokenDataset
+from fusedgpt.train.loop.batches import to_device
 from fusedgpt.train.loop.step import DocumentIds
 
 _EVALUATIONS_PER_RUN = 10
@@ -127,14 +128,15 @@ def evaluate(
         for inputs, targets in batches:
             if cancelled():
                 return None
-            inputs = inputs.to(device)
-            documents = document_ids(inputs)
-            total += model(inputs, targets.to(device), documents=documents, dtype=dtype, reduction="sum")
+            idx, expected = to_device(inputs, device), to_device(targets, device)
+            total += model(idx, expected, documents=document_ids(idx), dtype=dtype, reduction="sum")
             counted = targets[targets != IGNORE_INDEX]
             count += len(counted)
             n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0
     finally:
         model.train(was_training)
-    loss = total.item() / count if count else math.nan
-    bits = total.item() / math.log(2.0)
-    return Evaluation(loss=loss, bits_per_byte=bits / n_bytes if n_bytes else None)
+    nats = total.item()
+    bits = nats / math.log(2.0)
+    return Evaluation(
+        loss=nats / count if count else math.nan, bits_per_byte=bits / n_bytes if n_bytes else None
+    )
