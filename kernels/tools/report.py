@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -118,18 +119,16 @@ def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
                     problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
                     rows.setdefault(f"{name} {problem}", Row(**common, problem=problem))
                 elif result.hash not in rows:
-                    rows[result.hash] = examine(result, **common)
+                    rows[result.hash] = _examine(result, **common)
             compiled.clear()
     return list(rows.values())
 
 
-def examine(compiled: Any, *, arch: int, **common: Any) -> Row:
+def _examine(compiled: Any, *, arch: int, **common: Any) -> Row:
     """The row of a CompiledKernel."""
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
-    registers, stack = _resources(compiled)
-    used = {"warps": metadata.num_warps, "registers": registers, "shared": metadata.shared}
-    blocks = blocks_per_multiprocessor(arch, **used)
+    registers, stack, blocks = _resources(compiled, arch)
     code = sass.read(compiled)
     loads, stores = _widths(ptx)
     return Row(
@@ -148,11 +147,13 @@ def examine(compiled: Any, *, arch: int, **common: Any) -> Row:
         loads=loads,
         stores=stores,
         unaligned=_unaligned(compiled.src),
-        problem="; ".join(_problems(arch, metadata, stack, blocks)),
+        problem="; ".join(problems(compiled, arch)),
     )
 
 
-def _problems(arch: int, metadata: Any, stack: int, blocks: int) -> Iterator[str]:
+def problems(compiled: Any, arch: int) -> Iterator[str]:
+    """Why a CompiledKernel may not ship."""
+    metadata, (_, stack, blocks) = compiled.metadata, _resources(compiled, arch)
     limit = MULTIPROCESSORS[arch].shared_per_block
     if stack:
         yield f"spills {stack} bytes per thread"
@@ -164,13 +165,18 @@ def _problems(arch: int, metadata: Any, stack: int, blocks: int) -> Iterator[str
         yield f"needs {metadata.tmem_size} columns of tensor memory, the limit is 512"
 
 
-def _resources(compiled: Any) -> tuple[int, int]:
-    """(registers, bytes of local memory) per thread."""
+@lru_cache(maxsize=1)  # of one kernel after the other, asked twice
+def _resources(compiled: Any, arch: int) -> tuple[int, int, int]:
+    """Registers and bytes of local memory per thread, and blocks resident on a multiprocessor."""
     cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return used["REG"], used["STACK"] + used["LOCAL"]
+    metadata = compiled.metadata
+    blocks = blocks_per_multiprocessor(
+        arch, warps=metadata.num_warps, registers=used["REG"], shared=metadata.shared
+    )
+    return used["REG"], used["STACK"] + used["LOCAL"], blocks
 
 
 def _tensor_core(ptx: str) -> dict[str, int]:

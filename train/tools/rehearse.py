@@ -25,7 +25,7 @@ from fusedgpt.kernels.errors import InputError
 from fusedgpt.kernels.tools import check
 from fusedgpt.kernels.tools.cases import cases as checked_cases
 from fusedgpt.kernels.tools.hardware import MULTIPROCESSORS
-from fusedgpt.kernels.tools.report import ARCHITECTURES, examine
+from fusedgpt.kernels.tools.report import ARCHITECTURES, problems
 from fusedgpt.model.config import PRESETS
 from fusedgpt.model.generate import Sampling, generate
 from fusedgpt.model.gpt import GPT
@@ -127,9 +127,7 @@ def rehearse_case(case: Case, arch: int, seen: set[str]) -> Rehearsed:
         kernels += len(new)
         faults += [f"{fault.where}: {fault.what}" for fault in record.faults if not _is_meant(fault)]
         for kernel, where in new.values():
-            row = examine(kernel, kernel=kernel.src.fn.__name__, arch=arch, dtype="", label="")
-            if row.problem:
-                faults.append(f"{where}: {row.kernel} {row.problem}")
+            faults += [f"{where}: {kernel.src.fn.__name__} {x}" for x in problems(kernel, arch)]
         if faults:
             break
     block = launches[1] - launches[0] if len(launches) == 2 else Counter[str]()
