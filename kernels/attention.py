@@ -11,11 +11,11 @@ exp2(s - lse).
 Backward, with dO given, keep the dropout mask / (1 - p) and s the scaled scores:
     delta = rowsum(dO * O)     P = exp2(s - lse)      dP = keep * (dO V^T)     dS = P * (dP - delta)
     dV = (keep * P)^T dO       dK = scale * dS^T Q    dQ = scale * dS K
-One kernel owns a tile of keys and sums dK and dV over the queries below it, another owns a tile of queries
-and sums dQ: 7 matrix products where atomics would need 5, but the same bits every time.
+One kernel owns a tile of queries, makes their delta and sums dQ; a second owns a tile of keys and sums dK and
+dV over the queries below it: 7 matrix products where atomics would need 5, but the same bits every time.
 
 tl.static_range unrolls the loop over tiles into two: full tiles, which need no mask, and those on the
-diagonal. With documents every tile takes the mask.
+diagonal or at a border between documents.
 
 Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691); Milakov and Gimelshein 2018 for the running softmax.
 """
@@ -32,20 +32,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
-from fusedgpt.kernels.dropout import dropout_arguments, philox_lanes
+from fusedgpt.kernels.reference import dropout_threshold
 from fusedgpt.kernels.tuning import Tile
 
-_DELTA = Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1)  # limited by memory bandwidth
+_GROUP_BYTES = 2**24  # K and V of the heads that run side by side, so that they stay in L2
 
 
 @triton.jit
-def _program_tile(H, T, BLOCK: tl.constexpr, REVERSED: tl.constexpr):
+def _program_tile(B, H, T, heads, BLOCK: tl.constexpr, REVERSED: tl.constexpr):
     """(b, h, index of the head in (B, H), first row) of this program's tile of BLOCK rows.
 
-    REVERSED: the last rows of a head first, where they have the most keys.
+    Groups of `heads` heads go one after the other, and within a group one tile of every head before the next
+    tile of any. REVERSED: the last rows of a head first, where they have the most keys.
     """
     n_tiles = tl.cdiv(T, BLOCK)
-    bh, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    first_head = tl.program_id(0) // (heads * n_tiles) * heads
+    heads = tl.minimum(heads, B * H - first_head)
+    i = tl.program_id(0) - first_head * n_tiles
+    bh, tile = first_head + i % heads, i // heads
     if REVERSED:
         tile = n_tiles - 1 - tile
     return bh // H, bh % H, bh, tile * BLOCK
@@ -91,23 +95,26 @@ def _keep_tile(
 ):
     """The dropout mask (BLOCK_M, BLOCK_N) of one tile of weights: reference.attention_dropout_mask.
 
-    A Philox block serves keys 8 apart: those are what one thread holds of a tensor-core accumulator, so that
-    the mask can be made in the registers where it is used.
+    A Philox block serves the keys 8 i + 2 j and 8 i + 2 j + 1 of all i: those are what one thread holds of a
+    row of a tensor-core accumulator, so that the mask is made in the registers where it is used.
     """
     rows = tl.cast(bh, tl.int64) * T + start_m + tl.arange(0, BLOCK_M)
-    row_blocks = offset + rows * (tl.cdiv(T, 64) * 8)
+    row_blocks = offset + rows * (tl.cdiv(T, 64) * 4)
     if BLOCK_N % 64 == 0:
-        blocks = row_blocks[:, None] + start_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-        lanes = tl.reshape(philox_lanes(seed, blocks), (BLOCK_M, BLOCK_N // 64, 8, 8)).permute(0, 1, 3, 2)
+        blocks = row_blocks[:, None] + start_n // 16 + tl.arange(0, BLOCK_N // 16)[None, :]
+        r0, r1, r2, r3 = tl.randint4x(seed, blocks, n_rounds=7)
+        words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).to(tl.uint32, bitcast=True)  # (..., 2, 2), in order
+        lanes = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))  # the byte on top
+        lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N // 64, 4, 8, 2)).permute(0, 1, 3, 2, 4)
         lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N))
     else:  # the small tiles of fp32: the block of each key is drawn separately
         offs_n = (start_n + tl.arange(0, BLOCK_N))[None, :]
-        r0, r1, r2, r3 = tl.randint4x(seed, row_blocks[:, None] + offs_n // 64 * 8 + offs_n % 8, n_rounds=7)
-        lane = offs_n // 8 % 8
-        word = tl.where(lane < 4, tl.where(lane < 2, r0, r1), tl.where(lane < 6, r2, r3))
-        word = word.to(tl.uint32, bitcast=True) ^ 0x80000000
-        lanes = (word >> (lane % 2 * 16).to(tl.uint32)).to(tl.int16)
-    return lanes >= threshold
+        blocks = row_blocks[:, None] + offs_n // 64 * 4 + offs_n % 8 // 2
+        r0, r1, r2, r3 = tl.randint4x(seed, blocks, n_rounds=7)
+        lane = offs_n // 8 % 8 * 2 + offs_n % 2
+        word = tl.where(lane < 8, tl.where(lane < 4, r0, r1), tl.where(lane < 12, r2, r3))
+        lanes = word.to(tl.uint32, bitcast=True) << (24 - lane % 4 * 8).to(tl.uint32)
+    return lanes >= threshold.to(tl.uint32) << 24
 
 
 @triton.jit  # noqa: RET503  # Triton 3.6 does not compile a `return None`
@@ -127,28 +134,41 @@ def _visible(offs_m, offs_n, ids_m, ids_n):
 
 
 @triton.jit
-def _overlap(
-    ranges_ptr,  # (B, ceil(T / 64), 2) smallest and largest id
-    ids,
-    b,
-    T,
-):
-    """The first and last token of all 64-token blocks whose range of ids meets that of `ids`."""
-    n_blocks = tl.cdiv(T, 64)
-    low, high = tl.min(ids, 0), tl.max(ids, 0)
-    first, last = n_blocks, 0
-    for start in range(0, n_blocks, 128):
-        offs = start + tl.arange(0, 128)
-        mask = offs < n_blocks
-        lo = tl.load(ranges_ptr + 2 * (b * n_blocks + offs), mask=mask)
-        hi = tl.load(ranges_ptr + 2 * (b * n_blocks + offs) + 1, mask=mask)
-        meets = mask & (lo <= high) & (hi >= low)
-        first = tl.minimum(first, tl.min(tl.where(meets, offs, n_blocks), 0))
-        last = tl.maximum(last, tl.max(tl.where(meets, offs, 0), 0))
-    return first * 64, last * 64 + 63
+def _key_ranges(spans_ptr, b, start_m, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, full, diagonal): keys from `begin` on are visited; `full` .. `diagonal` need no mask."""
+    begin, full, diagonal = 0, 0, start_m // BLOCK_N * BLOCK_N
+    if spans_ptr is not None:
+        spans_ptr += 4 * b * tl.cdiv(T, 64)
+        block, last_block = start_m // 64, tl.minimum(start_m + BLOCK_M - 1, T - 1) // 64
+        first = tl.load(spans_ptr + 4 * block)
+        for other in range(block + 1, last_block + 1):
+            first = tl.minimum(first, tl.load(spans_ptr + 4 * other))
+        same = tl.load(spans_ptr + 4 * last_block + 1)
+        begin = first * 64 // BLOCK_N * BLOCK_N
+        full = tl.cdiv(same * 64, BLOCK_N) * BLOCK_N
+        full = tl.where(same <= block, tl.minimum(full, diagonal), diagonal)
+    return begin, full, diagonal
 
 
 @triton.jit
+def _query_ranges(spans_ptr, b, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(below, full_end, end): queries up to `end` are visited; `below` .. `full_end` need no mask."""
+    below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)  # the diagonal
+    full_end, end = T, T
+    if spans_ptr is not None:
+        spans_ptr += 4 * b * tl.cdiv(T, 64)
+        block, last_block = start_n // 64, tl.minimum(start_n + BLOCK_N - 1, T - 1) // 64
+        last = tl.load(spans_ptr + 4 * last_block + 3)
+        for other in range(block, last_block):
+            last = tl.maximum(last, tl.load(spans_ptr + 4 * other + 3))
+        same_end = (tl.load(spans_ptr + 4 * block + 2) + 1) * 64
+        end = tl.minimum((last + 1) * 64, T)
+        full_end = tl.where(same_end < T, same_end // BLOCK_M * BLOCK_M, T)
+        full_end = tl.where(same_end > last_block * 64, tl.maximum(full_end, below), below)
+    return below, full_end, end
+
+
+@triton.jit(do_not_specialize=["B", "heads", "threshold"])
 def _attention_fwd_kernel(
     q,  # (B, T, H, D), a pointer with strides, or a descriptor with strides None; the same for k and v
     k,
@@ -159,14 +179,16 @@ def _attention_fwd_kernel(
     out_ptr,  # (B, T, H, D)
     out_strides,
     lse_ptr,  # (B, H, T) fp32
-    ids_ptr,  # (B, T) document ids, or None
-    ranges_ptr,  # (B, ceil(T / 64), 2) smallest and largest id, or None
+    ids_ptr,  # (B, T) int32 document ids, or None
+    spans_ptr,  # (B, ceil(T / 64), 4) int32, see documents.py, or None
     seed_ptr,  # int64 scalar, or None: no dropout
     offset_ptr,  # int64 scalar, or None
-    threshold,
-    keep_scale,  # 1 / (1 - p)
+    threshold,  # the smallest 8-bit lane that is kept
+    keep_scale,  # 1 / the share of weights that are kept
+    B,
     H,
     T,
+    heads,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,7 +196,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     qk_scale = scale * LOG2_E
-    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=True)
+    b, h, bh, start_m = _program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
     ids_m = _load_ids(ids_ptr, b, offs_m, T)
@@ -183,14 +205,13 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)  # in log2 units
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    diagonal = start_m // BLOCK_N * BLOCK_N
-    if ids_ptr is not None:
-        first, _ = _overlap(ranges_ptr, ids_m, b, T)
-        diagonal = first // BLOCK_N * BLOCK_N
-    for MASK in tl.static_range(0 if ids_ptr is None else 1, 2):
-        begin = diagonal if MASK else 0
-        end = tl.minimum(start_m + BLOCK_M, T) if MASK else diagonal
+    first, full, diagonal = _key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
+    for MASK in tl.static_range(2):
+        begin = first if MASK else full
+        end = tl.minimum(start_m + BLOCK_M, T) - (diagonal - full) if MASK else diagonal
         for start_n in range(begin, end, BLOCK_N):
+            if MASK:
+                start_n += tl.where(start_n >= full, diagonal - full, 0)
             k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
             if MASK:
@@ -217,27 +238,80 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * T + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
 
 
-@triton.jit
-def _attention_delta_kernel(
-    out_ptr,  # (B, T, H, D)
-    dout_ptr,  # (B, T, H, D)
-    out_strides,
+@triton.jit(do_not_specialize=["B", "heads", "threshold"])
+def _attention_dq_kernel(
+    q,  # as in the forward
+    k,
+    v,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout,  # as q
     dout_strides,
-    delta_ptr,  # (B, H, T) fp32
+    out_ptr,  # (B, T, H, D)
+    out_strides,
+    lse_ptr,  # (B, H, T) fp32
+    delta_ptr,  # (B, H, T) fp32, is written
+    dq_ptr,  # (B, T, H, D)
+    dq_strides,
+    ids_ptr,
+    spans_ptr,
+    seed_ptr,
+    offset_ptr,
+    threshold,
+    keep_scale,
+    B,
     H,
     T,
+    heads,
+    scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=False)
+    qk_scale = scale * LOG2_E
+    b, h, bh, start_m = _program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    out = _load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
-    dout = _load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
-    tl.store(delta_ptr + tl.cast(bh, tl.int64) * T + offs_m, tl.sum(out * dout, 1), mask=offs_m < T)
+    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    out_tile = _load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if seed_ptr is not None:  # keep_scale is taken out of dS and applied once, at the end
+        delta = delta / keep_scale
+    offs_row = tl.cast(bh, tl.int64) * T + offs_m
+    tl.store(delta_ptr + offs_row, delta, mask=offs_m < T)
+    lse = tl.load(lse_ptr + offs_row, mask=offs_m < T, other=float("inf"))
+    ids_m = _load_ids(ids_ptr, b, offs_m, T)
+    if seed_ptr is not None:
+        seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first, full, diagonal = _key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
+    for MASK in tl.static_range(2):
+        begin = first if MASK else full
+        end = tl.minimum(start_m + BLOCK_M, T) - (diagonal - full) if MASK else diagonal
+        for start_n in range(begin, end, BLOCK_N):
+            if MASK:
+                start_n += tl.where(start_n >= full, diagonal - full, 0)
+            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            p = tl.exp2(tl.dot(q_tile, k_tile.T, input_precision="ieee") * qk_scale - lse[:, None])
+            if MASK:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
+                p = tl.where(visible, p, 0.0)
+            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+            if seed_ptr is not None:
+                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                dp = tl.where(keep, dp, 0.0)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    if seed_ptr is not None:
+        scale *= keep_scale
+    _store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "heads", "threshold"])
 def _attention_dkdv_kernel(
     q,  # as in the forward
     k,
@@ -254,13 +328,15 @@ def _attention_dkdv_kernel(
     dk_strides,
     dv_strides,
     ids_ptr,
-    ranges_ptr,
+    spans_ptr,
     seed_ptr,
     offset_ptr,
     threshold,
     keep_scale,
+    B,
     H,
     T,
+    heads,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -268,7 +344,7 @@ def _attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
 ):
     qk_scale = scale * LOG2_E
-    b, h, bh, start_n = _program_tile(H, T, BLOCK_N, REVERSED=False)  # the keys with the most queries first
+    b, h, bh, start_n = _program_tile(B, H, T, heads, BLOCK_N, REVERSED=False)  # the first have most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
     v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
@@ -279,15 +355,13 @@ def _attention_dkdv_kernel(
     delta_ptr += tl.cast(bh, tl.int64) * T
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if ids_ptr is None:
-        below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)  # the diagonal
-    else:
-        _, last = _overlap(ranges_ptr, ids_n, b, T)
-        below = tl.minimum(last + 1, T)
-    for FULL in tl.static_range(2 if ids_ptr is None else 1):
+    below, full_end, last = _query_ranges(spans_ptr, b, start_n, T, BLOCK_M, BLOCK_N)
+    for FULL in tl.static_range(2):
         begin = below if FULL else start_n // BLOCK_M * BLOCK_M
-        end = T if FULL else below
+        end = full_end if FULL else last - (full_end - below)
         for start_m in range(begin, end, BLOCK_M):  # tiles are (BLOCK_N, BLOCK_M)
+            if not FULL:
+                start_m += tl.where(start_m >= below, full_end - below, 0)
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
             lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))  # rows beyond T weigh 0
@@ -304,96 +378,31 @@ def _attention_dkdv_kernel(
             dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
             dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
             if seed_ptr is not None:
-                dp = tl.where(keep, dp * keep_scale, 0.0)
+                dp = tl.where(keep, dp, 0.0)
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     if seed_ptr is not None:
         dv = dv * keep_scale
+        scale *= keep_scale
     _store_tile(dk_ptr, dk_strides, b, h, start_n, dk * scale, T, D, BLOCK_N, BLOCK_D)
     _store_tile(dv_ptr, dv_strides, b, h, start_n, dv, T, D, BLOCK_N, BLOCK_D)
 
 
-@triton.jit
-def _attention_dq_kernel(
-    q,  # as in the forward
-    k,
-    v,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout,  # as q
-    dout_strides,
-    lse_ptr,  # (B, H, T) fp32
-    delta_ptr,  # (B, H, T) fp32
-    dq_ptr,  # (B, T, H, D)
-    dq_strides,
-    ids_ptr,
-    ranges_ptr,
-    seed_ptr,
-    offset_ptr,
-    threshold,
-    keep_scale,
-    H,
-    T,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    qk_scale = scale * LOG2_E
-    b, h, bh, start_m = _program_tile(H, T, BLOCK_M, REVERSED=True)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
-    dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
-    ids_m = _load_ids(ids_ptr, b, offs_m, T)
-    offs_row = tl.cast(bh, tl.int64) * T + offs_m
-    lse = tl.load(lse_ptr + offs_row, mask=offs_m < T, other=float("inf"))
-    delta = tl.load(delta_ptr + offs_row, mask=offs_m < T, other=0.0)
-    if seed_ptr is not None:
-        seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    diagonal = start_m // BLOCK_N * BLOCK_N
-    if ids_ptr is not None:
-        first, _ = _overlap(ranges_ptr, ids_m, b, T)
-        diagonal = first // BLOCK_N * BLOCK_N
-    for MASK in tl.static_range(0 if ids_ptr is None else 1, 2):
-        begin = diagonal if MASK else 0
-        end = tl.minimum(start_m + BLOCK_M, T) if MASK else diagonal
-        for start_n in range(begin, end, BLOCK_N):
-            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
-            p = tl.exp2(tl.dot(q_tile, k_tile.T, input_precision="ieee") * qk_scale - lse[:, None])
-            if MASK:
-                offs_n = start_n + tl.arange(0, BLOCK_N)
-                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
-                p = tl.where(visible, p, 0.0)
-            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
-            dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
-            if seed_ptr is not None:
-                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
-    _store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
-
-
-def _feature(dropout_p: float, documents: Tensor | None) -> str:
+def _feature(dropout_p: float, ids: Tensor | None) -> str:
     """What decides on the block sizes."""
-    return "dropout" if dropout_p > 0.0 else "plain" if documents is None else "documents"
+    return "dropout" if dropout_p > 0.0 else "plain" if ids is None else "documents"
 
 
-def _document_arguments(documents: Tensor | None) -> dict[str, Tensor | None]:
-    if documents is None:
-        return {"ids_ptr": None, "ranges_ptr": None}
-    return {"ids_ptr": documents.contiguous(), "ranges_ptr": document_ranges(documents)}
-
-
-def document_ranges(documents: Tensor) -> Tensor:
-    """(B, ceil(T / 64), 2): the smallest and the largest id of every 64 tokens."""
-    T = documents.shape[1]
-    positions = torch.arange((T + 63) // 64 * 64, device=documents.device).clamp(max=T - 1)
-    return torch.stack(documents[:, positions].view(len(documents), -1, 64).aminmax(dim=2), dim=-1)
+def _dropout_arguments(p: float, seed: Tensor | None, offset: Tensor | None) -> dict[str, Any]:
+    """Of a kernel: pointers are None for p = 0; p in steps of 1/256, as in attention_dropout_mask."""
+    threshold = dropout_threshold(p)
+    return {
+        "seed_ptr": seed if p > 0.0 else None,
+        "offset_ptr": offset if p > 0.0 else None,
+        "threshold": threshold,
+        "keep_scale": 256 / (256 - threshold),
+    }
 
 
 def _pointers(**tensors: Tensor) -> dict[str, Any]:
@@ -428,9 +437,19 @@ def _describable(*tensors: Tensor) -> bool:
 def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, **arguments: Any) -> None:
     """One program for each tile of rows of each head of x (B, T, H, D)."""
     B, T, H, D = x.shape
-    constants = {"D": D, "BLOCK_D": block_size(D), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    groups = triton.cdiv(2 * x.numel() * x.element_size(), _GROUP_BYTES)
+    constants = {"D": D, "BLOCK_D": block_size(D), "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(T, rows_per_program) * B * H,)](**arguments, H=H, T=T, **constants)
+        kernel[(triton.cdiv(T, rows_per_program) * B * H,)](
+            **arguments,
+            B=B,
+            H=H,
+            T=T,
+            heads=triton.cdiv(B * H, groups),
+            **constants,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 def attention_fwd(
@@ -441,29 +460,25 @@ def attention_fwd(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # int64 scalar
     offset: Tensor | None = None,  # int64 scalar
-    documents: Tensor | None = None,  # (B, T) int
+    ids: Tensor | None = None,  # (B, T) int32, and
+    spans: Tensor | None = None,  # (B, ceil(T / 64), 4) int32, of prepare_documents
 ) -> tuple[Tensor, Tensor]:
     """(out (B, T, H, D), lse (B, H, T) in log2 units) of q, k, v with any strides."""
-    B, T, H, D = q.shape
-    out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    out, lse = _outputs(q)
     if out.numel():
-        feature = _feature(dropout_p, documents)
-        tile = tuning.attention("fwd", q, feature=feature, describable=_describable(q, k, v))
-        M, N = tile.BLOCK_M, tile.BLOCK_N
+        tile = tuning.attention("fwd", q, feature=_feature(dropout_p, ids), describable=_describable(q, k, v))
         _launch(
             _attention_fwd_kernel,
             tile,
-            M,
+            tile.BLOCK_M,
             q,
-            **_sources(tile, q=(q, M), k=(k, N), v=(v, N)),
+            **_sources(tile, q=(q, tile.BLOCK_M), k=(k, tile.BLOCK_N), v=(v, tile.BLOCK_N)),
             **_pointers(out=out),
             lse_ptr=lse,
-            **_document_arguments(documents),
-            **dropout_arguments(dropout_p, seed, offset),
+            ids_ptr=ids,
+            spans_ptr=spans,
+            **_dropout_arguments(dropout_p, seed, offset),
             scale=scale,
-            BLOCK_M=M,
-            BLOCK_N=N,
         )
     return out, lse
 
@@ -479,99 +494,90 @@ def attention_bwd(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
-    documents: Tensor | None = None,
+    ids: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """dq, dk, dv as one tensor (B, T, 3, H, D): the gradient of a fused qkv projection."""
-    B, T, H, D = q.shape
-    dqkv = torch.empty(B, T, 3, H, D, dtype=q.dtype, device=q.device)
+    dqkv = _gradients(q)
     if dqkv.numel() == 0:
         return dqkv
     dq, dk, dv = dqkv.unbind(2)
-    delta = torch.empty_like(lse)
-    M = _DELTA.BLOCK_M
-    pointers = _pointers(out=out, dout=dout)
-    _launch(_attention_delta_kernel, _DELTA, M, q, **pointers, delta_ptr=delta, BLOCK_M=M)
-    feature, describable = _feature(dropout_p, documents), _describable(q, k, v, dout)
-    arguments = _document_arguments(documents) | dropout_arguments(dropout_p, seed, offset)
-    for name, kernel, gradients in (
+    feature, describable = _feature(dropout_p, ids), _describable(q, k, v, dout)
+    arguments: dict[str, Any] = {
+        "lse_ptr": lse,
+        "delta_ptr": torch.empty_like(lse),  # from the first kernel to the second
+        "ids_ptr": ids,
+        "spans_ptr": spans,
+        **_dropout_arguments(dropout_p, seed, offset),
+        "scale": scale,
+    }
+    for name, kernel, own in (
+        ("dq", _attention_dq_kernel, _pointers(out=out, dq=dq)),
         ("dkdv", _attention_dkdv_kernel, _pointers(dk=dk, dv=dv)),
-        ("dq", _attention_dq_kernel, _pointers(dq=dq)),
     ):
         tile = tuning.attention(name, q, feature=feature, describable=describable)
         M, N = tile.BLOCK_M, tile.BLOCK_N
-        _launch(
-            kernel,
-            tile,
-            N if name == "dkdv" else M,
-            q,
-            **_sources(tile, q=(q, M), k=(k, N), v=(v, N), dout=(dout, M)),
-            lse_ptr=lse,
-            delta_ptr=delta,
-            **gradients,
-            **arguments,
-            scale=scale,
-            BLOCK_M=M,
-            BLOCK_N=N,
-        )
+        sources = _sources(tile, q=(q, M), k=(k, N), v=(v, N), dout=(dout, M))
+        _launch(kernel, tile, M if name == "dq" else N, q, **sources, **own, **arguments)
     return dqkv
 
 
-@torch.library.custom_op("fusedgpt::qkv_attention", mutates_args=())
-def qkv_attention(
-    qkv: Tensor,  # (B, T, 3, H, D)
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    documents: Tensor | None,  # (B, T) int
-) -> tuple[Tensor, Tensor]:
-    """`attention_fwd` on the fused projection, whose gradient is then one tensor."""
-    q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, scale, dropout_p, seed, offset, documents)
-
-
-attention = torch.library.custom_op("fusedgpt::attention", attention_fwd, mutates_args=())
-_backward_op = torch.library.custom_op("fusedgpt::attention_bwd", attention_bwd, mutates_args=())
-
-
-@attention.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@qkv_attention.register_fake
-def _(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    B, T, _three, H, D = qkv.shape
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
-
-
-@_backward_op.register_fake
-def _(dout: Tensor, q: Tensor, *_: object) -> Tensor:
+def _gradients(q: Tensor) -> Tensor:
     B, T, H, D = q.shape
     return q.new_empty(B, T, 3, H, D)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *projections, ctx.scale, ctx.dropout_p, seed, offset, documents = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(seed, offset, documents, *output, *projections)
+_fwd_op = torch.library.custom_op("fusedgpt::attention", attention_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("fusedgpt::attention_bwd", attention_bwd, mutates_args=())
 
 
-def _gradient(ctx: Any, dout: Tensor, fused: bool) -> Tensor:
-    seed, offset, documents, out, lse, *projections = ctx.saved_tensors  # once: a checkpoint allows no more
-    q, k, v = projections[0].unbind(2) if fused else projections
-    dqkv: Tensor = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed, offset, documents)
-    return dqkv
+@_fwd_op.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q)
 
 
-def _bwd(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    return *_gradient(ctx, dout, fused=False).unbind(2), *[None] * 5
+@_bwd_op.register_fake
+def _(dout: Tensor, q: Tensor, *_: object) -> Tensor:
+    return _gradients(q)
 
 
-def _qkv_bwd(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, dout, fused=True), *[None] * 5
+class _Attention(torch.autograd.Function):
+    """Of q, k, v, or of the fused projection (B, T, 3, H, D), whose gradient is then one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, dropout_p: float, *tensors: Any) -> Any:
+        """tensors: seed, offset, ids, spans, each perhaps None, and the projections."""
+        state, projections = tensors[:4], tensors[4:]
+        q, k, v = projections if len(projections) == 3 else projections[0].unbind(2)
+        out, lse = _fwd_op(q, k, v, scale, dropout_p, *state)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.save_for_backward(out, lse, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        out, lse, *tensors = ctx.saved_tensors  # once: a checkpoint allows no more
+        state, projections = tensors[:4], tensors[4:]
+        fused = len(projections) == 1
+        q, k, v = projections[0].unbind(2) if fused else projections
+        dqkv = _bwd_op(dout, q, k, v, out, lse, ctx.scale, ctx.dropout_p, *state)
+        return *[None] * 6, *((dqkv,) if fused else dqkv.unbind(2))
 
 
-attention.register_autograd(_bwd, setup_context=_save)
-qkv_attention.register_autograd(_qkv_bwd, setup_context=_save)
+def attention(
+    *projections: Tensor,  # q, k, v (B, T, H, D) each, or qkv (B, T, 3, H, D)
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    ids: Tensor | None,  # (B, T) int32
+    spans: Tensor | None,  # (B, ceil(T / 64), 4) int32
+) -> Tensor:
+    """`attention_fwd` with a gradient. The fused projection's is one tensor, written without a copy."""
+    out: Tensor = _Attention.apply(scale, dropout_p, seed, offset, ids, spans, *projections)
+    return out

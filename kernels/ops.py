@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ if HAS_TRITON:
     from fusedgpt.kernels import activation as activation_
     from fusedgpt.kernels import attention as attention_
     from fusedgpt.kernels import decode_attention as decode_attention_
+    from fusedgpt.kernels import documents as documents_
     from fusedgpt.kernels import dropout as dropout_
     from fusedgpt.kernels import layer_norm as layer_norm_
     from fusedgpt.kernels.common import TRITON_DTYPES
@@ -164,6 +166,26 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
     return reference.dropout(x, p, seed, offset)
 
 
+class Documents(NamedTuple):
+    """The documents of a batch, ready for attention in every layer: see prepare_documents."""
+
+    ids: Tensor  # (B, T) int
+    spans: Tensor | None = None  # (B, ceil(T / 64), 4) int32 where the kernel runs: see kernels/documents.py
+
+
+def prepare_documents(ids: Tensor) -> Documents:
+    """What attention needs of document ids (B, T), integers within 32 bits: once per step, in one launch.
+
+    A token sees only tokens of its own id. Raises ValueError.
+    """
+    if ids.ndim != 2:
+        raise _unexpected("documents", "(B, T)", ids.shape)
+    _check_integers("documents", ids, ids.shape, ids.device)
+    if backend("attention", ids.device) == "triton":
+        return Documents(*documents_.prepare_documents(ids))
+    return Documents(ids)
+
+
 def attention(
     q: Tensor,  # (B, T, H, D)
     k: Tensor,  # (B, T, H, D)
@@ -173,28 +195,23 @@ def attention(
     seed: Tensor | None = None,
     offset: Tensor | None = None,
     scale: float | None = None,
-    documents: Tensor | None = None,  # (B, T) int
+    documents: Tensor | Documents | None = None,  # (B, T)
 ) -> Tensor:
     """Causal self-attention: softmax(scale * q k^T, causal) v, with dropout on the weights.
 
     q, k, v: (B, T, H, D), any strides, one floating dtype; D up to 128 on a GPU. scale: > 0, 1 / sqrt(D) if
-    None. documents: int ids; a token sees only tokens of its own id, and the kernel skips the blocks of keys
-    before the first and after the last with a matching id. Returns (B, T, H, D) in q's dtype; softmax in
-    fp32. Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
+    None. dropout_p: in steps of 1/256; what is kept is scaled by 1 / the exact keep rate. documents: int ids;
+    a token sees only tokens of its own id, and the kernel skips the blocks of keys before the first and after
+    the last with a matching id. Several layers share them by prepare_documents. Returns (B, T, H, D) in q's
+    dtype; softmax in fp32. Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
     """
     _check_floating(q=q, k=k, v=v)
     if q.ndim != 4:
         raise _unexpected("q", "(B, T, H, D)", q.shape)
     _check_like("k", k, "q", q)
     _check_like("v", v, "q", q)
-    scale = _check_attention("q", q, dropout_p, seed, offset, scale, documents)
-    if _takes_triton("attention", q):
-        _check_size("q", "a head size D", q.shape[-1], _LARGEST_HEAD)
-        y: Tensor = attention_.attention(q, k, v, scale, dropout_p, seed, offset, documents)[0]
-        return y
-    return attention_cpu.attention(
-        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
-    )
+    _check_dropout(q, dropout_p, seed, offset)
+    return _attention("q", (q, k, v), dropout_p, seed, offset, scale, documents)
 
 
 def qkv_attention(
@@ -204,7 +221,7 @@ def qkv_attention(
     seed: Tensor | None = None,
     offset: Tensor | None = None,
     scale: float | None = None,
-    documents: Tensor | None = None,  # (B, T) int
+    documents: Tensor | Documents | None = None,  # (B, T)
 ) -> Tensor:
     """`attention` on the fused projection, whose gradient is written as one tensor: nothing is copied.
 
@@ -213,32 +230,37 @@ def qkv_attention(
     _check_floating(qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise _unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
-    scale = _check_attention("qkv", qkv, dropout_p, seed, offset, scale, documents)
-    if _takes_triton("attention", qkv):
-        _check_size("qkv", "a head size D", qkv.shape[-1], _LARGEST_HEAD)
-        y: Tensor = attention_.qkv_attention(qkv, scale, dropout_p, seed, offset, documents)[0]
-        return y
-    return attention_cpu.attention(
-        *qkv.unbind(2), dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
-    )
+    _check_dropout(qkv, dropout_p, seed, offset)
+    return _attention("qkv", (qkv,), dropout_p, seed, offset, scale, documents)
 
 
-def _check_attention(
+def _attention(
     name: str,
-    x: Tensor,
+    projections: tuple[Tensor, ...],  # q, k, v or qkv
     dropout_p: float,
     seed: Tensor | None,
     offset: Tensor | None,
     scale: float | None,
-    documents: Tensor | None,
-) -> float:
-    """Raise for what both forms of attention refuse; returns the scale."""
-    _check_dropout(x, dropout_p, seed, offset)
-    if x.shape[-1] == 0:
+    documents: Tensor | Documents | None,
+) -> Tensor:
+    """Both forms of attention, after what only one of them checks; `name` is the first projection's."""
+    x = projections[0]
+    D = x.shape[-1]
+    if D == 0:
         raise _unexpected(name, "a head size D above 0", x.shape)
-    if documents is not None:
-        _check_integers("documents", documents, x.shape[:2], x.device)
-    return _checked_scale(scale, x.shape[-1])
+    ids = documents.ids if isinstance(documents, Documents) else documents
+    if ids is not None:
+        _check_integers("documents", ids, x.shape[:2], x.device)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
+    options["scale"] = _checked_scale(scale, D)
+    if not _takes_triton("attention", x):
+        q, k, v = projections if len(projections) == 3 else x.unbind(2)
+        return attention_cpu.attention(q, k, v, **options, documents=ids)
+    _check_size(name, "a head size D", D, _LARGEST_HEAD)
+    if isinstance(documents, Tensor):
+        documents = prepare_documents(documents)
+    ids, spans = (None, None) if documents is None else documents
+    return attention_.attention(*projections, **options, ids=ids, spans=spans)
 
 
 def _checked_scale(scale: float | None, D: int) -> float:

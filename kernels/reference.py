@@ -56,16 +56,24 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> T
     return (lanes >= round(p * 65536) - 32768).view(rows, blocks_per_row * 8)[:, :C].reshape(shape)
 
 
-def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    """The attention weights to keep (bool, `shape` = (B, H, T, T)), drawn like dropout_mask.
+def dropout_threshold(p: float) -> int:
+    """The smallest 8-bit lane that attention keeps: p in steps of 1/256, below 1."""
+    return min(round(p * 256), 255)
 
-    But within each group of 64 keys, key 8 i + j takes lane i of the group's block j: a tensor-core tile has
-    keys j and j + 1 of every i in one thread, which then uses all eight lanes of two blocks (attention.py).
+
+def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """The attention weights to keep (bool, `shape` = (B, H, T, T)), p in steps of 1/256.
+
+    Like dropout_mask, but a Philox block has sixteen 8-bit lanes, and within each group of 64 keys, key
+    8 i + 2 j + k takes lane 2 i + k of the group's block j: a tensor-core tile has keys 2 j and 2 j + 1 of
+    every i in one thread, which then uses all lanes of a block (attention.py).
     """
     T = shape[-1]
     groups = (T + 63) // 64
-    keep = dropout_mask(torch.Size((*shape[:-1], groups * 64)), p, seed, offset)
-    return keep.view(*shape[:-1], groups, 8, 8).transpose(-1, -2).flatten(-3)[..., :T]
+    blocks = philox4x32(shape[:-1].numel() * groups * 4, seed, offset)
+    lanes = blocks.to(torch.int32).view(torch.uint8)
+    lanes = lanes.view(*shape[:-1], groups, 4, 8, 2).transpose(-2, -3).flatten(-4)[..., :T]
+    return lanes >= dropout_threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
@@ -118,7 +126,7 @@ def attention_by_weights(
         assert seed is not None
         assert offset is not None
         keep = attention_dropout_mask(weights.shape, dropout_p, seed, offset)
-        weights = weights * (keep * (1.0 / (1.0 - dropout_p)))
+        weights = weights * (keep * (256 / (256 - dropout_threshold(dropout_p))))
     return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 

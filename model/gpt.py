@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.ops import Documents
 from fusedgpt.model.config import GPTConfig
 
 _OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, T, C)
         dropout: tuple[float, Tensor | None, Tensor | None],
-        documents: Tensor | None,  # (B, T)
+        documents: Documents | None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.size()
@@ -156,7 +157,7 @@ class Block(nn.Module):
         x: Tensor,  # (B, T, C) the embedding, or the MLP's output of the block before
         residual: Tensor | None,  # (B, T, C); None in the first block
         dropout: Dropout,
-        documents: Tensor | None,  # (B, T)
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
         """(the MLP's output, the residual it is to be added to)."""
         x, residual = self.ln_1(x, residual, dropout.at(0))
@@ -230,8 +231,9 @@ class GPT(nn.Module):
         x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))
         x = x.to(dtype or x.dtype)  # (B, T, C)
         residual: Tensor | None = None
+        prepared = None if documents is None else ops.prepare_documents(documents)
         for layer, block in enumerate(self.blocks()):
-            x, residual = block(x, residual, dropout.of_block(layer), documents)
+            x, residual = block(x, residual, dropout.of_block(layer), prepared)
         y: Tensor = self.ln_f(x, residual, dropout.at(-1))[0]
         return y
 

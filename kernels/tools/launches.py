@@ -65,7 +65,8 @@ def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     for D in (16, 32, 36, 40, 64, 80, 96, 128) if full else (64, 128):  # 36: beyond descriptors
         q, k, v = _meta(8, 1024, 3, 12, D, dtype=dtype).unbind(2)
         out, lse = _meta(8, 1024, 12, D, dtype=dtype), _meta(8, 12, 1024)
-        documents = {"documents": _meta(8, 1024, dtype=torch.int64)}
+        int32 = {"dtype": torch.int32}
+        documents = {"ids": _meta(8, 1024, **int32), "spans": _meta(8, 16, 4, **int32)}
         dropout = {"dropout_p": 0.1, **_counters()}
         features: dict[str, dict[str, Any]] = {
             "": {},

@@ -55,14 +55,14 @@ def test_every_head_size_against_float64(D: int, device: torch.device) -> None:
     assert_standard(cases.attention_case(1, 70, 2, D), torch.float32, device)
 
 
-@pytest.mark.parametrize("T", [5, 130, 200])
+@pytest.mark.parametrize(("B", "T"), [(16, 5), (2, 130), (2, 200)])  # the error of ten rows would be chance
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("documents", [False, True])
 def test_dropout_and_documents_against_float64(
-    T: int, p: float, documents: bool, device: torch.device
+    B: int, T: int, p: float, documents: bool, device: torch.device
 ) -> None:
     assert_standard(
-        cases.attention_case(2, T, 2, 16, dropout_p=p, documents=documents), torch.float32, device
+        cases.attention_case(B, T, 2, 16, dropout_p=p, documents=documents), torch.float32, device
     )
 
 
@@ -70,12 +70,17 @@ def test_dropout_and_documents_against_float64(
 @pytest.mark.parametrize("feature", ["plain", "documents", "dropout"])
 def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, device: torch.device) -> None:
     tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1)
-    options: dict[str, Any] = {"plain": {}, "documents": {"documents": True}, "dropout": {"dropout_p": 0.3}}
+    options: dict[str, Any] = {
+        "plain": {},
+        "documents": {"documents": lambda T: (torch.arange(T) - 30) // 240 % 2},  # with tiles of one document
+        "dropout": {"dropout_p": 0.3},
+    }
+    T = 330 if feature == "documents" else 200
     q = torch.empty(1, 1, 1, 16, device=device)
     with ExitStack() as stack:
         for kernel in ("fwd", "dkdv", "dq"):
             stack.enter_context(tuning.override(tuning.attention_key(kernel, q, feature), tile))
-        assert_standard(cases.attention_case(1, 200, 2, 16, **options[feature]), torch.float32, device)
+        assert_standard(cases.attention_case(1, T, 2, 16, **options[feature]), torch.float32, device)
 
 
 @pytest.mark.gpu
@@ -98,14 +103,14 @@ def test_far_sequences_are_addressed_in_64_bits(kernel: str, begins: Callable[..
     tensors = {name: torch.zeros(T, D) for name in ("q", "k", "v", "dout", "out", "dk", "dv", "dq")}
     strides = {f"{name}_strides": (T * D, D, D, 1) for name in tensors}
     rows = {name: torch.zeros(T) for name in ("lse_ptr", "delta_ptr")}
-    absent = dict.fromkeys(("ids_ptr", "ranges_ptr", "seed_ptr", "offset_ptr"))
+    absent = dict.fromkeys(("ids_ptr", "spans_ptr", "seed_ptr", "offset_ptr"))
     known = {**tensors, **strides, **rows, **absent, "threshold": 0, "keep_scale": 1.0, "scale": 1.0}
-    known |= {f"{name}_ptr": x for name, x in tensors.items()} | {"H": 1, "T": T, "D": D}
-    known |= {"BLOCK_D": D, "BLOCK_M": 64, "BLOCK_N": 64}
+    known |= {f"{name}_ptr": x for name, x in tensors.items()} | {"T": T, "D": D}
+    known |= {"B": sequence + 1, "H": 1, "heads": 1, "BLOCK_D": D, "BLOCK_M": 64, "BLOCK_N": 64}
     jit = {"fwd": kernels._attention_fwd_kernel, "dkdv": kernels._attention_dkdv_kernel}
     function = jit.get(kernel, kernels._attention_dq_kernel)
     arguments = {name: known[name] for name in function.arg_names}
-    written = {"fwd": ["out"], "dkdv": ["dout", "dk", "dv"], "dq": ["dout", "dq"]}[kernel]
+    written = {"fwd": ["out"], "dkdv": ["dout", "dk", "dv"], "dq": ["dout", "out", "dq"]}[kernel]
     found = begins(function, sequence, **arguments)
     assert {tensors[name].data_ptr() + sequence * T * D * 4 for name in ["q", "k", "v", *written]} <= found
     assert rows["lse_ptr"].data_ptr() + sequence * T * 4 in found
@@ -225,11 +230,6 @@ def test_masked_blocks_are_not_read(device: torch.device) -> None:
     assert gradient[:, 64:192].isfinite().all()
 
 
-def test_the_document_ranges_reach_from_first_to_last(device: torch.device) -> None:
-    documents = torch.tensor([[0] * 64 + [1] * 10 + [4] * 54 + [4] * 3], device=device)
-    assert kernels.document_ranges(documents).tolist() == [[[0, 0], [1, 4], [4, 4]]]
-
-
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 def test_any_scale(scale: float, device: torch.device) -> None:
     assert_standard(cases.attention_case(1, 70, 2, 16, scale=scale), torch.float32, device)
@@ -270,37 +270,40 @@ def test_no_rounding_bias(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    packed = qkv(1, 17, 2, 16, device)
-    documents = torch.arange(17, device=device)[None] // 6
+    q, k, v = qkv(1, 17, 2, 16, device).detach().unbind(2)
+    documents = ops.prepare_documents(torch.arange(17, device=device)[None] // 6)
     seed, offset = (torch.tensor(x, device=device) for x in (7, 3 << 40))
-    torch.library.opcheck(torch.ops.fusedgpt.qkv_attention, (packed, 0.25, 0.3, seed, offset, documents))
-    q, k, v = (x.detach().requires_grad_() for x in packed.unbind(2))
-    torch.library.opcheck(torch.ops.fusedgpt.attention, (q, k, v, 0.25, 0.0, None, None, None))
+    for state in ((0.25, 0.3, seed, offset, *documents), (0.25,)):
+        torch.library.opcheck(torch.ops.fusedgpt.attention, (q, k, v, *state))
+        saved = torch.ops.fusedgpt.attention(q, k, v, *state)
+        torch.library.opcheck(torch.ops.fusedgpt.attention_bwd, (saved[0], q, k, v, *saved, *state))
 
 
-def test_compiled_into_one_graph(device: torch.device) -> None:
-    def block(packed: Tensor, weight: Tensor) -> Tensor:
-        y = ops.qkv_attention((packed.flatten(2) @ weight).view(packed.shape), **dropout(device))
-        return y.square().sum()
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiled_into_one_graph(documents: bool, device: torch.device) -> None:
+    prepared = ops.prepare_documents(torch.arange(20, device=device).expand(2, 20) // 6)
 
-    packed = qkv(2, 20, 2, 16, device)
-    weight = torch.randn(96, 96, device=device) / 10
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    eager_loss, compiled_loss = block(packed, weight), compiled(packed, weight)
-    torch.testing.assert_close(compiled_loss, eager_loss)
-    gradients = [torch.autograd.grad(loss, packed)[0] for loss in (eager_loss, compiled_loss)]
-    torch.testing.assert_close(*gradients)
+    def block(packed: Tensor, weight: Tensor, documents: ops.Documents | None) -> Tensor:
+        x = (packed.flatten(2) @ weight).view(packed.shape)
+        return ops.qkv_attention(x, documents=documents, **dropout(device)).square().sum()
+
+    arguments = qkv(2, 20, 2, 16, device), torch.randn(96, 96, device=device) / 10
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
+    losses = [function(*arguments, prepared if documents else None) for function in (block, compiled)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*[torch.autograd.grad(loss, arguments[0])[0] for loss in losses])
 
 
 def test_recomputing_in_a_checkpoint_draws_the_same_mask(device: torch.device) -> None:
     packed = qkv(1, 40, 2, 16, device)
+    documents = ops.prepare_documents(torch.arange(40, device=device)[None] // 15)
 
-    def attend(x: Tensor) -> Tensor:
-        return ops.qkv_attention(x, **dropout(device))
+    def attend(x: Tensor, documents: ops.Documents) -> Tensor:
+        return ops.qkv_attention(x, documents=documents, **dropout(device))
 
     gradients = [
         torch.autograd.grad(out.square().sum(), packed)[0]
-        for out in (attend(packed), checkpoint(attend, packed, use_reentrant=False))
+        for out in (attend(packed, documents), checkpoint(attend, packed, documents, use_reentrant=False))
     ]
     assert torch.equal(*gradients)
 
