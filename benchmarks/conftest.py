@@ -23,6 +23,10 @@ FIRST = ((64, 1024), (64, 4096))  # head size and T of the attention benchmarks 
 _ROWS = pytest.StashKey[list[record.Row]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compile-only", action="store_true", help="run kernel benchmarks once, time nothing")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
@@ -42,12 +46,12 @@ def _importance(item: pytest.Item) -> tuple[bool, bool, int]:
 
 
 @pytest.fixture(scope="session")
-def ceilings() -> Ceilings:
-    return measure_ceilings(DTYPE)
+def ceilings(request: pytest.FixtureRequest) -> Ceilings | None:
+    return None if request.config.getoption("--compile-only") else measure_ceilings(DTYPE)
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, ceilings: Ceilings | None) -> Iterator[Bench]:
     """Measures one contender at one point."""
     torch.manual_seed(0)
     made = Bench(ceilings)

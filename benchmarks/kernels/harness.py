@@ -2,10 +2,11 @@
 
     python -m pytest benchmarks/ [-k attention]
 
-On a GPU: bf16, real sizes, device time, L2 flushed before each call; fractions are of a large bf16 matmul and
-a large copy of the same run. On a CPU: toy sizes in fp32 that exercise every line
-and say nothing about speed; `ours` is what the model uses there, with FUSEDGPT_KERNELS=triton the kernel.
-Nothing is timed unless the op's check against float64 passes.
+On a GPU: bf16, real sizes, device time (clock.py); fractions are of a large bf16 matmul and a large copy of
+the same run. On a CPU: toy sizes in fp32 that exercise every line and say nothing about speed; `ours` is what
+the model uses there, with FUSEDGPT_KERNELS=triton the kernel.
+Nothing is timed unless the op's check against float64 passes. After the timing the inputs are changed, and
+what was timed must return what a fresh call does. --compile-only runs everything once and times nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import CUDA, DEVICE, DTYPES, Call, Ceilings, choose, samples
+from benchmarks.ceilings import DTYPES, Ceilings
+from benchmarks.clock import CUDA, DEVICE, Call, Prepare, Timed, choose, nothing
 from benchmarks.report.record import Row, summary
 from fusedgpt.kernels import ops
 from fusedgpt.kernels.tools import cases, check
@@ -28,6 +30,7 @@ from fusedgpt.kernels.tools import cases, check
 PRECISION = choose("bf16", "fp32")
 DTYPE = DTYPES[PRECISION]
 DIRECTIONS = ("forward", "backward", "both")
+AGREEMENT = 0.02  # ||timed - fresh|| / ||fresh||: rivals may add in any order
 
 
 @functools.cache
@@ -42,25 +45,38 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True, backend=choose("inductor", "aot_eager"))
 
 
-def phases(
-    function: Callable[..., Any], inputs: dict[str, Tensor], direction: str
-) -> tuple[Callable[[], Any], Call]:
+def phases(function: Callable[..., Any], inputs: dict[str, Tensor], direction: str) -> tuple[Prepare, Call]:
     """(prepare, call) that time the forward without gradients, the backward alone, or both."""
     if direction == "forward":
         detached = {name: x.detach() for name, x in inputs.items()}
-        return (lambda: None), lambda _: function(**detached)
+        return nothing, lambda _: function(**detached)
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def outputs() -> tuple[Tensor, ...]:
-        out = function(**inputs)
-        return out if isinstance(out, tuple) else (out,)
+        return tensors(function(**inputs))
 
     upstream = [torch.randn_like(y) for y in outputs()]
 
-    def backward(made: tuple[Tensor, ...]) -> object:
+    def backward(made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(made, leaves, upstream)
 
-    return (outputs, backward) if direction == "backward" else ((lambda: None), lambda _: backward(outputs()))
+    return (outputs, backward) if direction == "backward" else (nothing, lambda _: backward(outputs()))
+
+
+def stale(timed: Timed, fresh: Callable[[], Any], inputs: dict[str, Tensor]) -> str:
+    """What is wrong with the results of `timed` once the inputs have changed in place; empty if nothing."""
+    with torch.no_grad():
+        for x in inputs.values():
+            x.copy_(x.roll(1, 0))
+    for got, expected in zip(*map(tensors, (timed.result(), fresh())), strict=True):
+        error, size = ((got.double() - expected.double()).norm().item(), expected.double().norm().item())
+        if not error <= AGREEMENT * size:
+            return f"no speed: after the timing its result is {error:.2e} off, of {size:.2e}"
+    return ""
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 @functools.cache
@@ -90,8 +106,8 @@ def counters() -> dict[str, Tensor]:
 class Bench:
     """The fixture `bench`: one test measures one contender at one point."""
 
-    def __init__(self, ceilings: Ceilings) -> None:
-        self.ceilings = ceilings
+    def __init__(self, ceilings: Ceilings | None) -> None:
+        self.ceilings = ceilings  # None: time nothing
         self.row: Row = {}  # what was measured
 
     def contend(
@@ -109,7 +125,8 @@ class Bench:
         """Time functions[contender] on `inputs`; "compiled" is functions["eager"] under torch.compile."""
         function = compiled(functions["eager"]) if contender == "compiled" else functions[contender]
         prepare, call = phases(function, inputs, direction)
-        self.run(case, contender, direction, str(shape), prepare, call, flops=flops, bytes_=bytes_)
+        work = {"flops": flops, "bytes_": bytes_}
+        self.run(case, contender, direction, str(shape), prepare, call, inputs, **work)
 
     def run(
         self,
@@ -117,22 +134,29 @@ class Bench:
         contender: str,
         direction: str,
         shape: str,
-        prepare: Callable[[], Any],
+        prepare: Prepare,
         call: Call,
+        inputs: dict[str, Tensor],
         *,
         flops: float,
         bytes_: float,
     ) -> None:
         """Check the op, then time call(prepare()), which costs `flops` and `bytes_` of memory traffic.
 
-        Skips ours on a GPU where the op would run its reference. Each object `case` is checked once.
+        inputs: what its result depends on. Skips ours on a GPU where the op would run its reference. Each
+        object `case` is checked once.
         """
         if contender.startswith("ours") and CUDA and ops.backend(case.op, DEVICE, DTYPE) != "triton":
             pytest.skip(f"{case.op} has no Triton kernel here")
-        if wrong := faults(case):
-            pytest.fail(f"no speed for a wrong kernel: {wrong[0]}", pytrace=False)
+        if (found := faults(case)) and self.ceilings:
+            pytest.fail(f"no speed for a wrong kernel: {found[0]}", pytrace=False)
         peak_mb = _peak_mb(prepare, call)
-        time = summary([samples(prepare, call)])
+        if not self.ceilings:
+            return
+        timed = Timed(prepare, call)
+        time = summary([timed.samples()])
+        if inputs and (wrong := stale(timed, lambda: call(prepare()), inputs)):
+            pytest.fail(wrong, pytrace=False)
         compute_ms, memory_ms = flops / self.ceilings.tflops * 1e-9, bytes_ / self.ceilings.gbps * 1e-6
         floor_ms = max(compute_ms, memory_ms)  # the two may overlap
         work, unit = (flops * 1e-9, "TFLOP/s") if compute_ms > memory_ms else (bytes_ * 1e-6, "GB/s")
@@ -150,13 +174,15 @@ class Bench:
             "floor_ms": floor_ms,
             "gap": time["ms"] / floor_ms,
             "peak_mb": peak_mb,
+            "captured": timed.captured,
         }
 
 
-def _peak_mb(prepare: Callable[[], Any], call: Call) -> float | None:
+def _peak_mb(prepare: Prepare, call: Call) -> float | None:
     """Memory that the call allocates beyond what was there before; None on a CPU."""
     if not CUDA:
         return None
+    call(prepare())  # compiles
     prepared = prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.clock import nothing
 from benchmarks.kernels.harness import DEVICE, Bench, choose
 from fusedgpt.kernels.tools import cases
 from fusedgpt.model.config import PRESETS, GPTConfig
@@ -48,7 +49,7 @@ def ours(made: list[nn.Parameter]) -> Callable[[], object]:
 
 
 def torchs(made: list[nn.Parameter], **kind: bool) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(made, **OPTIONS, **kind)
+    optimizer = torch.optim.AdamW(made, **OPTIONS, **kind, capturable=DEVICE.type == "cuda")
 
     def step() -> None:
         nn.utils.clip_grad_norm_(made, MAX_NORM)
@@ -69,4 +70,4 @@ def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> N
     n = sum(p.numel() for p in made)
     label = f"{size} {str(dtype).removeprefix('torch.')}"
     work = {"flops": FLOPS * n, "bytes_": BYTES[dtype] * n}
-    bench.run(CASE, contender, "step", label, lambda: None, lambda _: step(), **work)
+    bench.run(CASE, contender, "step", label, nothing, lambda _: step(), {}, **work)

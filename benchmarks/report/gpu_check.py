@@ -21,19 +21,29 @@ import shutil
 import signal
 import sys
 import time
-from importlib.util import find_spec
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import bench
+from benchmarks.report.record import ROOT
 from benchmarks.report.runner import Part, choose_parts, run_parts
 from fusedgpt.kernels.tools import cases, check
 
 MODULE = [sys.executable, "-m"]
 CLI = [*MODULE, "fusedgpt.train.cli.main"]
-PYTEST = [sys.executable, *shlex.split(bench.PYTEST), "-p", "benchmarks.report.gpu_pytest", "--durations=10"]
+PYTEST = [sys.executable, *shlex.split(bench.PYTEST), "--durations=10"]
+GRAPH_TESTS = [
+    ROOT / "tests" / name
+    for name in (
+        "train/loop/test_execution.py",
+        "train/loop/test_training_kernels.py",
+        "train/loop/test_sampling.py",
+        "model/test_decode.py",
+    )
+]
 
 
 def all_parts(
@@ -42,12 +52,11 @@ def all_parts(
     """Every part in its order; tuning, which is long and no check, only if asked for."""
     ops = list(dict.fromkeys(case.op for case in cases.cases(torch.device("cuda"))))
     dtypes = ("bf16", "fp16", "fp32") if gpu else ("fp32", "fp16")
-    checks = [[*CLI, "kernels", "check", "--json", "--op", op, "--dtype", d] for op in ops for d in dtypes]
-    jobs = min(8, max(1, (os.cpu_count() or 1) // 2))
-    workers = ["-n", str(jobs), "--dist", "worksteal"] if find_spec("xdist") else []
+    checks = [[*CLI, "kernels", "check", "--json", "--op", op, "--dtype", d] for d in dtypes for op in ops]
+    jobs = len(os.sched_getaffinity(0))
     on_any = [
-        Part(name="environment", share=5, commands=[[*CLI, "doctor", "--json"]]),
-        Part(name="check", share=18, commands=checks, jobs=jobs),
+        Part(name="environment", seconds=10, commands=[[*CLI, "doctor", "--json"]]),
+        Part(name="check", seconds=50, commands=checks, jobs=jobs),
     ]
     if not gpu:
         return on_any
@@ -63,16 +72,36 @@ def all_parts(
     render = [*MODULE, "benchmarks.report.bench", "--out", str(out), "--render"]
     tuning = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}"]
     tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
-    other_tests = ["-m", "not gpu", "tests/kernels", "tests/train/loop"]
+    consan = {"TRITON_INSTRUMENTATION_MODE": "consan"}  # Triton's own check of what is shared in a kernel
+    tests = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests/train/loop").glob("test_*.py")]
     return [
         *on_any,
-        Part(name="gpu_tests", share=20, commands=[[*PYTEST, *workers, "-m", "gpu", "tests"]]),
-        Part(name="tests", share=15, commands=[[*PYTEST, *workers, *other_tests]]),
+        Part(name="graphs", seconds=25, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, peer=peer, text=text),
-        Part(name="report", share=2, commands=[render]),
-        Part(name="sanitizer", share=10, commands=sanitized, jobs=jobs, environment=uncached),
-        *([Part(name="tune", share=30, commands=[tuning], environment=tuned)] if tune else []),
+        Part(name="gpu_tests", seconds=90, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
+        Part(name="report", seconds=4, commands=[render]),
+        Part(
+            name="consan",
+            seconds=40,
+            commands=[[*small_check, op] for op in ops],
+            jobs=jobs,
+            environment=consan,
+        ),
+        Part(name="sanitizer", seconds=40, commands=sanitized, jobs=jobs, environment=uncached),
+        *([Part(name="tune", seconds=200, commands=[tuning], environment=tuned)] if tune else []),
     ]
+
+
+def files_with_gpu_tests() -> list[Path]:
+    """Collecting the others too takes seconds and needs packages that a GPU machine may lack."""
+    return [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text()]
+
+
+def by_file(mark: str, files: Iterable[Path]) -> list[list[str]]:
+    """The tests with that mark, several processes a file: a broken CUDA context costs few of them."""
+    slices = [f"{i}/{bench.SLICES}" for i in range(bench.SLICES)]
+    return [[*PYTEST, "-m", mark, str(file), "--slice", part] for file in sorted(files) for part in slices]
 
 
 def small_check(op: str) -> list[str]:
@@ -101,7 +130,9 @@ def main() -> int:
         names = ", ".join(part.name for part in parts)
         print(f"gpu_check: no CUDA GPU; --parts here: {names}", file=sys.stderr)
         return 2
-    chosen = choose_parts("gpu_check", parts, arguments.parts)
+    sets = bench.PARTS["sets"]
+    names = [name for asked in arguments.parts or () for name in sets.get(asked, [asked])]
+    chosen = choose_parts("gpu_check", parts, names)
     return run_parts(chosen, arguments.out, 60 * arguments.minutes - (time.monotonic() - start))
 
 

@@ -2,13 +2,15 @@
 
     suite, name, shape, dtype, contender   what was measured; together the key by which runs are compared
     ms          median time of one call, step or job
+    interval    [low, high], ms with 95% confidence; where there are 6 repetitions
     spread      p80 - p20 within a run as a fraction of ms: the noise; null if nothing was repeated in a run
-    runs_ms     medians of the separate runs, two for each contender of a `contest`
+    runs_ms     medians of the separate runs, two for each contender of a `contest` that came to its end
     fault       why there is no ms; `skipped` if that is no failure, e.g. out of memory
 and where they apply
     rate, unit               work per second
     flops, bytes             of one call, counted by hand
     floor_ms, gap            their time at the ceilings of the run, and ms / floor_ms
+    captured                 whether a kernel was timed as a CUDA graph, see clock.py
     peak_mb, predicted_mb    memory, and what `fusedgpt train --estimate` predicts
     train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see workloads/jobs.py
 `stamp` adds the machine, its clocks, the versions and the commit.
@@ -18,7 +20,9 @@ Suites: ceilings, kernels, train, everyday, jobs.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -43,12 +47,22 @@ Key = tuple[str, ...]
 
 
 def summary(runs: Sequence[Sequence[float]]) -> Row:
-    """ms, spread and runs_ms from the milliseconds of one or more runs."""
+    """ms, interval, spread and runs_ms from the milliseconds of one or more runs."""
     parts = [np.percentile(run, [20, 50, 80]).tolist() for run in runs]
-    repeated = any(len(run) > 1 for run in runs)
-    found: Row = {"ms": float(np.percentile([x for run in runs for x in run], 50))}
+    repeated, every = any(len(run) > 1 for run in runs), [x for run in runs for x in run]
+    found: Row = {"ms": float(np.percentile(every, 50))}
+    if interval := median_interval(every):
+        found["interval"] = interval
     found["spread"] = round(max((p80 - p20) / p50 for p20, p50, p80 in parts), 4) if repeated else None
     return found | ({"runs_ms": [p50 for _, p50, _ in parts]} if len(runs) > 1 else {})
+
+
+def median_interval(sample: Sequence[float]) -> list[float]:
+    """[low, high]: the median with 95% confidence, by order statistics; [] for fewer than 6 values."""
+    n, ordered = len(sample), sorted(sample)
+    below = itertools.accumulate(math.comb(n, k) / 2**n for k in range(n))  # P(at most k values are less)
+    left_out = sum(probability <= 0.025 for probability in below)  # at either end, and one more is the bound
+    return [ordered[left_out - 1], ordered[n - left_out]] if left_out else []
 
 
 def contest(
@@ -57,7 +71,9 @@ def contest(
     run: Callable[[str], Row],
     figures: Callable[[Row, list[Row]], Row] = lambda row, runs: {},
 ) -> list[Row]:
-    """Run every contender twice, in the order A B C C B A, and emit one row each as soon as it is known.
+    """Run every contender twice, in the order A B C C B A; the last row of each.
+
+    A row is emitted after each run, of all runs so far: whatever is cut short leaves figures.
 
     base: what the rows have in common. run(contender): {"times": [milliseconds, ...], ...}, or {"fault": why}
     or {"skipped": why}, after which that contender is not run again. figures(row, runs): what to add to a row
@@ -65,22 +81,20 @@ def contest(
     """
     contenders = list(contenders)
     runs: dict[str, list[Row]] = {name: [] for name in contenders}
-    rows = []
+    rows: dict[str, Row] = {}
     for name in (*contenders, *reversed(contenders)):
         mine = runs[name]
         if mine and "times" not in mine[0]:
             continue
         mine.append(run(name))
         row = {**base, "contender": name}
-        if "times" not in mine[-1]:
-            rows.append(row | mine[-1])
-        elif len(mine) == 2:
+        if "times" in mine[-1]:
             row |= summary([found["times"] for found in mine])
-            rows.append(row | figures(row, mine))
+            rows[name] = row | figures(row, mine)
         else:
-            continue
-        emit(rows[-1])
-    return rows
+            rows[name] = row | mine[-1]
+        emit(rows[name])
+    return list(rows.values())
 
 
 @functools.cache
@@ -180,8 +194,9 @@ def read(path: Path) -> list[Row]:
 
 
 def timed(rows: Iterable[Row]) -> dict[Key, Row]:
-    """The rows with a time, the last of each key."""
-    return {tuple(str(row.get(name, "")) for name in KEY): row for row in rows if row.get("ms")}
+    """The last row of each key, of those with a time."""
+    last = {tuple(str(row.get(name, "")) for name in KEY): row for row in rows}
+    return {key: row for key, row in last.items() if row.get("ms")}
 
 
 def faults(rows: Iterable[Row]) -> list[Row]:

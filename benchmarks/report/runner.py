@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -17,6 +18,12 @@ from pathlib import Path
 from benchmarks.report.record import ROOT, Row, gpu_state, json_rows
 
 GRACE, RESERVE = 10.0, 3.0  # seconds from SIGINT to SIGKILL, and for the summary
+# Inductor's pool of compilers may hang for minutes at exit (pytorch #162199). Inductor also moves Triton's
+# cache in the middle of a process, unless it is told where it is.
+ENVIRONMENT = {
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache"),
+}
 _WRITTEN = ("results.jsonl", "log.txt", "report.html", "report.md", "summary.txt")
 
 
@@ -25,7 +32,7 @@ class Part:
     """Commands that pass if all of them exit with 0; skipped if there are none."""
 
     name: str
-    share: float  # of the time left, relative to the shares of the parts to come
+    seconds: float  # what it needs; the time left is divided as the needs of the parts to come
     commands: list[list[str]]
     jobs: int = 1  # how many run in parallel
     may_be_cut: bool = False  # running out of time is no failure if there are results by then
@@ -33,28 +40,28 @@ class Part:
 
 
 class Command:
-    """One running command of a part, in a process group of its own; its output in DIR until it ends."""
+    """One running command of a part, in a process group of its own."""
 
     def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
         self.part, self.out, self.stopped, self.finished = part, out, False, False
         self.rows: list[Row] = []
         self.read = 0  # bytes of the output that were harvested
         self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
-        self.output = out / f"{part.name}-{index}.out"
+        # Not in DIR, which holds only what is to be kept. Closed by `finish`.
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         extra = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "BENCHMARK_RESULTS": str(out / "results.jsonl")}
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                self.arguments,
-                cwd=ROOT,
-                env={**os.environ, **extra, **part.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # A shell's background job ignores SIGINT, and its children would inherit that.
-                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            )
+        self.process = subprocess.Popen(
+            self.arguments,
+            cwd=ROOT,
+            env={**ENVIRONMENT, **os.environ, **extra, **part.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell's background job ignores SIGINT, and its children would inherit that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
 
     def signal_group(self, sign: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -68,11 +75,14 @@ class Command:
             self.signal_group(signal.SIGINT)
         self.stopped = self.stopped or now > interrupt
 
+    def text_from(self, start: int) -> bytes:
+        """The output so far, read without moving the offset at which the command writes."""
+        file = self.output.fileno()
+        return os.pread(file, os.fstat(file).st_size - start, start)
+
     def harvest(self, *, ended: bool = False) -> None:
         """Keep as rows the whole lines of JSON that the command has printed since."""
-        with self.output.open("rb") as file:
-            file.seek(self.read)
-            new = file.read()
+        new = self.text_from(self.read)
         new = new if ended else new[: new.rfind(b"\n") + 1]
         self.read += len(new)
         rows = json_rows(new.decode(errors="replace"))
@@ -85,12 +95,12 @@ class Command:
         returned = self.process.poll()
         self.code = -signal.SIGKILL if returned is None else returned
         self.harvest(ended=True)
-        text = self.output.read_text(errors="replace")
+        text = self.text_from(0).decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         self.last_line = lines[-1].strip(" =")[:150] if lines else f"exit code {self.code}"
         with (self.out / "log.txt").open("a") as log:
             log.write(f"\n=== {self.part.name}, exit code {self.code}: {' '.join(self.arguments)}\n{text}")
-        self.output.unlink()
+        self.output.close()
         self.finished = True
 
 
@@ -175,7 +185,7 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
         (out / name).unlink(missing_ok=True)
     verdicts, lines = set(), []
     for i, part in enumerate(parts):
-        share = part.share / sum(later.share for later in parts[i:])
+        share = part.seconds / sum(later.seconds for later in parts[i:])
         row = run_part(part, out, max(0.0, end - time.monotonic()) * share)
         append(out / "results.jsonl", [{**row, "gpu_after": gpu_state()}])
         lines.append(f"{row['part']:<12}{row['verdict']:<9}{row['seconds']:>5} s  {row['line']}")

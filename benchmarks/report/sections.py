@@ -77,8 +77,11 @@ def words(*names: str) -> Callable[[Row], str]:
     return lambda row: " ".join(filter(None, (row.get(name) for name in names)))
 
 
-def with_spread(row: Row) -> str:
-    return f"{number(row['ms'])} ± {percent((row.get('spread') or 0) / 2)}"
+def with_interval(row: Row) -> str:
+    """The median and its 95% interval, or half the spread where there is none."""
+    if "interval" not in row:
+        return f"{number(row['ms'])} ± {percent((row.get('spread') or 0) / 2)}"
+    return f"{number(row['ms'])} ({' to '.join(map(number, row['interval']))})"
 
 
 def speed_up(row: Row) -> str:
@@ -210,7 +213,7 @@ TRAINING: Columns = {
     "step": step_name,
     "contender": words("contender"),
     "tok/s": lambda row: number(round(row["rate"])),
-    "ms": with_spread,
+    "ms": with_interval,
     "ours faster": speed_up,
     "MFU, causal": lambda row: percent(row["mfu_causal_measured"]),
     "MFU, 6N+12LCT": lambda row: percent(row["mfu_palm_measured"]),
@@ -268,7 +271,7 @@ def ablation(rows: Sequence[Row]) -> Section:
 KERNELS: Columns = {
     "op": words("name", "shape"),
     "contender": words("contender"),
-    "ms": with_spread,
+    "ms": with_interval,
     "rate": figure("rate", "unit"),
     "of the ceiling": lambda row: percent(1 / row["gap"]),
     "floor, ms": figure("floor_ms"),
@@ -307,7 +310,7 @@ CHECKPOINTING: Columns = {
     "predicted / measured": lambda row: (
         percent(row["predicted_mb"] / row["peak_mb"]) if row.get("predicted_mb") else ""
     ),
-    "ms": with_spread,
+    "ms": with_interval,
     "predicted ms": figure("predicted_ms"),
 }
 EVERYDAY: Columns = {

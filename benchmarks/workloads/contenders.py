@@ -2,7 +2,7 @@
 
     ours                what `fusedgpt train` does in a long run: its compile and CUDA graph defaults
     ours-eager          neither compiled nor captured
-    ours-without-OP     one of ABLATIONS undone: the op's reference in its place
+    ours-without-OP     one of ABLATIONS undone: the op's reference in its place, or no compile or CUDA graph
     ours-checkpointing-MODE    with gradient checkpointing
     plain               plain_gpt.py under autocast, torch's fused AdamW, clip_grad_norm_
     plain-compiled      the same under torch.compile; plain-fa2, plain-cudnn: with that attention, on a GPU
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import CUDA, DEVICE, DTYPES, moment
+from benchmarks.ceilings import DTYPES
+from benchmarks.clock import CUDA, DEVICE, moment
 from benchmarks.workloads.plain_gpt import PlainGPT
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
@@ -51,7 +52,10 @@ GRAD_CLIP, LEARNING_RATE = 1.0, 3e-4
 WARM_UPS = 3
 LONG_RUN = 100_000  # steps, by which ours decides whether to compile
 _FUSED = ["attention", "linear_cross_entropy", "dropout_add_layer_norm", "layer_norm", "bias_gelu", "adamw"]
-ABLATIONS = {"cuda": _FUSED, "cpu": ["linear_cross_entropy", "linear", "kept_memory"]}
+ABLATIONS = {
+    "cuda": [*_FUSED, "compile", "graphs"],
+    "cpu": ["linear_cross_entropy", "linear", "kept_memory"],
+}
 Side = tuple[Callable[[], Tensor], Callable[[], object], Any]  # (the loss, one training step, the model)
 
 
@@ -90,10 +94,11 @@ def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: 
     train_config = TrainConfig(batch_size=len(batch[0]), learning_rate=LEARNING_RATE, grad_clip=GRAD_CLIP)
     checkpoint_activations(model, checkpointing(name))
     eager = name == "ours-eager"
-    if not eager and choose_compile(train_config, model, LONG_RUN, length) == "block":
+    compiles, captures = (not eager and undone != kind for kind in ("compile", "graphs"))
+    if compiles and choose_compile(train_config, model, LONG_RUN, length) == "block":
         compile_each_block(model)
     train_step: Step | GraphedStep = Step(forward, build_optimizer(model, train_config), train_config)
-    if not eager and choose_cuda_graphs(train_config, model.wte.weight.device):
+    if captures and choose_cuda_graphs(train_config, model.wte.weight.device):
         train_step = GraphedStep(train_step, note=print)
     step_batch = StepBatch.collect([batch], Cursor())
     return lambda: forward(*batch), lambda: train_step(step_batch, LEARNING_RATE), model

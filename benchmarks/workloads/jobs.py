@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.arguments import make_parser
-from benchmarks.ceilings import DEVICE
+from benchmarks.clock import DEVICE
 from benchmarks.report import record
 from benchmarks.report.record import Row
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.arguments import make_parser
-from benchmarks.ceilings import DEVICE
+from benchmarks.clock import DEVICE
 from benchmarks.report import record
 from benchmarks.workloads.contenders import peer_model
-from benchmarks.workloads.training_step import SHAPES
+from benchmarks.workloads.entrant import SHAPES
 from fusedgpt.model.decode import store_for_decoding
 from fusedgpt.model.folder import save_folder
 from fusedgpt.model.generate import generate

@@ -29,9 +29,9 @@ from typing import Any
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import record
+from benchmarks.workloads.entrant import SHAPES
 from benchmarks.workloads.jobs import CLI, PROMPT, run
 from benchmarks.workloads.tokenising import encode
-from benchmarks.workloads.training_step import SHAPES
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.folder import load_model, save_folder
 from fusedgpt.model.gpt import GPT

@@ -3,9 +3,10 @@
     python -m benchmarks.workloads.training_step [--peer NANOGPT] [--presets 12M] [--batch-sizes 2 16]
         [--lengths 128] [--contenders ours plain-compiled ours-without-linear ...]
 
-contenders.py says who they are. Each measurement is a process of its own, in the order A B C C B A. Tokens
-are Zipf-distributed. A contender gets no speed unless its losses without
-dropout, before and after GATE_STEPS steps, are those of eager plain PyTorch; else the exit code is 1.
+contenders.py says who they are. Each is a process of its own. They start and compile, all at once on a GPU,
+then take turns in the order A B C C B A; --steps 0 ends before that, with the times to the first step. Tokens
+are Zipf-distributed. A contender gets no speed unless its losses without dropout, before and after the first
+steps, are those of eager plain PyTorch, and the steps that are timed lower the loss; else the exit code is 1.
 
 MFU is given for two counts of FLOPs per token, 6 N + 12 L C T (PaLM's and nanoGPT's) and 6 M + 6 L C T (what
 the matmuls and causal attention need; M counts the weights of the blocks and the output projection), as
@@ -21,128 +22,88 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import resource
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from benchmarks.arguments import make_parser
-from benchmarks.ceilings import CUDA, DTYPES, Ceilings, measure_ceilings
+from benchmarks.ceilings import DTYPES, Ceilings, measure_ceilings
+from benchmarks.clock import CUDA, DEVICE
 from benchmarks.report import record
 from benchmarks.report.record import Row
 from benchmarks.workloads import contenders
-from fusedgpt.model.config import PRESETS, GPTConfig
+from benchmarks.workloads.entrant import SHAPES, Entrant, Point
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.tools.estimate import estimate, flops_per_token, peak_flops
 
-TOY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
-SHAPES = {**PRESETS, "toy": TOY}
-GATE_STEPS = 3
 ADAMW_BYTES = 32  # per parameter, see kernels/test_bench_adamw.py
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """What all contenders of one comparison are given."""
-
-    preset: str
-    precision: str
-    batch_size: int
-    length: int
-    dropout: float
-    peer: Path | None
-
-    @property
-    def config(self) -> GPTConfig:
-        shape = SHAPES[self.preset]
-        block_size = max(self.length, shape.block_size)
-        return shape.model_copy(update={"dropout": self.dropout, "block_size": block_size})
-
-
-def measure(contender: str, point: Point, steps: int, began: float) -> Row:
-    """Losses, times of each step and of the first since `began`, peak memory; in this process."""
-    batch = contenders.tokens(point.batch_size, point.length, point.config.vocab_size)
-    backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    backend = backends.get(contender.rpartition("-")[2])
-    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-        loss, step, model = contenders.build(contender, point.config, batch, point.precision, point.peer)
-        model.train(point.dropout == 0.0)  # the losses of the gate are without dropout
-        losses, first_step_s = gate(loss, step, began)
-        model.train()
-        times = contenders.step_times(step, steps) if steps else []
-    peak = 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
-    return {"times": times, "losses": losses, "first_step_s": first_step_s, "peak_mb": peak / 1e6}
-
-
-def gate(loss: Callable[[], Tensor], step: Callable[[], object], began: float) -> tuple[list[float], float]:
-    """The losses before and after GATE_STEPS steps, and the seconds from `began` to the end of the first."""
-    start = time.time()
-    with torch.no_grad():
-        before = float(loss())
-    lost = time.time() - start
-    step()
-    if CUDA:
-        torch.cuda.synchronize()
-    first_step_s = time.time() - began - lost
-    for _ in range(GATE_STEPS - 1):
-        step()
-    with torch.no_grad():
-        return [before, float(loss())], first_step_s
-
-
-def run(contender: str, point: Point, steps: int) -> Row:
-    """`measure` in a process of its own; {"fault": ...} or {"skipped": ...} if that fails."""
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(measure, contender, point, steps, time.time()).result()
-    except Exception as error:  # whatever a contender raises, the others are still worth measuring
-        memory = isinstance(error, torch.OutOfMemoryError)
-        return {"skipped" if memory else "fault": record.text(error)}
-
-
-def different(losses: list[float], expected: list[float], precision: str) -> str:
-    """What is wrong with a contender's losses; empty if nothing."""
-    gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+def judged(row: Row, truth: Row, precision: str) -> Row:
+    """A contender's row of the gate, with its time to the first step; a fault if its losses are wrong."""
+    if "losses" not in row:
+        return row
+    gap = max(abs(a - b) for a, b in zip(row["losses"], truth["losses"], strict=True))
     if gap <= contenders.LOSS_TOLERANCE[precision]:  # False for NaN
-        return ""
-    shown = [", ".join(f"{x:.4f}" for x in values) for values in (losses, expected)]
-    return f"losses {shown[0]}, of plain PyTorch {shown[1]}"
+        return {**row, "ms": 1e3 * row["first_step_s"]}
+    shown = [", ".join(f"{x:.4f}" for x in found["losses"]) for found in (row, truth)]
+    return {"fault": f"no speed: losses {shown[0]}, of plain PyTorch {shown[1]}"}
 
 
 def compare(names: list[str], point: Point, steps: int) -> list[Row]:
-    """All contenders at one point."""
+    """All contenders at one point; without steps, how long the first one takes to come."""
     kinds = {"ablation": "-without-", "checkpointing": "-checkpointing-"}
+    kind = next((kind for kind, sign in kinds.items() if any(sign in name for name in names)), "step")
     base = {
         "suite": "train",
-        "name": next((kind for kind, sign in kinds.items() if any(sign in name for name in names)), "step"),
+        "name": kind if steps else "first step",
         "shape": f"{point.preset} {point.batch_size} x {point.length}",
         "dtype": point.precision,
         **{name: getattr(point, name) for name in ("preset", "batch_size", "length", "dropout")},
     }
-    truth = run("plain", point, 0)
-    if "losses" not in truth:
-        row = {**base, "contender": "plain", **truth}
-        record.emit(row)
-        return [row]
-    ceilings = measure_ceilings(DTYPES[point.precision])
-    torch.cuda.empty_cache()  # for the processes to come
+    same, entrants = doubles(names), dict[str, Entrant]()
+    with contextlib.ExitStack() as stack:
 
-    def gated(contender: str) -> Row:
-        found = run(contender, point, steps)
-        wrong = different(found["losses"], truth["losses"], point.precision) if "losses" in found else ""
-        return {"fault": f"no speed: {wrong}"} if wrong else found
+        def enter(name: str) -> None:
+            entrants[name] = stack.enter_context(contextlib.closing(Entrant(name, point)))
 
-    return record.contest(base, names, gated, lambda row, runs: figures(row, runs, point, ceilings))
+        for name in dict.fromkeys([*names, "plain"]):
+            if name not in same:
+                enter(name)
+        truth = entrants["plain"].answer()
+        gates = {name: {"skipped": f"as {twin}: PyTorch chooses cuDNN itself"} for name, twin in same.items()}
+        gates |= {"plain": judged(truth, truth, point.precision)}
+        if "losses" not in gates["plain"]:
+            names, steps = ["plain"], 0
+        for name in names:
+            gates[name] = gates.get(name) or judged(entrants[name].answer(), truth, point.precision)
+            if not steps:
+                record.emit({**base, "contender": name, **gates[name]})
+        if not steps:
+            return [gates[name] for name in names]
+
+        def run(contender: str) -> Row:
+            if "skipped" in gates[contender] and contender not in same:  # too little memory beside the others
+                enter(contender)
+                gates[contender] = judged(entrants[contender].answer(), truth, point.precision)
+            gate = gates[contender]
+            return {**gate, **entrants[contender].time(steps)} if "losses" in gate else gate
+
+        ceilings = measure_ceilings(DTYPES[point.precision])
+        torch.cuda.empty_cache()  # for the contenders
+        return record.contest(base, names, run, lambda row, runs: figures(row, runs, point, ceilings))
+
+
+def doubles(names: list[str]) -> dict[str, str]:
+    """Contender -> the other one that is the same here, since PyTorch chooses cuDNN's attention by itself."""
+    twins = {"plain-cudnn": "plain-compiled", "peer-cudnn": "peer"}
+    found = {name: twin for name, twin in twins.items() if name in names and twin in names}
+    if not (CUDA and found):
+        return {}
+    q = torch.empty(1, 1, 1024, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
+    return found if choice == SDPBackend.CUDNN_ATTENTION.value else {}
 
 
 def figures(row: Row, runs: list[Row], point: Point, ceilings: Ceilings) -> Row:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.report import runner
+from benchmarks.report import bench, gpu_check, gpu_pytest, runner
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,9 +36,11 @@ def alive(pid: int) -> bool:
 def test_a_failure_stops_nothing_and_decides_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = runner.Part(name="good", share=1, commands=[python("print('3 passed')")])
-    bad = runner.Part(name="bad", share=1, commands=[python("print('on it'); raise SystemExit('2 failed')")])
-    none = runner.Part(name="none", share=1, commands=[])
+    good = runner.Part(name="good", seconds=1, commands=[python("print('3 passed')")])
+    bad = runner.Part(
+        name="bad", seconds=1, commands=[python("print('on it'); raise SystemExit('2 failed')")]
+    )
+    none = runner.Part(name="none", seconds=1, commands=[])
     assert runner.run_parts([bad, none, good], tmp_path, 20) == 1
     assert [(row["part"], row["verdict"]) for row in rows(tmp_path)] == [
         ("bad", "FAIL"),
@@ -66,8 +69,8 @@ print('{{"figure": 1}}', flush=True)
 time.sleep(60)
 """
     parts = [
-        runner.Part(name="hangs", share=1, commands=[python(hang)]),
-        runner.Part(name="after", share=2, commands=[python("print('fine')")]),
+        runner.Part(name="hangs", seconds=1, commands=[python(hang)]),
+        runner.Part(name="after", seconds=2, commands=[python("print('fine')")]),
     ]
     start = time.monotonic()
     assert runner.run_parts(parts, tmp_path, 6) == 1
@@ -79,7 +82,7 @@ time.sleep(60)
 
 def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path) -> None:
     leaves = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"
-    part = runner.Part(name="leaves", share=1, commands=[python(leaves)])
+    part = runner.Part(name="leaves", seconds=1, commands=[python(leaves)])
     outcome = runner.run_part(part, tmp_path, 10)
     assert outcome["verdict"] == "pass"
     time.sleep(0.1)
@@ -88,7 +91,7 @@ def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path) -> None:
 
 def test_an_interrupted_command_may_still_write_what_it_has(tmp_path: Path) -> None:
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 of 9 done')"
-    part = runner.Part(name="slow", share=1, commands=[python(code)])
+    part = runner.Part(name="slow", seconds=1, commands=[python(code)])
     outcome = runner.run_part(part, tmp_path, 2)
     assert outcome == {
         "part": "slow",
@@ -111,8 +114,8 @@ print(json.dumps([{"op": here.name, "dtype": "fp32", "shape": "", "direction": "
     look = "import os; print('results', open(os.environ['BENCHMARK_RESULTS']).read().count('dtype'))"
     pair = [[*python(meet), str(tmp_path), *names] for names in (("a", "b"), ("b", "a"))]
     parts = [
-        runner.Part(name="check", share=1, commands=pair, jobs=2),
-        runner.Part(name="look", share=1, commands=[python(look)]),
+        runner.Part(name="check", seconds=1, commands=pair, jobs=2),
+        runner.Part(name="look", seconds=1, commands=[python(look)]),
     ]
     runner.run_parts(parts, tmp_path, 20)
     assert {row["op"] for row in rows(tmp_path) if "op" in row} == {"a", "b"}
@@ -123,9 +126,73 @@ print(json.dumps([{"op": here.name, "dtype": "fp32", "shape": "", "direction": "
 
 
 def test_commands_that_never_began_are_no_pass(tmp_path: Path) -> None:
-    part = runner.Part(name="check", share=1, commands=[python("print('begun')")])
+    part = runner.Part(name="check", seconds=1, commands=[python("print('begun')")])
     outcome = runner.run_part(part, tmp_path, 0.0)
     assert (outcome["verdict"], outcome["line"]) == ("TIMEOUT", "no time left")
+
+
+def test_an_output_is_no_file_in_the_folder(tmp_path: Path) -> None:
+    """Few files may come back from a borrowed machine, also from a run that is killed."""
+    look = "import os, sys; print(*sorted(os.listdir(sys.argv[1])))"
+    part = runner.Part(name="look", seconds=1, commands=[[*python(look), str(tmp_path)]])
+    assert runner.run_part(part, tmp_path, 10)["line"] == "results.jsonl"
+
+
+def test_children_compile_in_one_process_into_one_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in runner.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    code = "import os; print(os.environ['TORCHINDUCTOR_COMPILE_THREADS'], os.environ['TRITON_CACHE_DIR'])"
+    part = runner.Part(name="look", seconds=1, commands=[python(code)])
+    assert runner.run_part(part, tmp_path, 10)["line"] == f"1 {Path.home() / '.triton' / 'cache'}"
+
+
+def test_the_sets_name_parts_and_fit_the_time_they_are_for() -> None:
+    parts = {part.name: part for part in gpu_check.all_parts(Path(), gpu=True, peer=ROOT)}
+    for name, minutes in (("first", 7), ("second", 8)):
+        chosen = [parts[part] for part in bench.PARTS["sets"][name]]
+        assert sum(part.seconds for part in chosen) <= 60 * minutes
+    compiled = [part for part in parts.values() if part.name.startswith("compile")]
+    for command in (command for part in compiled for command in part.commands):
+        assert ("--compile-only" in command) or command[-2:] == ["--steps", "0"]
+    kernels = [[*part.commands] for part in parts.values() if part.name.startswith("kernels")]
+    assert all(sum("test_bench" in word for word in command) == 1 for part in kernels for command in part)
+
+
+def test_the_gpu_tests_are_those_of_a_process_for_every_slice_of_a_file() -> None:
+    files = gpu_check.files_with_gpu_tests()
+    assert ROOT / "tests" / "kernels" / "test_attention.py" in files
+    assert Path(__file__) not in files
+    commands = gpu_check.by_file("gpu", files)
+    assert len({(*command[-3:],) for command in commands}) == len(commands) == bench.SLICES * len(files)
+
+
+def test_slices_are_all_tests_once_and_one_may_be_empty() -> None:
+    seen: list[str] = []
+    for i in range(4):
+        items: list[Any] = ["a", "b", "c"]
+        config: Any = SimpleNamespace(getoption={"--slice": f"{i}/4"}.get)
+        gpu_pytest.pytest_collection_modifyitems(config, items)
+        seen += items
+    assert sorted(seen) == ["a", "b", "c"]
+    session: Any = SimpleNamespace(exitstatus=None)
+    gpu_pytest.pytest_sessionfinish(session, pytest.ExitCode.NO_TESTS_COLLECTED)
+    assert session.exitstatus == pytest.ExitCode.OK
+
+
+def test_a_broken_cuda_context_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    report = pytest.TestReport("tests/x.py::test_y", ("", 0, ""), {}, "failed", None, "teardown")
+    gpu_pytest.pytest_runtest_logreport(report)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(pytest.exit.Exception, match=r"tests/x.py::test_y has broken the CUDA context"):
+        gpu_pytest.pytest_runtest_logreport(report)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

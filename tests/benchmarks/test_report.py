@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks import clock
+from benchmarks.kernels import harness
 from benchmarks.report import bench, page, record, runner, sections
-from benchmarks.workloads import contenders, jobs, training_step
+from benchmarks.workloads import contenders, entrant, jobs, training_step
 from fusedgpt.kernels import ops
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +186,7 @@ def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(monkeypatch:
         for command in part.commands if part.name == "jobs" else ():
             monkeypatch.setattr("sys.argv", command[2:])
             assert jobs.parse().peer == ROOT
-    assert len(lines) == 9
+    assert len(lines) == 14
     for line in lines:
         monkeypatch.setattr("sys.argv", line[2:])
         assert training_step.parse(gpu=True).contenders[0] == "ours"
@@ -194,13 +199,77 @@ def test_one_fused_op_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"dropout": "reference", "bias_gelu": "triton bias_gelu"}
 
 
+def test_every_run_leaves_a_figure_and_the_last_row_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """A time limit may end a contest after any run."""
+    asked: list[str] = []
+
+    def run(name: str) -> Row:
+        asked.append(name)
+        times = {"ours": [1.0, 1.2, 1.1], "flaky": [5.0] if asked.count("flaky") == 1 else None}.get(name)
+        return {"times": times} if times else {"fault": "broke"}
+
+    base = dict.fromkeys(record.KEY, "x")
+    last = record.contest(base, ["ours", "wrong", "flaky"], run, lambda row, runs: {"n": len(runs)})
+    assert asked == ["ours", "wrong", "flaky", "flaky", "ours"]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["contender"] for row in rows] == asked
+    assert [(row["ms"], row["n"]) for row in rows if row["contender"] == "ours"] == [(1.1, 1), (1.1, 2)]
+    assert "runs_ms" in rows[-1]
+    assert [row["contender"] for row in last if "fault" in row] == ["wrong", "flaky"]
+    assert {row["contender"] for row in record.timed(rows).values()} == {"ours"}  # flaky lost its figure
+
+
+def test_the_interval_of_a_median_holds_it_in_95_of_100_samples() -> None:
+    assert record.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == []
+    assert record.median_interval([6.0, 1.0, 2.0, 5.0, 4.0, 3.0]) == [1.0, 6.0]
+    assert record.median_interval(range(1, 101)) == [40, 61]  # the ranks in the tables
+    draws = np.random.default_rng(0).exponential(size=(2000, 30))
+    intervals = [record.median_interval(draw.tolist()) for draw in draws]
+    held = fmean(low <= math.log(2) <= high for low, high in intervals)
+    assert 0.95 <= held < 0.98
+    assert "29 (28.9 to 29.3)" in page.markdown(
+        sections.sections([step("ours", 29.0, interval=[28.9, 29.3])])
+    )
+
+
+def test_a_contender_whose_process_dies_or_hangs_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"precision": "fp32", "batch_size": 2, "length": 16, "dropout": 0.0, "peer": None}
+    one = entrant.Entrant("ours", entrant.Point(preset="toy", **shape))
+    assert len(one.answer()["losses"]) == 2
+    assert len(one.time(4)["times"]) == 4
+    monkeypatch.setattr(entrant, "PATIENCE", 0)
+    assert one.time(2)["fault"] == "nothing came from its process in 0 s"
+    one.close()
+    monkeypatch.setattr(entrant, "PATIENCE", 60)
+    while "times" in (row := one.time(2)):
+        pass  # what it had sent before
+    assert row["fault"] == "its process ended with exit code -9"
+
+
+def test_steps_that_do_not_lower_the_loss_have_no_speed() -> None:
+    first = {"losses": [4.0, 3.9]}
+    assert entrant.stopped_learning(lambda: torch.tensor(3.5), first) == {}
+    for value in (4.1, math.nan):
+        assert "no speed" in entrant.stopped_learning(lambda x=value: torch.tensor(x), first)["fault"]
+
+
+def test_a_result_that_does_not_follow_its_inputs_has_no_speed() -> None:
+    """As of a CUDA graph whose kernel remembers what it has seen."""
+    x = torch.randn(4, 3)
+    timed = clock.Timed(clock.nothing, lambda _: 2 * x)
+    assert harness.stale(timed, lambda: 2 * x, {"x": x}) == ""
+    seen = 2 * x
+    timed = clock.Timed(clock.nothing, lambda _: seen)
+    assert "no speed: after the timing" in harness.stale(timed, lambda: (2 * x,), {"x": x})
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_is_a_contender_with_the_same_step(mode: str) -> None:
-    batch = contenders.tokens(2, 32, training_step.TOY.vocab_size)
+    batch = contenders.tokens(2, 32, entrant.TOY.vocab_size)
     losses = []
     for name in ("ours", f"ours-checkpointing-{mode}"):
         assert name in contenders.names(gpu=False, peer=False)
-        loss, step, model = contenders.build(name, training_step.TOY, batch, "fp32", None)
+        loss, step, model = contenders.build(name, entrant.TOY, batch, "fp32", None)
         step()
         losses.append(loss().item())
         recomputes = any("forward" in vars(module) for module in model.modules())
@@ -228,7 +297,7 @@ time.sleep(60)
         ),
     }
     for name, (command, verdict, line) in parts.items():
-        part = runner.Part(name=name, share=1, commands=[command], may_be_cut=True)
+        part = runner.Part(name=name, seconds=1, commands=[command], may_be_cut=True)
         row = runner.run_part(part, tmp_path, 3.0)
         assert row["verdict"] == verdict
         assert line in row["line"]

@@ -1,0 +1,106 @@
+"""The clock of the benchmarks: device time on a GPU, without the launching; the host's on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+_FLUSH_BYTES = 1 << 29  # exceeds any L2
+_SECONDS, _ROUNDS = 0.2, (10, 100)  # of a measurement, and its least and most calls
+T = TypeVar("T")
+Prepare = Callable[[], Any]
+Call = Callable[[Any], Any]
+
+
+def nothing() -> None:
+    """For a call that needs no preparation."""
+
+
+def choose(gpu: T, cpu: T) -> T:
+    """`gpu` where there is one, else `cpu`."""
+    return gpu if CUDA else cpu
+
+
+class Timed:
+    """call(prepare()), to be timed without prepare. Both run a few times first: compiling, memory, clocks.
+
+    On a GPU both become CUDA graphs, so that short calls are not timed at the speed of Python. What cannot be
+    captured, e.g. since it waits for the device, is launched as it is: `captured` says so.
+    """
+
+    def __init__(self, prepare: Prepare, call: Call) -> None:
+        self._prepare, self._call, self.captured = prepare, call, False
+        if not CUDA:
+            call(prepare())
+            return
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call(prepare())
+        torch.cuda.current_stream().wait_stream(stream)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
+            self._capture()
+
+    def _capture(self) -> None:
+        """As two graphs with one memory pool: the second reads what the first has written."""
+        before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is nothing to prepare
+            with torch.cuda.graph(before):
+                made = self._prepare()
+        with torch.cuda.graph(timed, pool=before.pool()):
+            out = self._call(made)
+
+        def call(_: None) -> Any:
+            timed.replay()
+            return out
+
+        self._prepare, self._call, self.captured = before.replay, call, True
+
+    def result(self) -> Any:
+        """What the call returns."""
+        return self._call(self._prepare())
+
+    def samples(self) -> list[float]:
+        """Milliseconds of each call, with nothing of its inputs in the L2 cache."""
+        rounds = 3
+        if CUDA:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.result()
+            torch.cuda.synchronize()
+            rounds = min(max(int(_SECONDS / (time.perf_counter() - start)), _ROUNDS[0]), _ROUNDS[1])
+        flush = torch.zeros(_FLUSH_BYTES // 4 if CUDA else 0, dtype=torch.int32, device=DEVICE)
+        spans = []
+        for _ in range(rounds):
+            prepared, begin, end = self._prepare(), moment(), moment()
+            flush.sum()  # read, not written: else the timed call would write the flushed lines back
+            begin.record()
+            self._call(prepared)
+            end.record()
+            spans.append((begin, end))
+        if CUDA:
+            torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in spans]
+
+
+class _HostMoment:
+    """torch.cuda.Event on the host's clock."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostMoment) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def moment() -> Any:
+    return torch.cuda.Event(enable_timing=True) if CUDA else _HostMoment()
