@@ -1,8 +1,8 @@
 """Decoding with a key-value cache: the prompt at once, then one token at a time.
 
 A step reads its token, its position and the lengths of the caches from tensors on the device and writes into
-buffers that stay where they are. Nothing in it depends on a host value, so a CUDA graph can replay it. Only
-the plain fp32 ops of a CPU take the length as a number, which costs them less to read.
+buffers that stay where they are. Nothing in `logits` depends on a host value, so a CUDA graph can replay it.
+Only the plain fp32 ops of a CPU take the length as a number, which costs them less to read.
 
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 """
@@ -37,8 +37,7 @@ class Decoder:
     """The logits of a batch's next tokens, given a prompt and then token after token.
 
     Use it under torch.no_grad or inference_mode, all of it under the same. The caches hold `window` tokens;
-    `length` of them are filled. On a GPU a step is a CUDA graph from the second on: the logits it returns are
-    overwritten by the next.
+    `length` of them are filled. A step is `count`, which is the host's, and `logits`, which is the device's.
     """
 
     def __init__(self, model: GPT, batch_size: int) -> None:
@@ -56,8 +55,6 @@ class Decoder:
         self.head = inference_linear(weight)
         self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        self.steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, idx: Tensor) -> Tensor:
         """Start anew with token ids (B, T), T <= window -> the next tokens' logits (B, V)."""
@@ -68,31 +65,26 @@ class Decoder:
         self.position.fill_(T)
         self.lengths.fill_(T)
         x = F.embedding(idx, self.model.wte.weight) + self.model.wpe.weight[:T]
-        return self._logits(x, _attend_to_prompt)
+        return self._forward(x, _attend_to_prompt)
 
     def step(self, token: Tensor) -> Tensor:
         """One more token (B,) int64 -> logits (B, V). Raises ValueError where the caches are full."""
+        self.count()
+        return self.logits(token)
+
+    def count(self) -> None:
+        """Make room for one more token."""
         if self.length == self.window:
             raise ValueError(f"the caches are full: {self.window} tokens")
         self.length += 1
-        self.steps += 1
-        if not token.is_cuda or self.steps == 1:  # the first step compiles the kernels
-            return self._step(token)
-        if self.graph is None:
-            self.token, self.graph = token.clone(), torch.cuda.CUDAGraph()
-            # "thread_local": while a model is trained, the loader's thread may pin memory
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.result = self._step(self.token)
-        self.token.copy_(token)
-        self.graph.replay()
-        return self.result
 
-    def _step(self, token: Tensor) -> Tensor:
+    def logits(self, token: Tensor) -> Tensor:
+        """The step of a token (B,) that was counted."""
         x = F.embedding(token, self.model.wte.weight) + F.embedding(self.position, self.model.wpe.weight)
         self.lengths.add_(1)
         if len(token) == 1:
             x = x[0]  # a vector: what inference_linear is fastest with
-        logits = self._logits(x, self._attend_to_cache)
+        logits = self._forward(x, self._attend_to_cache)
         self.position.add_(1)
         return logits.view(len(token), -1)
 
@@ -105,7 +97,7 @@ class Decoder:
         y: Tensor = self.kernels.decode_attention(q, layer.k, layer.v, lengths)
         return y
 
-    def _logits(self, x: Tensor, attend: Callable[[_Layer, Tensor], Tensor]) -> Tensor:
+    def _forward(self, x: Tensor, attend: Callable[[_Layer, Tensor], Tensor]) -> Tensor:
         """The embedding of new tokens, (B, T, C), (B, C) or (C,) -> the logits after the last of each row."""
         residual = None
         for layer in self.layers:

@@ -6,6 +6,8 @@ Shape letters: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import TypedDict, Unpack
 
 import torch
@@ -53,7 +55,9 @@ def next_token(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+    # torch.multinomial's draw without its checks, for which the host would wait
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / noise).argmax(dim=-1, keepdim=True)
     return ids.gather(1, choice)[:, 0]
 
 
@@ -65,6 +69,56 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     if penalty == 1.0:
         return logits
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+class _Text:
+    """Rows of ids that grow by a token. On a GPU a step is a CUDA graph, one launch, from the second on."""
+
+    def __init__(
+        self,
+        model: GPT,
+        prompt: Tensor,  # (B, T)
+        room: int,  # for so many more tokens
+        penalty: float,
+        draw: Callable[[Tensor], Tensor],  # logits (B, V) -> ids (B,)
+        generator: torch.Generator,  # that draw uses
+    ) -> None:
+        B, T = prompt.shape
+        self.ids = torch.cat((prompt, prompt.new_zeros(B, room)), dim=1)
+        self.last = prompt.new_full((1,), T - 1)  # place in ids of the newest token
+        self.seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=prompt.device)
+        self.seen.scatter_(1, prompt, True)
+        self.penalty, self.draw, self.generator = penalty, draw, generator
+        self.decoder = Decoder(model, B)
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self, start: int, end: int) -> None:
+        """Append the token after ids[:, start:end], which is as far as they go."""
+        self._append(self.decoder.prefill(self.ids[:, start:end]))
+
+    def step(self) -> None:
+        """Append the token after all that the decoder has read and the newest token."""
+        self.decoder.count()
+        self.steps += 1
+        if not self.ids.is_cuda or self.steps == 1:  # the first step compiles the kernels
+            return self._step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            # "thread_local": while a model is trained, the loader's thread may pin memory
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self._step()
+        return self.graph.replay()
+
+    def _step(self) -> None:
+        self._append(self.decoder.logits(self.ids.index_select(1, self.last)[:, 0]))
+
+    def _append(self, logits: Tensor) -> None:
+        token = self.draw(penalise(logits, self.seen, self.penalty))[:, None]
+        self.last.add_(1)
+        self.ids.index_copy_(1, self.last, token)
+        self.seen.scatter_(1, token, True)
 
 
 @torch.no_grad()
@@ -90,31 +144,19 @@ def generate(
         raise ValueError(f"prompt: expected (B, T) with T >= 1, got {tuple(prompt.shape)}")
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     model.eval()
-    B, T = prompt.shape
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    ids = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), dim=1)
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=prompt.device)
-    seen.scatter_(1, prompt, True)
-    decoder, start = None, max(0, T - model.config.window)  # of the context
+    draw = partial(next_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    text = _Text(model, prompt, max_new_tokens, repetition_penalty, draw, generator)
+    window, T = text.decoder.window, prompt.shape[1]
     for end in range(T, T + max_new_tokens):
         with torch.inference_mode():  # cheaper per op than no_grad; what is yielded is made outside of it
-            if decoder is not None and decoder.length < decoder.window:
-                logits = decoder.step(ids[:, end - 1])
+            if end == T:
+                text.begin(max(0, T - window), T)
+            elif text.decoder.length < window:
+                text.step()
             else:
-                if decoder is None:
-                    decoder = Decoder(model, B)
-                else:
-                    start = end - (decoder.window // 2 + 1)
-                logits = decoder.prefill(ids[:, start:end])
-        ids[:, end] = next_token(
-            penalise(logits, seen, repetition_penalty),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
-        seen.scatter_(1, ids[:, end : end + 1], True)
-        yield ids[:, end]
+                text.begin(end - (window // 2 + 1), end)
+        yield text.ids[:, end]
 
 
 def check_settings(
@@ -212,22 +254,31 @@ def continue_ids(
         if row == 0 and text and on_text is not None:
             on_text(text)
 
-    def read(tokens: list[Tensor]) -> None:
-        for values in torch.stack(tokens).tolist() if tokens else ():
-            for row, (stream, value) in enumerate(zip(streams, values, strict=True)):
-                take(row, stream.add(value))
-        tokens.clear()
-
     prompt = torch.tensor(rows, device=model.wte.weight.device)
-    unread: list[Tensor] = []
-    for token in generate(model, prompt, **sampling):
-        unread.append(token)
-        if len(unread) < (_TOKENS_PER_READ if prompt.is_cuda else 1):
-            continue
-        read(unread)
+    for values in _read(generate(model, prompt, **sampling), on_gpu=prompt.is_cuda):
+        for row, (stream, value) in enumerate(zip(streams, values, strict=True)):
+            take(row, stream.add(value))
         if all(stream.ended for stream in streams):
             break
-    read(unread)
     for row, stream in enumerate(streams):
         take(row, stream.end())
     return texts
+
+
+def _read(tokens: Iterator[Tensor], *, on_gpu: bool) -> Iterator[list[int]]:
+    """The values of each of `tokens`, (B,) each. From a GPU a few at a time, while it computes the next."""
+    if not on_gpu:
+        yield from (token.tolist() for token in tokens)
+        return
+    chunks = iter(lambda: list(islice(tokens, _TOKENS_PER_READ)), [])
+    copies = (
+        (torch.stack(chunk).to("cpu", non_blocking=True), torch.cuda.current_stream().record_event())
+        for chunk in chunks
+    )
+    copy = next(copies, None)
+    while copy is not None:
+        following = next(copies, None)  # queued before this one is waited for
+        values, copied = copy
+        copied.synchronize()
+        yield from values.tolist()
+        copy = following

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fusedgpt.kernels.cpu.linear import HAS_ONEDNN
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.decode import Decoder, store_for_decoding
-from fusedgpt.model.generate import generate
+from fusedgpt.model.generate import _Text, generate, next_token
 from fusedgpt.model.gpt import GPT
 
 TEXT = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -114,20 +118,79 @@ class Recorder(TorchDispatchMode):
 @torch.no_grad()
 def test_no_host_value_changes_between_tokens(tiny_gpt: GPT, device: torch.device) -> None:
     """So a CUDA graph of one token is right for all others."""
-    decoder = Decoder(tiny_gpt.to(device), 3)
-    decoder.prefill(TEXT[:, :5].to(device))
-    token = TEXT[:, 5].to(device)
-    buffers = [token, decoder.position, decoder.lengths, *tiny_gpt.parameters()]
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(next_token, temperature=0.8, top_k=40, top_p=0.9, generator=generator)
+    text = _Text(tiny_gpt.to(device), TEXT[:, :5].to(device), 6, 1.2, draw, generator)
+    text.begin(0, 5)
+    decoder = text.decoder
+    buffers = [text.ids, text.last, text.seen, decoder.position, decoder.lengths, *tiny_gpt.parameters()]
     buffers += [x for layer in decoder.layers for x in (layer.k, layer.v)]
     calls = []
     for _ in range(3):
         with Recorder(buffers) as recorder:
-            decoder._step(token)
+            text._step()
         calls.append(recorder.calls)
     assert len(calls[0]) > 20
     assert calls[0] == calls[1] == calls[2]
     assert decoder.lengths.tolist() == [8, 8, 8]
     assert decoder.position.tolist() == [8]
+    assert text.last.tolist() == [8]
+    assert (text.ids[:, 9:] == 0).all()
+    assert text.seen.sum(1).tolist() == [len(set(row[:9])) for row in text.ids.tolist()]
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph: what is captured is undone, and runs when it is replayed."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.register_generator_state = Mock()
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.text._step()
+
+
+@pytest.mark.parametrize("prompt", [3, 12])
+def test_the_second_step_is_captured_and_the_draw_with_it(
+    tiny_gpt: GPT, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing runs twice, also where a full context (16 tokens) is begun anew between replays."""
+    options = {"max_new_tokens": 40, "temperature": 0.8, "repetition_penalty": 1.3}
+    plain = torch.stack(list(generate(tiny_gpt, TEXT[:, :prompt], **options)))
+    graphs: list[Graph] = []
+
+    class OnGPU(_Text):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.ids = self.ids.as_subclass(IsCuda)
+
+        def _step(self) -> None:
+            if not capturing:
+                super()._step()
+
+    class IsCuda(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    @contextmanager
+    def capture(graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        graphs.append(graph)
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    capturing: list[bool] = []
+    texts: list[OnGPU] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Graph, "text", property(lambda _: texts[0]), raising=False)
+    monkeypatch.setattr("fusedgpt.model.generate._Text", lambda *a: texts.append(OnGPU(*a)) or texts[0])
+    ours = torch.stack(list(generate(tiny_gpt, TEXT[:, :prompt], **options)))
+    assert torch.equal(ours.as_subclass(Tensor), plain)
+    assert len(graphs) == 1
+    graphs[0].register_generator_state.assert_called_once_with(texts[0].generator)
+    assert graphs[0].replays == texts[0].steps - 1 > 20
 
 
 @pytest.mark.gpu
@@ -143,6 +206,20 @@ def test_a_captured_token_is_the_token(device: torch.device) -> None:
             context = torch.cat((context, token[:, None]), dim=1)
             context = context if context.shape[1] <= 64 else context[:, -33:]
     assert torch.equal(ours, torch.stack(plain))
+
+
+@pytest.mark.gpu
+def test_captured_draws_are_those_of_eager_steps(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=64)
+    gpt = GPT(config, seed=1).to(device).eval()
+    prompt = torch.arange(8, device=device).view(2, 4)
+    captured = torch.stack(list(generate(gpt, prompt, max_new_tokens=100, temperature=1.0)))
+    monkeypatch.setattr(_Text, "step", lambda text: text.decoder.count() or text._step())
+    assert torch.equal(
+        torch.stack(list(generate(gpt, prompt, max_new_tokens=100, temperature=1.0))), captured
+    )
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, RepetitionPenaltyLogitsPro
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.decode import Decoder, store_for_decoding
 from fusedgpt.model.folder import load_model
-from fusedgpt.model.generate import generate, next_token, penalise, sample_batch, sample_texts
+from fusedgpt.model.generate import _read, generate, next_token, penalise, sample_batch, sample_texts
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import byte_tokenizer, char_tokenizer
 
@@ -125,23 +127,40 @@ def test_a_row_that_ended_stays_ended(monkeypatch: pytest.MonkeyPatch, tiny_gpt:
     assert sample_texts(tiny_gpt, char_tokenizer("abc"), "", n_samples=2) == ["a", ""]
 
 
-def test_tokens_of_a_gpu_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_gpt: GPT) -> None:
-    """And what came after the end of the text is left out."""
-    taken: list[int] = []
+def test_tokens_of_a_gpu_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight, while it computes the next eight; what was queued beyond the end of a text is never read."""
+    events: list[str] = []
 
-    class OnGPU(torch.Tensor):
-        is_cuda = True  # type: ignore[assignment]
+    def tokens() -> Iterator[torch.Tensor]:
+        for value in range(20):
+            events.append(f"queue {value}")
+            yield torch.tensor([value, -value])
 
-    def tokens(*_: Any, **__: Any) -> Any:
-        for value in [0, 1, 2, 3, 0, 1, 2, 0, 1]:  # 3 is end-of-text
-            taken.append(value)
-            yield torch.tensor([value])
+    stream = Mock()
+    stream.record_event.return_value.synchronize = lambda: events.append("wait")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    read = _read(tokens(), on_gpu=True)
+    assert next(read) == [0, 0]
+    assert events == [*(f"queue {i}" for i in range(16)), "wait"]
+    assert [next(read) for _ in range(7)] == [[i, -i] for i in range(1, 8)]
+    assert len(events) == 17
+    assert [*read] == [[i, -i] for i in range(8, 20)]
+    assert events[17:] == [*(f"queue {i}" for i in range(16, 20)), "wait", "wait"]
 
-    real = torch.tensor
-    monkeypatch.setattr("fusedgpt.model.generate.generate", tokens)
-    monkeypatch.setattr(torch, "tensor", lambda rows, device=None: real(rows).as_subclass(OnGPU))
-    assert sample_texts(tiny_gpt, char_tokenizer("abc"), "") == ["abc"]
-    assert len(taken) == 8
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (5, None), (None, 0.7), (1, 1e-9)])
+def test_a_draw_is_that_of_torch_multinomial(top_k: int | None, top_p: float | None) -> None:
+    """To the bit, so that a seed gives the text it has always given."""
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
+    for _ in range(20):
+        token = next_token(logits, temperature=0.7, top_k=top_k, top_p=top_p, generator=ours)
+        kept, ids = (logits / 0.7).topk(top_k or 50, dim=-1)
+        probabilities = kept.softmax(-1)
+        if top_p is not None:
+            probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
+        choice = torch.multinomial(probabilities, 1, generator=theirs)
+        assert torch.equal(token, ids.gather(1, choice)[:, 0])
 
 
 def test_prompt_outside_the_vocabulary_is_refused(tiny_gpt: GPT) -> None:
