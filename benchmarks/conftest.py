@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["GOMP_SPINCOUNT"] = "1000"  # before anything imports torch; see kernels/cpu/process.py
 
@@ -19,6 +20,7 @@ from benchmarks.kernels.harness import DTYPE, Bench
 from benchmarks.report import page, record, sections
 
 IMPORTANCE = ("attention", "linear_cross_entropy", "layer_norm", "adamw", "activation", "decode_attention")
+COMPILED = ("ours", "ours_flat", "compiled", "flex", "liger")  # contenders with something to compile
 FIRST = ((64, 1024), (64, 4096))  # head size and T of the attention benchmarks that come first
 _ROWS = pytest.StashKey[list[record.Row]]()
 
@@ -31,14 +33,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Most important first, what compiles for long last: a time limit cuts the end."""
     if all("bench" in getattr(item, "fixturenames", ()) for item in items):
         items.sort(key=_importance)
+        if config.getoption("--compile-only"):
+            items[:] = [item for item in items if _parameters(item)["contender"] in COMPILED]
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params  # type: ignore[attr-defined,no-any-return]
 
 
 def _importance(item: pytest.Item) -> tuple[bool, bool, int]:
-    parameters = item.callspec.params  # type: ignore[attr-defined]
+    parameters = _parameters(item)
     op = item.path.stem.removeprefix("test_bench_")
     later = op == "attention" and (parameters["D"], parameters["T"]) not in FIRST
     place = IMPORTANCE.index(op) if op in IMPORTANCE else len(IMPORTANCE)

@@ -44,7 +44,7 @@ PARTS = tomllib.loads(Path(__file__).with_name("parts.toml").read_text())
 def all_parts(
     *, gpu: bool, peer: Path | None = None, text: Path | None = None, toy: bool = False
 ) -> list[Part]:
-    """Everything there is to measure, in its order; whole jobs only with the text for them."""
+    """Everything there is to measure, in its order; jobs need the text for them, or have no commands."""
     given = {"peer": "", "rivals": "", "text": shlex.quote(str(text)), "pytest": PYTEST}
     if peer:
         given |= {"peer": f"--peer {shlex.quote(str(peer))}", "rivals": "peer peer-cudnn" if gpu else "peer"}
@@ -52,7 +52,8 @@ def all_parts(
     described = PARTS["toy" if toy else "gpu" if gpu else "cpu"]
 
     def commands(name: str) -> list[list[str]]:
-        return [[sys.executable, *shlex.split(line.format(**given))] for line in described[name]["run"]]
+        lines = [line for line in described[name].get("run", []) if text or "{text}" not in line]
+        return [[sys.executable, *shlex.split(line.format(**given))] for line in lines]
 
     def part(name: str, seconds: float, compiles: Sequence[str] = (), **_: object) -> Part:
         timed = [command for other in compiles for command in commands(other)]
@@ -66,7 +67,7 @@ def all_parts(
             environment={} if name == "sampling" else ENVIRONMENT,
         )
 
-    return [part(name, **fields) for name, fields in described.items() if text or name != "jobs"]
+    return [part(name, **fields) for name, fields in described.items()]
 
 
 def compiling(command: list[str]) -> list[list[str]]:

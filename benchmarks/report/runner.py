@@ -45,6 +45,7 @@ class Command:
     def __init__(self, part: Part, index: int, out: Path, seconds: float) -> None:
         self.part, self.out, self.stopped, self.finished = part, out, False, False
         self.rows: list[Row] = []
+        self.began = time.monotonic()
         self.read = 0  # bytes of the output that were harvested
         self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
         # Not in DIR, which holds only what is to be kept. Closed by `finish`.
@@ -99,7 +100,8 @@ class Command:
         lines = [line for line in text.splitlines() if line.strip()]
         self.last_line = lines[-1].strip(" =")[:150] if lines else f"exit code {self.code}"
         with (self.out / "log.txt").open("a") as log:
-            log.write(f"\n=== {self.part.name}, exit code {self.code}: {' '.join(self.arguments)}\n{text}")
+            how = f"{self.part.name}, exit code {self.code}, {time.monotonic() - self.began:.1f} s"
+            log.write(f"\n=== {how}: {' '.join(self.arguments)}\n{text}")
         self.output.close()
         self.finished = True
 

@@ -22,6 +22,7 @@ def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[S
         machine(rows),
         repeatability(rows),
         training(rows),
+        table("First step, of all that start at once", of_suite(rows, "train", "first step"), FIRST_STEP),
         ablation(rows),
         table("Gradient checkpointing", of_suite(rows, "train", "checkpointing"), CHECKPOINTING),
         kernels(rows),
@@ -226,6 +227,13 @@ TRAINING: Columns = {
 }
 
 
+FIRST_STEP: Columns = {
+    "step": step_name,
+    "contender": words("contender"),
+    "from launch": lambda row: duration(row["ms"]),
+}
+
+
 def training(rows: Sequence[Row]) -> Section:
     """Training steps of ours and its rivals."""
     found = beside_ours(of_suite(rows, "train", "step"), "shape", "dtype")
@@ -272,6 +280,7 @@ KERNELS: Columns = {
     "op": words("name", "shape"),
     "contender": words("contender"),
     "ms": with_interval,
+    "timed": lambda row: "with its launches" if row.get("driver") and row.get("captured") is False else "",
     "rate": figure("rate", "unit"),
     "of the ceiling": lambda row: percent(1 / row["gap"]),
     "floor, ms": figure("floor_ms"),

@@ -71,7 +71,8 @@ def measure_first_step(arguments: argparse.Namespace) -> Iterator[record.Row]:
     small = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32"] if toy else ["--preset", arguments.preset]
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
-        text.write_text("\n\n".join(texts(2000)[0]))
+        enough = max(2000, 8 * SHAPES[arguments.preset].block_size)  # a step takes two windows
+        text.write_text("\n\n".join(texts(enough)[0]))
         caches = {name: str(Path(scratch) / name) for name in CACHES}
         for cache in ("cold", "warm"):
             command = [*CLI, "train", "--data", str(text), "--steps", "1", *small]

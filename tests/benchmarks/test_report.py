@@ -68,6 +68,7 @@ def made_up() -> list[Row]:
         kernel("attention both", name, ms, flops=1e12, bytes_=8e8)
         for name, ms in (("ours", 2.0), ("sdpa_cudnn", 2.1))
     ]
+    rows.append(step("peer", 31_400.0, name="first step"))
     rows.append({**kernel("save checkpoint", "ours", 900.0), "suite": "everyday", "shape": "gpt2"})
     job = {**kernel("shakespeare", "peer", 61_000.0), "suite": "jobs", "shape": "5000 steps"}
     rows.append({**job, "val_loss": 1.4712, "goal": 1.48, "goal_ms": 52_100.0})
@@ -124,6 +125,7 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(tmp_path: Path) -> 
         "97.2%",
         "1.31x",
         "50.0%",
+        "31.4 s",
     ):
         assert wanted in reader.text, wanted
         assert wanted in markdown, wanted
