@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -46,8 +45,12 @@ class Timed:
             for _ in range(3):
                 call(prepare())
         torch.cuda.current_stream().wait_stream(stream)
-        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
-            self._capture()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                self._capture()
+        except RuntimeError:  # and PyTorch's generator of random numbers waits for the end of the capture
+            fresh = torch.Generator(DEVICE).graphsafe_get_state()
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
     def _capture(self) -> None:
         """As two graphs with one memory pool: the second reads what the first has written."""
