@@ -49,3 +49,23 @@ def blocks_per_multiprocessor(arch: int, *, warps: int, registers: int, shared: 
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """A GPU of compute capability 9.0."""
+
+    multiprocessors: int = 132
+    clock: float = 1.755e9  # Hz, assumed under load; the boost clock is 1.98e9
+    flops: float  # of a large bf16 matrix product per second; the datasheet has 989e12
+    bandwidth: float  # bytes per second of a large copy
+    l2: float = 5.5e12  # bytes per second read from the L2 cache; chipsandcheese.com on the H100 PCIe
+
+
+GPUS = {
+    # NVIDIA's datasheet has 3.35 TB/s; QuACK's best kernels reach 2.99. Large products: 2% below an H200's.
+    "H100": GPU(flops=775e12, bandwidth=3.0e12),
+    # 4.8 TB/s; published copies reach 4.2, large products 790 TFLOP/s.
+    "H200": GPU(flops=790e12, bandwidth=4.2e12),
+}
+LAUNCH = 1e-6  # seconds between the work of two kernels in a CUDA graph, assumed

@@ -25,6 +25,7 @@ from fusedgpt.kernels.tools import sass
 from fusedgpt.kernels.tools.compiling import Compiled, only_compile
 from fusedgpt.kernels.tools.hardware import MULTIPROCESSORS, blocks_per_multiprocessor
 from fusedgpt.kernels.tools.launches import LAUNCHES
+from fusedgpt.kernels.tools.predict import Prediction, predict
 
 ARCHITECTURES = (80, 90, 100)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,6 +55,7 @@ class Row:
     straight: dict[str, int] = field(default_factory=dict)  # the same outside of loops
     overlapped: int = 0  # instructions of the hot loop issued while its matrix products run
     overlapped_mufu: int = 0
+    predicted: Prediction | None = None  # of the bf16 kernels on 9.0
     tensor_core: dict[str, int] = field(default_factory=dict)  # instruction and input type -> count
     loads: dict[str, int] = field(default_factory=dict)  # bytes per instruction, or "tma" -> count
     stores: dict[str, int] = field(default_factory=dict)
@@ -68,6 +70,8 @@ class Row:
             "regs": str(self.registers),
             "blocks/SM": str(self.blocks),
             "loop": str(sum(self.loop.values()) or sum(self.straight.values())),
+            "bound": self.predicted.bound if self.predicted else "",
+            "predicted, H200": self.predicted.rate("H200") if self.predicted else "",
             "problem": self.problem,
         }
 
@@ -119,21 +123,24 @@ def _compile_file(stem: str, arch: int, dtype: str, full: bool) -> list[Row]:
                     problem = f"does not compile: {type(result).__name__}: {_innermost(result)}"
                     rows.setdefault(f"{name} {problem}", Row(**common, problem=problem))
                 elif result.hash not in rows:
-                    rows[result.hash] = _examine(result, **common)
+                    rows[result.hash] = _examine(kernel, **common)
             compiled.clear()
     return list(rows.values())
 
 
-def _examine(compiled: Any, *, arch: int, **common: Any) -> Row:
-    """The row of a CompiledKernel."""
+def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
+    """The row of a launch that compiled."""
+    compiled = launch.result
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
     registers, stack, blocks = _resources(compiled, arch)
     code = sass.read(compiled)
     loads, stores = _widths(ptx)
+    predictable = arch == 90 and dtype == "bf16" and blocks
     return Row(
         **common,
         arch=arch,
+        dtype=dtype,
         config=" ".join([*constants, f"warps={metadata.num_warps}", f"stages={metadata.num_stages}"]),
         registers=registers,
         stack=stack,
@@ -143,6 +150,7 @@ def _examine(compiled: Any, *, arch: int, **common: Any) -> Row:
         straight=code.straight.units,
         overlapped=code.hot.overlapped if code.hot else 0,
         overlapped_mufu=code.hot.overlapped_mufu if code.hot else 0,
+        predicted=predict(launch, code, blocks) if predictable else None,
         tensor_core=_tensor_core(ptx),
         loads=loads,
         stores=stores,

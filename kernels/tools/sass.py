@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import triton
@@ -26,6 +27,8 @@ UNITS = tuple(_UNITS)
 _UNIT = re.compile("|".join(f"(?P<{unit}>(?:{names})$)" for unit, names in _UNITS.items()))
 
 _LINE = re.compile(r"^(?:(\.L_x_\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ +)?([A-Z]\w*)([.\w]*)([^;]*))")
+_CONTROL = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
+_NO_BARRIER = 0xFE2 << 40
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _WARPGROUP_MMA = re.compile(r"\.(\d+)x(\d+)x(\d+)")
 _WARP_MMA = re.compile(r"\.(\d+?)(8|16)(8|16|32)\b")  # HMMA.16816: m 16, n 8, k 16
@@ -39,21 +42,39 @@ class Instruction:
     name: str  # e.g. "LDG"
     modifiers: str  # e.g. ".E.128"
     operands: str
+    control: int = _NO_BARRIER  # the upper 64 bits of the encoding
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """One of UNITS."""
         found = _UNIT.match(self.name)
         return str(found.lastgroup) if found else "alu"
 
-    @property
+    # Scheduling: Jia et al. 2018, "Dissecting the NVIDIA Volta GPU Architecture" (arXiv 1804.06826), 2.1.
+
+    @cached_property
+    def stall(self) -> int:
+        """Cycles until this warp may issue its next instruction."""
+        return max(1, self.control >> 41 & 15)
+
+    @cached_property
+    def barriers(self) -> tuple[int, int]:
+        """The barriers released when its result is written and when its operands are read; 7: none."""
+        return self.control >> 46 & 7, self.control >> 49 & 7
+
+    @cached_property
+    def waits(self) -> tuple[int, ...]:
+        """The barriers that must be released before it is issued."""
+        return tuple(i for i in range(6) if self.control >> 52 + i & 1)
+
+    @cached_property
     def width(self) -> int:
         """Bytes per thread of an access to memory."""
         if bits := re.search(r"\.U?S?(8|16|32|64|128)\b", self.modifiers):
             return int(bits[1]) // 8
         return 4
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Of a matrix product, per warp."""
         if self.unit != "tensor":
@@ -69,6 +90,7 @@ class Instruction:
 class Mix:
     """What one warp executes in a stretch of code."""
 
+    code: tuple[Instruction, ...]
     units: dict[str, int]  # instructions by unit
     flops: int  # of matrix products
     loaded: int  # bytes of global memory per thread, without the tensor memory accelerator
@@ -99,12 +121,12 @@ def read(compiled: Any) -> Code:
     polling a barrier, is no part of it.
     """
     cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
-    command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-hex", cubin]
     return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def parse(text: str) -> Code:
-    """The code in the output of `nvdisasm -c`."""
+    """The code in the output of `nvdisasm -c -hex`."""
     instructions, labels = _instructions(text)
     successors = _successors(instructions, labels)
     loops = _loops(successors)
@@ -131,8 +153,10 @@ def _instructions(text: str) -> tuple[list[Instruction], dict[str, int]]:
             label, predicate, name, modifiers, operands = found.groups()
             if label:
                 labels[label] = len(instructions)
-            elif name != "NOP":
+            else:
                 instructions.append(Instruction(predicate or "", name, modifiers, operands))
+        elif found := _CONTROL.match(line):
+            instructions[-1] = replace(instructions[-1], control=int(found[1], 16))
     return instructions, labels
 
 
@@ -182,6 +206,7 @@ def _mix(instructions: list[Instruction], *, cyclic: bool) -> Mix:
     shared = [i for i in instructions if i.unit == "shared"]
     overlapped = _overlapped(instructions, cyclic)
     return Mix(
+        code=tuple(instructions),
         units=dict(Counter(i.unit for i in instructions)),
         flops=sum(i.flops for i in instructions),
         loaded=sum(i.width for i in loads),

@@ -42,6 +42,7 @@ def report_kernels(
 ) -> None:
     """Compile every kernel, no GPU needed: registers, blocks per multiprocessor, instructions in the loop.
 
+    For bf16 on 9.0 also what bounds the kernel and how fast it would be: a prediction, not a measurement.
     --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
     """
     inspection = _triton_module("kernels.tools.report")

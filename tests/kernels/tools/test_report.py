@@ -175,6 +175,15 @@ def test_adamw_accesses_full_blocks_16_bytes_at_once() -> None:
     assert len(kinds) == 3 * 2 * 5  # both kernels: fp32, and bf16 and fp16 with gradients in 16 and 32 bits
 
 
+def test_bf16_kernels_on_hopper_have_a_prediction(shipped: list[dict[str, Any]]) -> None:
+    for row in shipped:
+        assert (row["predicted"] is not None) == (row["arch"] == 90 and row["dtype"] == "bf16"), row
+    attention = [row for row in shipped if row["predicted"] and "_attention_fwd" in row["kernel"]]
+    for row in attention:
+        assert row["loop"]["tensor"] > 0
+        assert 50e6 < row["predicted"]["flops"] / row["predicted"]["microseconds"]["H200"] < 800e6, row
+
+
 def test_every_file_with_kernels_is_inspected() -> None:
     folder = Path(__file__).parents[3] / "kernels"
     with_kernels = {path.stem for path in folder.glob("*.py") if "_kernel(\n" in path.read_text()}
