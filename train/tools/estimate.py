@@ -30,8 +30,10 @@ k in fp32, but no log-sum-exp.
 The peak is at one of two moments; between them activations give way to gradients. The backward pass enters
 the last block (all activations, the embedding's gradient, what is recomputed of a block, and six tensors of
 M C e on the way: the gradients of a residual, a norm and the MLP's wide part), or it leaves the first (all
-gradients, one block's activations). Gradients summed over several forward passes are there at both. CUDA's
-context and the allocator's rounding come on top.
+gradients, one block's activations). Gradients summed over several forward passes are there at both, and on a
+GPU cuBLAS's workspaces, one for the thread of the forward pass, one for the backward's. CUDA's context and
+the allocator's rounding (up to 1 MiB per tensor) come on top; so does a validation, where a CUDA graph keeps
+its step's memory.
 
 Time. A parameter of a matrix product costs 6 FLOPs a token (2 forward, 4 backward), attention, as if it were
 not causal, 12 C T a block: 6 N + 12 L C T, as in nanoGPT (PaLM, appendix B). N is every parameter but the
@@ -70,6 +72,11 @@ _PEAK_FLOPS = {
     "RTX 3090": (71e12, 36e12),
 }
 
+_WORKSPACES = (
+    2 * (32 << 20),
+    2 * 8_519_680,
+)  # of cuBLAS as torch sets it, on compute capability 9 and 10; else
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -103,6 +110,13 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float:
             tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
             return bf16 if dtype.itemsize == 2 else bf16 / 2 if tf32 else fp32
     return 0.0
+
+
+def workspace_bytes(device_name: str) -> int:
+    """What cuBLAS keeps for itself during training."""
+    if device_name == "cpu":
+        return 0
+    return _WORKSPACES[0 if re.search(r"\b(GH|GB|H|B)\d00\b", device_name) else 1]
 
 
 def flops_per_token(gpt_config: GPTConfig, max_length: int) -> float:
@@ -222,10 +236,13 @@ def estimate(gpt_config: GPTConfig, train: TrainConfig, max_length: int, device_
     )
     peak = peak_flops(device_name) if dtype.itemsize == 2 else 0.0
     accumulates = windows > train.batch_size
-    return [_row(mode, shapes, windows * max_length, accumulates, peak) for mode in CHECKPOINTING]
+    extra = workspace_bytes(device_name)
+    return [_row(mode, shapes, windows * max_length, accumulates, peak, extra) for mode in CHECKPOINTING]
 
 
-def _row(checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, peak: float) -> Row:
+def _row(
+    checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, peak: float, workspaces: int
+) -> Row:
     config, w = shapes.config, shapes.weight_dtype.itemsize
     embedding = config.padded_vocab_size * config.n_embd
     vectors = (13 * config.n_layer + 2) * config.n_embd  # biases and norms, always fp32
@@ -245,7 +262,7 @@ def _row(checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, pea
         optimizer=optimizer,
         activations=kept,
         loss=shapes.loss(),
-        total=matrices * w + vectors * 4 + optimizer + max(entering, leaving),
+        total=matrices * w + vectors * 4 + optimizer + max(entering, leaving) + workspaces,
         flops_per_token=flops,
         recomputed_flops_per_token=again,
         seconds_per_step=tokens * (flops + again) / (REACHED * peak) if peak else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
+from fusedgpt.train.loop.batches import Cursor, StepBatch
 from fusedgpt.train.loop.execution import checkpoint_activations
+from fusedgpt.train.loop.optimizer import build_optimizer
+from fusedgpt.train.loop.precision import cast_parameters
+from fusedgpt.train.loop.step import Step
 from fusedgpt.train.tools.estimate import (
     CHECKPOINTING,
     Row,
@@ -22,6 +27,7 @@ from fusedgpt.train.tools.estimate import (
     peak_flops,
     recomputed_flops_per_token,
     table,
+    workspace_bytes,
 )
 
 SMALL = GPTConfig(vocab_size=61, block_size=64, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
@@ -175,6 +181,41 @@ def test_rows_of_gpt2_on_an_h200() -> None:
     for row in (none, selective, full):
         parts = row.parameters + row.optimizer + row.activations
         assert parts < row.total < 1.3 * (parts + row.gradients + row.loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [
+        ("NVIDIA H200", 64), ("NVIDIA H100 80GB HBM3", 64), ("NVIDIA GH200 480GB", 64), ("NVIDIA B200", 64),
+        ("NVIDIA A100-SXM4-40GB", 16.25), ("NVIDIA L4", 16.25), ("cpu", 0),
+    ],
+)  # fmt: skip
+def test_workspaces_of_cublas(name: str, mebibytes: float) -> None:
+    assert workspace_bytes(name) == mebibytes * 2**20
+    without = rows("NVIDIA L4")[0].total - workspace_bytes("NVIDIA L4")
+    assert name == "cpu" or rows(name)[0].total - without == mebibytes * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("preset", "B", "T"), [("12M", 32, 256), ("gpt2", 4, 1024)])
+def test_the_peak_is_what_torch_counts(preset: str, B: int, T: int, checkpointing: str) -> None:
+    """Of eager steps; a few percent more for tensors that are rounded up to whole MiB."""
+    torch._C._cuda_clearCublasWorkspaces()
+    before, config = torch.cuda.memory_allocated(), TrainConfig(batch_size=B)
+    model = GPT(PRESETS[preset]).cuda().train()
+    cast_parameters(model, torch.bfloat16)
+    checkpoint_activations(model, checkpointing)
+    step = Step(partial(model, dtype=torch.bfloat16), build_optimizer(model, config), config)
+    ids = torch.zeros(B, T, dtype=torch.int64, device="cuda")
+    batch = StepBatch.collect([(ids, ids)], Cursor())
+    step(batch, 1e-4)
+    torch.cuda.reset_peak_memory_stats()
+    step(batch, 1e-4)
+    measured = torch.cuda.max_memory_allocated() - before
+    expected = estimate(PRESETS[preset], config, T, torch.cuda.get_device_name())
+    (row,) = (row for row in expected if row.checkpointing == checkpointing)
+    assert 0.98 * row.total < measured < 1.04 * row.total
 
 
 def test_predicted_time_of_a_step() -> None:
