@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +22,7 @@ import triton
 
 from fusedgpt.kernels.errors import InputError
 from fusedgpt.kernels.tools import check
+from fusedgpt.kernels.tools.cases import Case as CheckedCase
 from fusedgpt.kernels.tools.cases import cases as checked_cases
 from fusedgpt.kernels.tools.hardware import MULTIPROCESSORS
 from fusedgpt.kernels.tools.report import ARCHITECTURES, problems
@@ -37,7 +37,6 @@ from fusedgpt.train.loop.trainer import train
 from fusedgpt.train.tools.meta_cuda import Fault, Record, meta_cuda
 from fusedgpt.train.tools.torch_api import missing_from_torch
 
-_BLOCKS = 2
 _MEANT = {  # where the host has to wait, for what
     ("train/report/step_log.py in TrainingLog.read", "copy to the host"),
     ("train/loop/validation.py in evaluate", "a value is read"),
@@ -52,6 +51,7 @@ class Case:
 
     name: str
     run: Callable[[Record, int], Counter[str]]  # -> what a step launches
+    blocks: tuple[int, ...] = (2, 3)  # of the models; without a second number launches go by step alone
     everywhere: bool = False  # whether without --full it runs for all architectures, not only the first
 
 
@@ -116,7 +116,7 @@ def _rehearse_for(arch: int, names: list[str]) -> list[Rehearsed]:
 def rehearse_case(case: Case, arch: int, seen: set[str]) -> Rehearsed:
     """`case` on `arch`; `seen` grows by the hashes of the kernels that were compiled."""
     launches, faults, kernels = [], [], 0
-    for blocks in (_BLOCKS, _BLOCKS + 1):
+    for blocks in case.blocks:
         with meta_cuda(arch) as record:
             try:
                 launches.append(case.run(record, blocks))
@@ -130,8 +130,7 @@ def rehearse_case(case: Case, arch: int, seen: set[str]) -> Rehearsed:
             faults += [f"{where}: {kernel.src.fn.__name__} {x}" for x in problems(kernel, arch)]
         if faults:
             break
-    block = launches[1] - launches[0] if len(launches) == 2 else Counter[str]()
-    rest = launches[0] - Counter({name: _BLOCKS * n for name, n in block.items()}) if launches else block
+    block, rest = _split(launches, case.blocks[0])
     return Rehearsed(
         case=case.name,
         arch=arch,
@@ -140,6 +139,13 @@ def rehearse_case(case: Case, arch: int, seen: set[str]) -> Rehearsed:
         rest=dict(rest),
         faults=list(dict.fromkeys(faults)),
     )
+
+
+def _split(launches: list[Counter[str]], blocks: int) -> tuple[Counter[str], Counter[str]]:
+    """Launches of one block, and those that are not of a block; the second count is of one block more."""
+    block = launches[1] - launches[0] if len(launches) == 2 else Counter[str]()
+    whole = launches[0] if launches else block
+    return block, whole - Counter({name: blocks * n for name, n in block.items()})
 
 
 def _is_meant(fault: Fault) -> bool:
@@ -154,6 +160,7 @@ def cases(full: bool) -> list[Case]:
     return [
         _training("gpt2 bf16, dropout", everywhere=True),
         _training("gpt2 bf16, no dropout", dropout=0.0),
+        _training("gpt2 bf16, windows of 1,000 tokens", length=1000),
         _training("gpt2 bf16, documents", documents=True),
         _training("gpt2 bf16, documents, no dropout", documents=True, dropout=0.0),
         _training("gpt2 bf16, 2 micro-batches", batch_tokens=2 * 16 * 1024),
@@ -162,19 +169,13 @@ def cases(full: bool) -> list[Case]:
         _training("gpt2 bf16, label smoothing, z-loss", label_smoothing=0.1, z_loss=1e-4),
         _training("gpt2 bf16, deterministic", deterministic=True),
         _training("gpt2 bf16, CUDA graph", cuda_graphs="on"),
-        _training(
-            "12M bf16, CUDA graph, 2 micro-batches", "12M", cuda_graphs="on", batch_tokens=2 * 16 * 512
-        ),
+        _training("12M bf16, CUDA graph, 2 micro-batches", "12M", cuda_graphs="on", batch_tokens=1 << 14),
         _training("12M fp16, CUDA graph", "12M", cuda_graphs="on", precision="fp16"),
         _training("12M fp32", "12M", precision="fp32"),
         _generation("gpt2 bf16, 1 sample", 1, torch.bfloat16, everywhere=True),
         _generation("gpt2 bf16, 32 samples", 32, torch.bfloat16),
         _generation("gpt2 fp32, 1 sample", 1, torch.float32),
-        *(
-            Case(name=f"check {case.op} {case.shape} {dtype}", run=partial(_check, case, check.DTYPES[dtype]))
-            for case in checks
-            for dtype in check.DTYPES
-        ),
+        *(_checked(case, dtype) for case in checks for dtype in check.DTYPES),
     ]
 
 
@@ -182,6 +183,7 @@ def _training(
     name: str,
     preset: str = "gpt2",
     *,
+    length: int | None = None,  # of the windows; the model's context if None
     dropout: float = 0.1,
     documents: bool = False,
     everywhere: bool = False,
@@ -198,7 +200,7 @@ def _training(
         dataset = TokenDataset(
             train=ids,
             val=ids[:5000],
-            max_length=shape.block_size,
+            max_length=length or shape.block_size,
             train_documents=131,
             val_documents=5,
             eot_id=999,
@@ -238,10 +240,16 @@ def _generation(name: str, samples: int, dtype: torch.dtype, *, everywhere: bool
     return Case(name=f"sampling {name}", run=run, everywhere=everywhere)
 
 
-def _check(case: Any, dtype: torch.dtype, record: Record, blocks: int) -> Counter[str]:
-    with torch.device("cuda"):
-        inputs = case.inputs(None)
-    typed = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    typed |= {name: typed[name].float() for name in case.fp32_inputs}
-    check.run_case(case.ours, typed, None)
-    return record.launches
+def _checked(case: CheckedCase, dtype_name: str) -> Case:
+    """A case of `kernels check`, forward and backward."""
+    dtype = check.DTYPES[dtype_name]
+
+    def run(record: Record, _: int) -> Counter[str]:
+        with torch.device("cuda"):
+            inputs = case.inputs(torch.Generator())
+        typed = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        typed |= {name: typed[name].float() for name in case.fp32_inputs}
+        check.run_case(case.ours, typed, None)
+        return record.launches
+
+    return Case(name=f"check {case.op} {case.shape} {dtype_name}", run=run, blocks=(0,))
