@@ -95,12 +95,11 @@ class Record:
         elif self.watching:
             self.fault(f"{what}: the host waits for the GPU")
 
-    def copy(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:
+    def copy(self, way: str, *, waits: bool) -> None:
         """A copy between host and GPU."""
-        down = target.type == "cpu"
-        if down or not (non_blocking and getattr(source, "pinned", False)):
-            self.wait("copy to the host" if down else "copy from the host, not asynchronous and pinned")
-        self.launches["copy to the host" if down else "copy from the host"] += 1
+        if waits:
+            self.wait(f"copy {way} the host, not asynchronous and pinned")
+        self.launches[f"copy {way} the host"] += 1
 
 
 @contextmanager
@@ -223,7 +222,8 @@ class _Stream:
     def synchronize(self) -> None:
         self._record.wait("synchronize()")
 
-    def record(self, *_: object) -> None: ...
+    def record(self, *_: object) -> _Stream:
+        return self  # as the event
 
     wait_stream = wait_event = record_event = record
 
@@ -236,6 +236,8 @@ class _Graph:
 
     def __init__(self, record: Record) -> None:
         self._record = record
+
+    def register_generator_state(self, _: object) -> None: ...
 
     def replay(self) -> None:
         self._record.launches["CUDA graph"] += 1
@@ -341,8 +343,10 @@ class _Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, source: Tensor, target: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
         non_blocking = kwargs.get("non_blocking") or (len(args) == 3 and args[2])
-        self.record.copy(source, target, non_blocking)
-        if len(args) > 1:  # copy_
+        down, new = target.type == "cpu", len(args) == 1  # torch pins what is new
+        pinned = (down and new) or getattr(args[0] if down else source, "pinned", False)
+        self.record.copy("to" if down else "from", waits=not (non_blocking and pinned))
+        if not new:  # copy_
             return args[0]
         if target.type == "cpu":
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)

@@ -27,8 +27,9 @@ from fusedgpt.kernels.tools.cases import cases as checked_cases
 from fusedgpt.kernels.tools.hardware import MULTIPROCESSORS
 from fusedgpt.kernels.tools.report import ARCHITECTURES, problems
 from fusedgpt.model.config import PRESETS
-from fusedgpt.model.generate import Sampling, generate
+from fusedgpt.model.generate import Sampling, generate, sample_texts
 from fusedgpt.model.gpt import GPT
+from fusedgpt.model.tokenizer import byte_tokenizer
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.precision import cast_parameters
@@ -39,6 +40,8 @@ from fusedgpt.train.tools.torch_api import missing_from_torch
 
 _MEANT = {  # where the host has to wait, for what
     ("train/report/step_log.py in TrainingLog.read", "copy to the host"),
+    ("model/generate.py in continue_ids", "tensor on the GPU"),  # the prompt
+    ("model/generate.py in _read", "synchronize"),
     ("train/loop/validation.py in evaluate", "a value is read"),
     ("train/run/training_state.py in _on_host", "copy to the host"),
     ("train/run/training_state.py in Training._copy_in", "copy from the host"),
@@ -235,6 +238,7 @@ def _generation(name: str, samples: int, dtype: torch.dtype, *, everywhere: bool
         for _ in generate(model, prompt, **sampling):
             launches, before = record.launches - before, record.launches.copy()
             record.watching = True  # the first token comes from the prompt
+        sample_texts(model, byte_tokenizer(), "to read", n_samples=samples, max_new_tokens=20)
         return launches
 
     return Case(name=f"sampling {name}", run=run, everywhere=everywhere)

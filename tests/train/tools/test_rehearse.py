@@ -19,7 +19,6 @@ LAUNCHES_PER_BLOCK = {
     "training gpt2 bf16, checkpointing full": 43,
     "training 12M fp32": 27,
 }
-LAUNCHES_PER_TOKEN = {"sampling gpt2 bf16, 1 sample": 19, "sampling gpt2 bf16, 32 samples": 19}
 
 PLANTED = '''
 import json, sys
@@ -151,12 +150,10 @@ def test_a_block_launches_few_kernels(case: str, rehearsed: list[dict[str, Any]]
             assert sum(result["block"].values()) == LAUNCHES_PER_BLOCK[case], result["block"]
 
 
-@pytest.mark.parametrize("case", LAUNCHES_PER_TOKEN)
-def test_a_sampled_token_launches_few_kernels(case: str, rehearsed: list[dict[str, Any]]) -> None:
-    for result in rehearsed:
-        if result["case"] == case:
-            assert result["rest"]["CUDA graph"] == 1
-            assert sum(result["rest"].values()) == LAUNCHES_PER_TOKEN[case], result["rest"]
+def test_a_sampled_token_is_one_launch(rehearsed: list[dict[str, Any]]) -> None:
+    found = [result["rest"] for result in rehearsed if result["case"].startswith("sampling")]
+    assert found == [{"CUDA graph": 1}] * len(found)
+    assert found
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +176,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         ("does not compile", "tiled does not compile: CompilationError: "),
         ("spills", "tiled spills "),
         ("bool", "a value is read (item, bool, int or float): the host waits for the GPU"),
-        ("tolist", "copy to the host: the host waits"),
-        ("cpu", "copy to the host: the host waits"),
+        ("tolist", "copy to the host, not asynchronous and pinned: the host waits"),
+        ("cpu", "copy to the host, not asynchronous and pinned: the host waits"),
         ("mask", "indexing with a mask: the host waits"),
         ("nonzero", "nonzero: the host waits"),
         ("pageable", "copy from the host, not asynchronous and pinned: the host waits"),
