@@ -79,17 +79,17 @@ def all_parts(
         *on_any,
         Part(name="graphs", seconds=25, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, peer=peer, text=text),
-        Part(name="gpu_tests", seconds=90, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        Part(name="gpu_tests", seconds=80, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
         Part(name="report", seconds=4, commands=[render]),
         Part(
             name="consan",
-            seconds=35,
+            seconds=30,
             commands=[[*small_check, op] for op in ops],
             jobs=jobs,
             environment=consan,
         ),
-        Part(name="sanitizer", seconds=35, commands=sanitized, jobs=jobs, environment=uncached),
+        Part(name="sanitizer", seconds=20, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", seconds=200, commands=[tuning], environment=tuned)] if tune else []),
     ]
 

@@ -150,9 +150,9 @@ def test_children_compile_in_one_process_into_one_cache(
 
 def test_the_sets_name_parts_and_fit_the_time_they_are_for() -> None:
     parts = {part.name: part for part in gpu_check.all_parts(Path(), gpu=True, peer=ROOT)}
-    for name, minutes in (("first", 7), ("second", 8)):
+    for name in ("first", "second"):
         chosen = [parts[part] for part in bench.PARTS["sets"][name]]
-        assert sum(part.seconds for part in chosen) <= 60 * minutes
+        assert 300 <= sum(part.seconds for part in chosen) <= 390  # --minutes 6 in README.md
     compiled = [part for part in parts.values() if part.name.startswith("compile")]
     for command in (command for part in compiled for command in part.commands):
         assert ("--compile-only" in command) or command[-2:] == ["--steps", "0"]
