@@ -40,7 +40,8 @@ def _row_statistics(row_ptr, S, V, BLOCK_V: tl.constexpr, HAS_SMOOTHING: tl.cons
     total = tl.zeros((BLOCK_V // 8,), tl.float32)
     z_sum = tl.zeros((BLOCK_V // 8,), tl.float32)
     full = V // BLOCK_V * BLOCK_V  # so far no masks are needed: they would double the instructions
-    for start in range(0, full, BLOCK_V):
+    UNROLL: tl.constexpr = 32 // row_ptr.dtype.element_ty.primitive_bitwidth  # 32 bytes of loads per thread
+    for start in tl.range(0, full, BLOCK_V, loop_unroll_factor=UNROLL):
         z = tl.load(row_ptr + _columns(start, BLOCK_V)).to(tl.float32)
         peak, total = _add_exponentials(z, peak, total)
         if HAS_SMOOTHING:
@@ -108,16 +109,16 @@ def _cross_entropy_kernel(
             smooth = label_smoothing * row_scale / V
             target_column = target.to(tl.int32)  # as the columns are
             full = V // BLOCK_V * BLOCK_V
-            for start in range(0, full, BLOCK_V):  # just read, so most of it comes from the L2 cache
-                offs_v = _columns(start, BLOCK_V)
-                z = tl.load(row_ptr + offs_v).to(tl.float32)
-                dz = _dlogits(z, offs_v, target_column, peak, factor, hot, smooth, HAS_SMOOTHING)
-                tl.store(row_ptr + offs_v, dz)
             for start in range(full, S, BLOCK_V):
                 offs_v = _columns(start, BLOCK_V)
                 z = tl.load(row_ptr + offs_v, mask=offs_v < S, other=0.0).to(tl.float32)
                 dz = _dlogits(z, offs_v, target_column, peak, factor, hot, smooth, HAS_SMOOTHING)
                 tl.store(row_ptr + offs_v, tl.where(offs_v < V, dz, 0.0), mask=offs_v < S)
+            for done in range(0, full, BLOCK_V):  # backwards: what was read last is still in a cache
+                offs_v = _columns(full - BLOCK_V - done, BLOCK_V)
+                z = tl.load(row_ptr + offs_v).to(tl.float32)
+                dz = _dlogits(z, offs_v, target_column, peak, factor, hot, smooth, HAS_SMOOTHING)
+                tl.store(row_ptr + offs_v, dz)
 
 
 def cross_entropy(
@@ -129,8 +130,8 @@ def cross_entropy(
 ) -> None:
     """The row kernel: launches one program per row. On a GPU a target out of range is a device-side assert.
 
-    With 1024 threads per row, a multiprocessor works on 2 rows: the 264 rows of 100 KB that an H100 has in
-    flight stay in its L2 cache between the two passes. 2048 threads have 32 registers each; the kernel fits.
+    With 1024 threads per row, a multiprocessor works on 2 rows, of 100 KB each, which its L1 or the L2 cache
+    keeps between the two passes. 2048 threads have 32 registers each; the kernel fits.
     """
     S = logits.stride(0)
     BLOCK_V = min(max(triton.next_power_of_2(S), _BLOCK_V[0]), _BLOCK_V[1])

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels.cpu.linear import matmul_nt
+from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.numerics import fp32_sums
 
 CPU_ROWS = 512  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
-_LOGITS_BYTES = 1 << 29  # of a GPU's buffer at most: 4096 rows of 50304 in bf16
+_LOGITS_BYTES = 1 << 30  # of a GPU's buffer at most: 8192 rows of 50304 in bf16
 _ALIGNMENT = 128  # the buffer's row stride is a multiple of this, so that every row is read 16 bytes per load
 
 
@@ -141,8 +142,7 @@ def check_targets(targets: Tensor, options: LossOptions) -> None:
         raise ValueError(f"targets holds {int(targets[~valid][0])}, {expected}")
 
 
-@torch.library.custom_op("fusedgpt::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy_op(
+def _loss_and_gradients(
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (P, C)
     targets: Tensor,  # (N,) int64
@@ -153,10 +153,7 @@ def linear_cross_entropy_op(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum(row_scale * losses), its dhidden, its dweight), the gradients made along with the loss.
-
-    Without row_scale (losses (N,), empty, empty): the backward pass then makes the logits a second time.
-    """
+    """(sum(row_scale * losses), its dhidden, its dweight); without row_scale (losses (N,), empty, empty)."""
     options = LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
     if backend != "triton" or targets.device.type == "cpu":  # on a GPU the Triton kernel asserts
         check_targets(targets, options)
@@ -167,8 +164,9 @@ def linear_cross_entropy_op(
     return losses if row_scale is None else losses @ row_scale, dhidden, dweight
 
 
-@linear_cross_entropy_op.register_fake
-def _(hidden: Tensor, weight: Tensor, _: Tensor, row_scale: Tensor | None, *__: object) -> tuple[Tensor, ...]:
+def _fake(
+    hidden: Tensor, weight: Tensor, _: Tensor, row_scale: Tensor | None, *__: object
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if row_scale is None:
         return hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(0), hidden.new_empty(0, dtype=wide)
@@ -176,38 +174,61 @@ def _(hidden: Tensor, weight: Tensor, _: Tensor, row_scale: Tensor | None, *__: 
     return loss, hidden.new_empty(hidden.shape), hidden.new_empty(weight.shape, dtype=wide)
 
 
-@torch.library.custom_op("fusedgpt::linear_cross_entropy_scaled", mutates_args=())
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x * scale (a scalar) in at least fp32, rounded once to dtype."""
     # As a scalar, scale would be rounded to x's dtype first.
     return torch.mul(x, scale.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
-@_scaled.register_fake
-def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_fake(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, targets, row_scale, *ctx.options = inputs
-    ctx.has_gradients, ctx.weight_dtype = row_scale is not None, weight.dtype
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*(output[1:] if ctx.has_gradients else (hidden, weight, targets)))
+_op = register_op("linear_cross_entropy", _loss_and_gradients, _fake)
+_scaled_op = register_op("linear_cross_entropy_scaled", _scaled, _scaled_fake)
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.has_gradients:
-        _, dhidden, dweight = linear_cross_entropy_op(*ctx.saved_tensors, dloss, *ctx.options)
-        return dhidden, dweight.to(ctx.weight_dtype), *[None] * 7
-    dhidden, dweight = ctx.saved_tensors
-    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1.0:
-        return dhidden, dweight.to(ctx.weight_dtype), *[None] * 7  # loss.backward() itself: nothing to scale
-    # Out of place: after retain_graph=True another backward needs both as they are.
-    return _scaled(dhidden, dloss, dhidden.dtype), _scaled(dweight, dloss, ctx.weight_dtype), *[None] * 7
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss of _loss_and_gradients, whose gradients are made along with it.
+
+    Without row_scale the losses; the backward pass then makes the logits a second time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_scale: Tensor | None, *options: Any
+    ) -> Tensor:
+        loss: Tensor
+        loss, *gradients = _op(hidden, weight, targets, row_scale, *options)
+        ctx.options, ctx.has_gradients, ctx.weight_dtype = options, row_scale is not None, weight.dtype
+        ctx.save_for_backward(*(gradients if ctx.has_gradients else (hidden, weight, targets)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        none = [None] * (2 + len(ctx.options))
+        if not ctx.has_gradients:
+            _, dhidden, dweight = _op(*ctx.saved_tensors, dloss, *ctx.options)
+            return dhidden, dweight.to(ctx.weight_dtype), *none
+        dhidden, dweight = ctx.saved_tensors
+        if _is_one(dloss):  # loss.backward() itself: nothing to scale
+            return dhidden, dweight.to(ctx.weight_dtype), *none
+        # Out of place: after retain_graph=True another backward needs both as they are.
+        return (
+            _scaled_op(dhidden, dloss, dhidden.dtype),
+            _scaled_op(dweight, dloss, ctx.weight_dtype),
+            *none,
+        )
 
 
-linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+_loss: Callable[..., Tensor] = _LinearCrossEntropy.apply
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether x is 1, where that can be seen for nothing: on a CPU, and not while tracing."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return x.item() == 1.0
 
 
 def linear_cross_entropy(
@@ -228,7 +249,7 @@ def linear_cross_entropy(
             row_scale, divisor = row_scale / divisor, None
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     in_op = row_scale if needs_grad and reduction != "none" else None
-    loss: Tensor = linear_cross_entropy_op(hidden, weight, targets, in_op, backend, *options)[0]
+    loss = _loss(hidden, weight, targets, in_op, backend, *options)
     if in_op is None and reduction != "none":
         loss = loss @ row_scale
     return loss if divisor is None else loss / divisor

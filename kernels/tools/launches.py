@@ -91,17 +91,16 @@ def _decode_attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 
 
 def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy_fwd
+    from fusedgpt.kernels.cross_entropy import cross_entropy
+    from fusedgpt.kernels.linear_cross_entropy import LossOptions
 
-    for V, P in ((50257, 50304), (65, 65), (256, 256)) if full else ((50257, 50304),):
-        hidden, weight = _meta(1024, 768, dtype=dtype), _meta(P, 768)
-        targets, row_scale = _meta(1024, dtype=torch.int64), _meta(1024)
+    for V, P in ((50257, 50304), (65, 128), (256, 256)) if full else ((50257, 50304),):
+        logits, targets, row = _meta(1024, P, dtype=dtype), _meta(1024, dtype=torch.int64), _meta(1024)
         for smoothing in (0.0, 0.1):
             options = LossOptions(V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
-            for name, scale in (("losses", None), ("gradients", row_scale)):
+            for name, row_scale in (("losses", None), ("gradients", row)):
                 label = f"V {V}, {name}, smoothing {smoothing}"
-                args = (hidden, weight, targets, scale, options, "triton")
-                yield label, partial(linear_cross_entropy_fwd, *args)
+                yield label, partial(cross_entropy, logits, targets, row_scale, row, options)
 
 
 def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
