@@ -29,8 +29,10 @@ BYTES = {torch.float32: 24 + 2 * 4, torch.bfloat16: 26 + 2 * 2}
 
 
 def parameters(config: GPTConfig, dtype: torch.dtype) -> list[nn.Parameter]:
-    """A new GPT's, with gradients."""
-    made = list(GPT(config, seed=0).to(DEVICE, dtype).parameters())
+    """Random ones in the shapes of a GPT's, with gradients."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in GPT(config, seed=0).parameters()]
+    made = [nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype)) for shape in shapes]
     for p in made:
         p.grad = torch.randn_like(p)
     return made
