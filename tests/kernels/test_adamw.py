@@ -300,6 +300,44 @@ def test_a_small_beta_keeps_small_gradients_after_large_ones(device: torch.devic
     assert error(model.exp_avg_sqs[0].cpu(), truth.state[0][2]) <= 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e4, 1e30])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_gradients_of_any_finite_size(size: float, max_norm: float, device: torch.device) -> None:
+    """Where a square leaves fp32's range, the norm does too: the step is skipped, or the moment is 0."""
+    hyper = (PLAIN,)
+    params = [torch.linspace(-1.0, 1.0, 300, device=device)]
+    model, before = Model([p.clone() for p in params], hyper=hyper), params[0].clone()
+    model.step([torch.full_like(before, size)], max_norm)
+    if size == 1e30:
+        assert model.skipped.item() == 1.0
+        assert torch.equal(model.params[0], before)
+        return
+    assert model.skipped.item() == 0.0
+    truth = Truth(params, hyper)
+    truth.step([torch.full_like(before, size)], max_norm)
+    assert error(model.params[0], truth.state[0][0]) <= 1e-6
+    assert all(x.isfinite().all() for x in model.tensors)
+
+
+def test_an_update_does_not_depend_on_the_other_tensors(device: torch.device) -> None:
+    """But for the clip factor: without one, the same bits in any batch and at any place in it."""
+    sizes = (33, 5000, 300)
+    params = [torch.linspace(-1.0, 1.0, n, device=device) for n in sizes]
+    grads = [torch.linspace(-3.0, 2.0, n, device=device) for n in sizes]
+    together = Model([p.clone() for p in params], hyper=(PLAIN, PLAIN))
+    together.step(grads)
+    for order in ([1], [2, 1], [1, 0, 2]):
+        model = Model([params[i].clone() for i in order], hyper=(PLAIN, PLAIN))
+        model.step([grads[i] for i in order])
+        for place, i in enumerate(order):
+            for mine, theirs in zip(
+                (model.params, model.exp_avgs, model.exp_avg_sqs),
+                (together.params, together.exp_avgs, together.exp_avg_sqs),
+                strict=True,
+            ):
+                assert torch.equal(mine[place], theirs[i])
+
+
 def test_all_batches_share_one_norm(device: torch.device) -> None:
     """Two dtypes are two batches: clipped together, skipped together, reported once."""
     models = [Model([torch.ones(3000, device=device, dtype=d)]) for d in (torch.float32, torch.float16)]

@@ -421,6 +421,48 @@ def test_huge_logits_stay_finite(path: str, device: torch.device) -> None:
     assert all(x.isfinite().all() for x in (loss, dhidden, dweight))
 
 
+@pytest.mark.parametrize(
+    ("scale", "z_loss"),
+    [
+        (-100.0, 0.0),  # lse below -88.7, where exp is denormal
+        (-100.0, 1e4),
+        (0.0, 0.0),  # all logits tie for the maximum
+        (1e4, 0.0),
+    ],
+)
+def test_adversarial_logits(scale: float, z_loss: float, path: str, device: torch.device) -> None:
+    weight = torch.full((65, 1), scale, device=device)
+    weight[3::4] *= 1.0 if scale <= 0 else -1.0  # outliers of both signs, tied
+    weight.requires_grad_()
+    hidden = torch.linspace(1.0, 1.5, 4, device=device)[:, None].requires_grad_()
+    targets = torch.tensor([0, 3, 64, -100], device=device)
+    options: dict[str, Any] = {"z_loss": z_loss, "reduction": "sum"}
+    ours = gradients(ops.linear_cross_entropy, hidden, weight, targets, **options)
+    theirs = gradients(reference.linear_cross_entropy, hidden, weight, targets, **options)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = gradients(reference.linear_cross_entropy, *exact, targets, **options)
+    for x, y, true, factor in zip(ours, theirs, truth, (1.5, 2.0, 2.0), strict=True):  # the standard's
+        size = max(true.norm().item(), abs(scale), 1.0)  # where terms cancel, of what they were made
+        floor = 4 * torch.finfo(torch.float32).eps * size * max(1.0, abs(z_loss * scale))
+        assert (x - true).norm() <= factor * (y - true).norm() + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, device: torch.device) -> None:
+    """Of the row kernel; cuBLAS's products depend on the number of rows."""
+    logits = torch.randn(7, 384, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    targets, scale = torch.tensor([3, -100, 0, 299, 5, 7, 7], device=device), torch.rand(7, device=device)
+    results = []
+    for rows in (torch.arange(7), torch.arange(6, -1, -1), torch.tensor([4])):
+        part, losses = logits[rows], torch.empty(len(rows), device=device)
+        cross_entropy.cross_entropy(part, targets[rows], scale[rows], losses, loss_options(300))
+        results.append((losses, part))
+    together, reversed_, alone = results
+    for x, y, z in zip(together, reversed_, alone, strict=True):
+        assert torch.equal(x, y.flip(0))
+        assert torch.equal(x[4:5], z)
+
+
 def test_a_small_loss_keeps_its_digits_beside_large_logits(triton: None, device: torch.device) -> None:
     """lse and the target's logit are ~1000.5 and ~1000, each with an error of 3e-5; the loss is 0.01."""
     weight = torch.tensor([[1000.0], [995.5], [-3.0]], device=device)
