@@ -143,6 +143,13 @@ def test_an_expanded_upstream_gradient(device: torch.device) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_a_row_has_the_same_bits_in_any_batch(device: torch.device) -> None:
+    x, bias = torch.randn(7, 97, device=device), torch.randn(97, device=device)
+    together = ops.bias_gelu(x, bias)
+    assert torch.equal(ops.bias_gelu(x.flip(0), bias).flip(0), together)
+    assert torch.equal(ops.bias_gelu(x[4:5], bias), together[4:5])
+
+
 @pytest.mark.parametrize("C", [40, 1025])
 def test_the_same_bits_twice(C: int, device: torch.device) -> None:
     first, again = (results(ops.bias_gelu, leaves(device, 33, C)) for _ in range(2))
