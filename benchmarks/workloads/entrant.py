@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -27,7 +27,8 @@ TOY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 SHAPES = {**PRESETS, "toy": TOY}
 BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 GATE_STEPS = 3
-PATIENCE = choose(100, 900)  # seconds without a sign of a contender
+PATIENCE = choose(100, 900)  # seconds without a sign of a contender, which is a fault then
+WAIT = 30.0  # seconds, for those that compile while others are ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,3 +144,10 @@ class Entrant:
         """Without its exit handlers: inductor's may wait for minutes (pytorch #162199)."""
         self.process.kill()
         self.process.join()
+
+
+def wait_for(entrants: Iterable[Entrant]) -> None:
+    """Until all can answer, so that none disturbs what is timed; not for ever, since one may hang."""
+    end = time.monotonic() + WAIT
+    for entrant in entrants:
+        entrant.pipe.poll(max(0.0, end - time.monotonic()))

@@ -33,7 +33,7 @@ from benchmarks.clock import CUDA, DEVICE
 from benchmarks.report import record
 from benchmarks.report.record import Row
 from benchmarks.workloads import contenders
-from benchmarks.workloads.entrant import SHAPES, Entrant, Point
+from benchmarks.workloads.entrant import SHAPES, Entrant, Point, wait_for
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.tools.estimate import estimate, flops_per_token, peak_flops
 
@@ -63,6 +63,7 @@ def compare(names: list[str], point: Point, steps: int) -> list[Row]:
         **{name: getattr(point, name) for name in ("preset", "batch_size", "length", "dropout")},
     }
     same, entrants = doubles(names), dict[str, Entrant]()
+    gates = {name: {"skipped": f"as {twin}: PyTorch chooses cuDNN itself"} for name, twin in same.items()}
     with contextlib.ExitStack() as stack:
 
         def enter(name: str) -> None:
@@ -72,24 +73,28 @@ def compare(names: list[str], point: Point, steps: int) -> list[Row]:
             if name not in same:
                 enter(name)
         truth = entrants["plain"].answer()
-        gates = {name: {"skipped": f"as {twin}: PyTorch chooses cuDNN itself"} for name, twin in same.items()}
-        gates |= {"plain": judged(truth, truth, point.precision)}
+        gates["plain"] = judged(truth, truth, point.precision)
         if "losses" not in gates["plain"]:
             names, steps = ["plain"], 0
-        for name in names:
-            gates[name] = gates.get(name) or judged(entrants[name].answer(), truth, point.precision)
-            if not steps:
-                record.emit({**base, "contender": name, **gates[name]})
-        if not steps:
-            return [gates[name] for name in names]
 
         def run(contender: str) -> Row:
-            if "skipped" in gates[contender] and contender not in same:  # too little memory beside the others
-                enter(contender)
+            if contender not in gates:
                 gates[contender] = judged(entrants[contender].answer(), truth, point.precision)
-            gate = gates[contender]
-            return {**gate, **entrants[contender].time(steps)} if "losses" in gate else gate
+            if steps and "skipped" in gates[contender] and contender not in same:
+                enter(contender)  # again: it had too little memory while all were starting
+                gates[contender] = judged(entrants[contender].answer(), truth, point.precision)
+            if not steps or "losses" not in gates[contender]:
+                return gates[contender]
+            found = entrants[contender].time(steps)
+            return {**gates[contender], **found} if "times" in found else found
 
+        if not steps:
+            rows = []
+            for name in names:
+                rows.append({**base, "contender": name, **run(name)})
+                record.emit(rows[-1])
+            return rows
+        wait_for(entrant for name, entrant in entrants.items() if name not in gates)
         ceilings = measure_ceilings(DTYPES[point.precision])
         torch.cuda.empty_cache()  # for the contenders
         return record.contest(base, names, run, lambda row, runs: figures(row, runs, point, ceilings))

@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import clock
+from benchmarks.ceilings import Ceilings
 from benchmarks.kernels import harness
 from benchmarks.report import bench, page, record, runner, sections
 from benchmarks.workloads import contenders, entrant, jobs, training_step
@@ -246,6 +248,42 @@ def test_a_contender_whose_process_dies_or_hangs_is_a_fault(monkeypatch: pytest.
     while "times" in (row := one.time(2)):
         pass  # what it had sent before
     assert row["fault"] == "its process ended with exit code -9"
+
+
+def test_a_contender_that_is_never_ready_costs_only_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those before it have their figures by then: a time limit may end the wait."""
+    seen: list[str] = []
+
+    class Stub:
+        def __init__(self, name: str, point: entrant.Point) -> None:
+            self.name, self.pipe = name, SimpleNamespace(poll=lambda seconds: self.name != "peer")
+
+        def answer(self) -> Row:
+            seen.append(self.name)
+            hangs = self.name == "peer"
+            return {"fault": "hangs"} if hangs else {"losses": [4.0, 3.9], "first_step_s": 1.0}
+
+        def time(self, steps: int) -> Row:
+            return {"times": [1.0] * steps, "peak_mb": 1.0} if self.name == "ours" else {"fault": "broke"}
+
+        def close(self) -> None:
+            seen.append(f"end of {self.name}")
+
+    monkeypatch.setattr(training_step, "Entrant", Stub)
+    monkeypatch.setattr(training_step, "measure_ceilings", lambda dtype: Ceilings(tflops=1.0, gbps=1.0))
+    shape = {"precision": "fp32", "batch_size": 2, "length": 16, "dropout": 0.0, "peer": ROOT}
+    point = entrant.Point(preset="toy", **shape)
+    training_step.compare(["ours", "peer", "plain"], point, 3)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["contender"], "ms" in row) for row in rows] == [
+        ("ours", True),
+        ("peer", False),
+        ("plain", False),
+        ("ours", True),
+    ]
+    assert seen == ["plain", "ours", "peer", "end of plain", "end of peer", "end of ours"]
 
 
 def test_steps_that_do_not_lower_the_loss_have_no_speed() -> None:
