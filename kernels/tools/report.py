@@ -133,7 +133,7 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
     compiled = launch.result
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
-    registers, stack, blocks = _resources(compiled, arch)
+    registers, stack, blocks = resources(compiled, arch)
     code = sass.read(compiled)
     loads, stores = _widths(ptx)
     predictable = arch == 90 and dtype == "bf16" and blocks
@@ -161,7 +161,7 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
 
 def problems(compiled: Any, arch: int) -> Iterator[str]:
     """Why a CompiledKernel may not ship."""
-    metadata, (_, stack, blocks) = compiled.metadata, _resources(compiled, arch)
+    metadata, (_, stack, blocks) = compiled.metadata, resources(compiled, arch)
     limit = MULTIPROCESSORS[arch].shared_per_block
     if stack:
         yield f"spills {stack} bytes per thread"
@@ -174,7 +174,7 @@ def problems(compiled: Any, arch: int) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1)  # of one kernel after the other, asked twice
-def _resources(compiled: Any, arch: int) -> tuple[int, int, int]:
+def resources(compiled: Any, arch: int) -> tuple[int, int, int]:
     """Registers and bytes of local memory per thread, and blocks resident on a multiprocessor."""
     cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]

@@ -37,6 +37,9 @@ def report_kernels(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Add more dtypes and shapes.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a kernel has a problem.")] = False,
+    step: Annotated[
+        bool, typer.Option("--step", help="Predict the parts of a step of gpt2, 16 x 1024, instead.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

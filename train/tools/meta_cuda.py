@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from fusedgpt.kernels.tools.compiling import only_compile
+from fusedgpt.kernels.tools.compiling import Compiled, only_compile
 
 aten = torch.ops.aten
 _ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -63,6 +63,15 @@ class Fault:
     where: str  # file:line in function, of the project's code that was running
 
 
+@dataclass(frozen=True)
+class TorchOp:
+    """One op of torch that launches a kernel, as "aten.NAME", with its input and output tensors."""
+
+    name: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
 @dataclass
 class Record:
     """What the GPU was asked to do.
@@ -74,6 +83,8 @@ class Record:
     """
 
     launches: Counter[str] = field(default_factory=Counter)
+    work: list[Compiled | TorchOp] = field(default_factory=list)  # the launches in order
+    step: list[Compiled | TorchOp] = field(default_factory=list)  # those of the last training step
     kernels: dict[str, tuple[Any, str]] = field(default_factory=dict)  # hash -> (CompiledKernel, where first)
     faults: list[Fault] = field(default_factory=list)
     watching: bool = False
@@ -151,6 +162,7 @@ def _pin(x: Tensor) -> Tensor:
 
 def _take_launch(record: Record, launch: Any) -> None:
     record.launches[launch.kernel] += 1
+    record.work.append(launch)
     for name, x in launch.arguments.items():
         if isinstance(x, Tensor) and not x.is_cuda:
             record.fault(f"{launch.kernel} gets {name} on the CPU")
@@ -317,8 +329,11 @@ class _Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # torch 2.11's meta kernel of addmm.dtype_out fails.
             out = kwargs["out"] if func is aten.addmm.dtype_out else func(*args, **kwargs)
             if func.namespace in ("aten", "profiler"):
-                if _launches(func) and any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(out)):
-                    self.record.launches[f"aten.{func.overloadpacket.__name__}"] += 1
+                outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+                if _launches(func) and any(x.is_meta for x in outputs):
+                    name = f"aten.{func.overloadpacket.__name__}"
+                    self.record.launches[name] += 1
+                    self.record.work.append(TorchOp(name, tensors, outputs))
                 return out
         with self.acting.resumed(), self:
             made = func.redispatch(_ON_CUDA, *args, **kwargs)

@@ -214,9 +214,9 @@ def _training(
 
         def counted(step: Step, *args: Any) -> Any:
             nonlocal launches
-            before = record.launches.copy()
+            before, begin = record.launches.copy(), len(record.work)
             result = run_step(step, *args)
-            launches = record.launches - before
+            launches, record.step = record.launches - before, record.work[begin:]
             record.watching = True  # the first step makes tables and buffers
             return result
 
