@@ -3,7 +3,8 @@
     scripts/gpu_check --out DIR --minutes N [--peer NANOGPT] [--text FILE] [--parts A,B] [--tune]
 
 A part is one or more processes with a share of the time that is left; a part that fails, hangs or breaks its
-CUDA context does not stop the next. Everything is in DIR as soon as it is known:
+CUDA context does not stop the next. `first` and `second` are the sets of parts in parts.toml. All is in
+DIR as soon as it is known:
     summary.txt                part, verdict, seconds, one line each; printed last
     log.txt                    the output of every command
     results.jsonl              every figure, finding and verdict, with the state of the GPU after each part
