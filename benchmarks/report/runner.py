@@ -187,7 +187,8 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float) -> int:
         (out / name).unlink(missing_ok=True)
     verdicts, lines = set(), []
     for i, part in enumerate(parts):
-        share = part.seconds / sum(later.seconds for later in parts[i:])
+        needed = sum(later.seconds for later in parts[i:] if later.commands)
+        share = part.seconds / needed if part.commands else 0.0
         row = run_part(part, out, max(0.0, end - time.monotonic()) * share)
         append(out / "results.jsonl", [{**row, "gpu_after": gpu_state()}])
         lines.append(f"{row['part']:<12}{row['verdict']:<9}{row['seconds']:>5} s  {row['line']}")

@@ -125,6 +125,14 @@ print(json.dumps([{"op": here.name, "dtype": "fp32", "shape": "", "direction": "
     assert "boom" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_part_without_commands_takes_no_time_from_the_others(tmp_path: Path) -> None:
+    none = runner.Part(name="none", seconds=1000, commands=[])
+    command = [*python("import sys; print(sys.argv[1])"), "{minutes}"]
+    part = runner.Part(name="told", seconds=1, commands=[command])
+    runner.run_parts([none, part, none], tmp_path, 60)
+    assert rows(tmp_path)[1]["line"] == f"{0.8 * 57 / 60:.2f}"
+
+
 def test_commands_that_never_began_are_no_pass(tmp_path: Path) -> None:
     part = runner.Part(name="check", seconds=1, commands=[python("print('begun')")])
     outcome = runner.run_part(part, tmp_path, 0.0)
