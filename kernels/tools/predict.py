@@ -109,8 +109,9 @@ def _trips(launch: Compiled, code: Code, grid: int) -> list[tuple[float, float]]
         return [(0, 0)]
     if "ROWS" in a:
         return [(ceil(a["N"] / a["ROWS"] / launch.grid[0]), 0)]
-    per_trip = (code.hot.loaded + code.hot.stored) * 32 * launch.result.metadata.num_warps
-    return [(_passes(launch) * _bytes(launch) / grid / per_trip, 0)]
+    # Both passes over a row of logits read it, the second from the L2 cache: as many bytes as memory moves.
+    touched = code.hot.loaded + (0 if a.get("HAS_GRADIENT") else code.hot.stored)
+    return [(_bytes(launch) / grid / (touched * 32 * launch.result.metadata.num_warps), 0)]
 
 
 def _tiles_left(start: int, T: int, M: int, N: int) -> tuple[int, int]:
@@ -123,11 +124,6 @@ def _tiles_below(start: int, T: int, M: int, N: int) -> tuple[int, int]:
     """(full, masked) tiles of M queries for N keys from `start`."""
     below = min(ceil((start + N) / M) * M, T)
     return ceil((T - below) / M), ceil(below / M) - start // M
-
-
-def _passes(launch: Compiled) -> float:
-    """How often the loops see what memory sees once: a row of logits comes from the cache again."""
-    return 2.0 if launch.arguments.get("HAS_GRADIENT") else 1.0
 
 
 def _flops(launch: Compiled) -> int:
