@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
+from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.reference import dropout_threshold
 from fusedgpt.kernels.tuning import Tile
 
@@ -90,30 +91,34 @@ def _store_tile(
 
 
 @triton.jit
+def _philox2x32(seed, counter):
+    """The two words of each Philox-2x32-7 block: reference.philox2x32."""
+    key = (seed ^ (seed >> 32)).to(tl.uint32)
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        product = c0.to(tl.uint64) * 0xD256D193
+        c0, c1 = (product >> 32).to(tl.uint32) ^ c1 ^ key, product.to(tl.uint32)
+        key += 0x9E3779B9
+    return c0, c1
+
+
+@triton.jit
 def _keep_tile(
     seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The dropout mask (BLOCK_M, BLOCK_N) of one tile of weights: reference.attention_dropout_mask.
 
-    A Philox block serves the keys 8 i + 2 j and 8 i + 2 j + 1 of all i: those are what one thread holds of a
-    row of a tensor-core accumulator, so that the mask is made in the registers where it is used.
+    A Philox block serves two queries and four keys that are 8 apart. One thread holds them of a tensor-core
+    accumulator, and half of them of its transpose: the mask is made in the registers where it is used.
     """
-    rows = tl.cast(bh, tl.int64) * T + start_m + tl.arange(0, BLOCK_M)
-    row_blocks = offset + rows * (tl.cdiv(T, 64) * 4)
-    if BLOCK_N % 64 == 0:
-        blocks = row_blocks[:, None] + start_n // 16 + tl.arange(0, BLOCK_N // 16)[None, :]
-        r0, r1, r2, r3 = tl.randint4x(seed, blocks, n_rounds=7)
-        words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).to(tl.uint32, bitcast=True)  # (..., 2, 2), in order
-        lanes = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))  # the byte on top
-        lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N // 64, 4, 8, 2)).permute(0, 1, 3, 2, 4)
-        lanes = tl.reshape(lanes, (BLOCK_M, BLOCK_N))
-    else:  # the small tiles of fp32: the block of each key is drawn separately
-        offs_n = (start_n + tl.arange(0, BLOCK_N))[None, :]
-        blocks = row_blocks[:, None] + offs_n // 64 * 4 + offs_n % 8 // 2
-        r0, r1, r2, r3 = tl.randint4x(seed, blocks, n_rounds=7)
-        lane = offs_n // 8 % 8 * 2 + offs_n % 2
-        word = tl.where(lane < 8, tl.where(lane < 4, r0, r1), tl.where(lane < 12, r2, r3))
-        lanes = word.to(tl.uint32, bitcast=True) << (24 - lane % 4 * 8).to(tl.uint32)
+    rows = tl.cast(bh, tl.int64) * (tl.cdiv(T, 16) * 8) + start_m // 2 + tl.arange(0, BLOCK_M // 2)
+    row_blocks = offset + rows * (tl.cdiv(T, 32) * 8)
+    blocks = row_blocks[:, None] + (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    w0, w1 = _philox2x32(seed, blocks)
+    words = tl.join(w0, w1)
+    lanes = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))  # the byte on top
+    lanes = tl.reshape(lanes, (BLOCK_M // 16, 8, BLOCK_N // 32, 8, 2, 4))
+    lanes = tl.reshape(lanes.permute(0, 4, 1, 2, 5, 3), (BLOCK_M, BLOCK_N))
     return lanes >= threshold.to(tl.uint32) << 24
 
 
@@ -185,6 +190,7 @@ def _attention_fwd_kernel(
     offset_ptr,  # int64 scalar, or None
     threshold,  # the smallest 8-bit lane that is kept
     keep_scale,  # 1 / the share of weights that are kept
+    zero,  # 0.0; where the compiler knows, it selects after rounding, half a register at a time
     B,
     H,
     T,
@@ -227,7 +233,7 @@ def _attention_fwd_kernel(
             row_sum = row_sum * alpha + tl.sum(p, 1)
             if seed_ptr is not None:
                 keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
-                p = tl.where(keep, p, 0.0)  # keep_scale is applied once, at the end
+                p = tl.where(keep, p, zero)  # keep_scale is applied once, at the end
             v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
             row_max = new_max
@@ -260,6 +266,7 @@ def _attention_dq_kernel(
     offset_ptr,
     threshold,
     keep_scale,
+    zero,
     B,
     H,
     T,
@@ -333,6 +340,7 @@ def _attention_dkdv_kernel(
     offset_ptr,
     threshold,
     keep_scale,
+    zero,
     B,
     H,
     T,
@@ -374,7 +382,7 @@ def _attention_dkdv_kernel(
             if seed_ptr is not None:
                 keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
                 keep = tl.trans(keep)
-                kept = tl.where(keep, p, 0.0)
+                kept = tl.where(keep, p, zero)
             dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
             dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
             if seed_ptr is not None:
@@ -402,6 +410,7 @@ def _dropout_arguments(p: float, seed: Tensor | None, offset: Tensor | None) -> 
         "offset_ptr": offset if p > 0.0 else None,
         "threshold": threshold,
         "keep_scale": 256 / (256 - threshold),
+        "zero": 0.0,
     }
 
 
@@ -532,18 +541,8 @@ def _gradients(q: Tensor) -> Tensor:
     return q.new_empty(B, T, 3, H, D)
 
 
-_fwd_op = torch.library.custom_op("fusedgpt::attention", attention_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("fusedgpt::attention_bwd", attention_bwd, mutates_args=())
-
-
-@_fwd_op.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
-
-
-@_bwd_op.register_fake
-def _(dout: Tensor, q: Tensor, *_: object) -> Tensor:
-    return _gradients(q)
+_fwd_op = register_op("attention", attention_fwd, lambda q, *_: _outputs(q))
+_bwd_op = register_op("attention_bwd", attention_bwd, lambda dout, q, *_: _gradients(q))
 
 
 class _Attention(torch.autograd.Function):

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedgpt.kernels.library import register_op
+
 BLOCK = tl.constexpr(64)
 _CHUNK = tl.constexpr(16)  # blocks compared at a time
 
@@ -55,8 +57,7 @@ def _documents_kernel(
     tl.store(spans_ptr + 3, last)
 
 
-@torch.library.custom_op("fusedgpt::prepare_documents", mutates_args=())
-def prepare_documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(ids as int32 (B, T), spans (B, ceil(T / 64), 4) int32) of document ids (B, T)."""
     ids32, spans = _outputs(ids)
     if ids.numel():
@@ -67,11 +68,9 @@ def prepare_documents(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids32, spans
 
 
-@prepare_documents.register_fake
-def _(ids: Tensor) -> tuple[Tensor, Tensor]:
-    return _outputs(ids)
-
-
 def _outputs(ids: Tensor) -> tuple[Tensor, Tensor]:
     B, T = ids.shape
     return ids.new_empty(B, T, dtype=torch.int32), ids.new_empty(B, (T + 63) // 64, 4, dtype=torch.int32)
+
+
+prepare_documents = register_op("prepare_documents", documents, _outputs)

@@ -61,19 +61,29 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 256), 255)
 
 
-def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
-    """The attention weights to keep (bool, `shape` = (B, H, T, T)), p in steps of 1/256.
+def philox2x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """n Philox-2x32 blocks, otherwise as philox4x32; returns (n, 2). Both halves of the seed make the key."""
+    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
+    c0, c1, key = counter & _LOW_MASK, (counter >> 32) & _LOW_MASK, (seed ^ (seed >> 32)) & _LOW_MASK
+    for _ in range(_PHILOX_ROUNDS):
+        product = c0 * 0xD256D193
+        c0, c1 = ((product >> 32) & _LOW_MASK) ^ c1 ^ key, product & _LOW_MASK
+        key = (key + 0x9E3779B9) & _LOW_MASK
+    return torch.stack((c0, c1), dim=-1)
 
-    Like dropout_mask, but a Philox block has sixteen 8-bit lanes, and within each group of 64 keys, key
-    8 i + 2 j + k takes lane 2 i + k of the group's block j: a tensor-core tile has keys 2 j and 2 j + 1 of
-    every i in one thread, which then uses all lanes of a block (attention.py).
+
+def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+    """The attention weights that dropout keeps (bool, `shape` = (B, H, T, T)), p in steps of 1/256.
+
+    Every 16 queries by 32 keys take 64 Philox blocks of eight 8-bit lanes: query 8 i + a and key 8 j + b take
+    lane 4 i + j of block 8 a + b, which suits the registers of tensor cores (attention.py).
     """
     T = shape[-1]
-    groups = (T + 63) // 64
-    blocks = philox4x32(shape[:-1].numel() * groups * 4, seed, offset)
-    lanes = blocks.to(torch.int32).view(torch.uint8)
-    lanes = lanes.view(*shape[:-1], groups, 4, 8, 2).transpose(-2, -3).flatten(-4)[..., :T]
-    return lanes >= dropout_threshold(p)
+    M, N = (T + 15) // 16, (T + 31) // 32
+    blocks = philox2x32(shape[:-2].numel() * M * 8 * N * 8, seed, offset)
+    lanes = blocks.to(torch.int32).view(torch.uint8).view(*shape[:-2], M, 8, N, 8, 2, 4)
+    lanes = lanes.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(*shape[:-2], M * 16, N * 32)
+    return lanes[..., :T, :T] >= dropout_threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:

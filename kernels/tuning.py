@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ _assumed: list[tuple[int, int]] = []
 def assume_capability(capability: tuple[int, int]) -> Iterator[None]:
     """Within the block, launch as on a GPU of `capability`, e.g. (9, 0): for compiling without that GPU."""
     _assumed.append(capability)
+    _tile.cache_clear()
     try:
         yield
     finally:
         _assumed.pop()
+        _tile.cache_clear()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -68,71 +70,112 @@ FEATURES = ("plain", "documents", "dropout")  # dropout with documents takes the
 
 # (kernel, largest head size) -> sizes per feature. Fits 99 KiB of shared memory: the default of all GPUs.
 _POINTERS: _Table = {
-    ("fwd", 64): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
-    ("fwd", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+    ("fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("fwd", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
     ("dkdv", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
     ("dkdv", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
-    ("dq", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    ("dq", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
 }
-_AMPERE: _Table = {**_POINTERS, ("dq", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2))}
 _HOPPER: _Table = {
+    ("fwd", 64): ((128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),  # two blocks on a multiprocessor
     ("fwd", 128): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3)),
     ("dkdv", 64): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
-    ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    ("dkdv", 128): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
+    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+}
+_HOPPER_SHORT: _Table = {  # less of a smaller tile lies above the diagonal
+    ("fwd", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("dkdv", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("dkdv", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("dq", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
 }
 _BLACKWELL: _Table = {
     ("fwd", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("fwd", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    ("dkdv", 64): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    ("dkdv", 128): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
 _FP32: dict[tuple[str, int], _Sizes] = {  # without tensor cores
-    ("fwd", 128): (16, 32, 4, 1),
+    ("fwd", 128): (16, 32, 8, 2),
     ("dkdv", 64): (16, 32, 4, 1),
     ("dkdv", 128): (16, 32, 8, 1),
-    ("dq", 128): (16, 16, 8, 2),
+    ("dq", 128): (16, 32, 8, 2),
 }
 _INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
+
+
+SHORT = 256  # tokens of a sequence that counts as short; the batch decides nothing: bits would depend on it
+
+
+class _Problem(NamedTuple):
+    """What decides on a tile."""
+
+    kernel: str  # "fwd", "dkdv" or "dq"
+    device: torch.device
+    dtype: torch.dtype
+    D: int
+    short: bool
+    feature: str
+
+
+def _problem(kernel: str, q: Tensor, feature: str) -> _Problem:
+    return _Problem(kernel, q.device, q.dtype, q.shape[3], q.shape[1] <= SHORT, feature)
 
 
 def attention(kernel: str, q: Tensor, *, feature: str = "plain", describable: bool = False) -> Tile:
     """The tile of an attention kernel ("fwd", "dkdv", "dq") for q (B, T, H, D).
 
     feature: "plain", "documents" or "dropout". describable: whether descriptors can address the tensors.
+    Environment, tuning file and device are read when a problem is met first, not at every launch.
     """
-    measured = _measured(attention_key(kernel, q, feature), q.device)
+    return _tile(_problem(kernel, q, feature), describable)
+
+
+@cache
+def _tile(problem: _Problem, describable: bool) -> Tile:
+    measured = _measured(_key(problem), problem.device)
     if measured and (describable or not measured.descriptors):
         return measured
-    return default_attention(kernel, q, feature, describable)
+    return _default(problem, describable)
 
 
 def default_attention(kernel: str, q: Tensor, feature: str, describable: bool) -> Tile:
     """The tile of the tables, ignoring measurements."""
-    architecture = capability(q.device)
-    descriptors = describable and architecture[0] in (9, 10) and q.element_size() == 2
-    small = q.shape[-1] <= 64
-    if q.device.type == "cpu" and not _assumed:
+    return _default(_problem(kernel, q, feature), describable)
+
+
+def _default(problem: _Problem, describable: bool) -> Tile:
+    kernel, device, dtype, D, short, feature = problem
+    architecture = capability(device)
+    descriptors = describable and architecture[0] in (9, 10) and dtype.itemsize == 2
+    largest = 64 if D <= 64 else 128
+    if device.type == "cpu" and not _assumed:
         sizes = _INTERPRETED
-    elif q.element_size() == 4:
-        sizes = _FP32.get((kernel, 64 if small else 128), _FP32[kernel, 128])
+    elif dtype.itemsize == 4:
+        sizes = _FP32.get((kernel, largest), _FP32[kernel, 128])
     else:
         table = _POINTERS
         if descriptors:
-            table = _HOPPER if architecture[0] == 9 else _BLACKWELL
-        elif architecture == (8, 0) or architecture[0] in (9, 10):
-            table = _AMPERE
-        row = table.get((kernel, 64 if small else 128), table[kernel, 128])
+            hopper = _HOPPER_SHORT if short else _HOPPER
+            table = hopper if architecture[0] == 9 else _BLACKWELL
+        row = table.get((kernel, largest), table[kernel, 128])
         sizes = row[FEATURES.index(feature)]
     M, N, warps, stages = sizes
     return Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
 
 
 def attention_key(kernel: str, q: Tensor, feature: str) -> str:
-    """The name of one entry of a tuning file, e.g. "attention_fwd bf16 64 plain"."""
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == q.dtype)
-    return f"attention_{kernel} {dtype} {q.shape[-1]} {feature}"
+    """The name of one entry of a tuning file, e.g. "attention_fwd bf16 64 plain", or "... plain short"."""
+    return _key(_problem(kernel, q, feature))
+
+
+def _key(problem: _Problem) -> str:
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
+    key = f"attention_{problem.kernel} {dtype} {problem.D} {problem.feature}"
+    return f"{key} short" if problem.short else key
 
 
 def tuning_path() -> Path:
@@ -153,10 +196,12 @@ _overrides: dict[str, Tile] = {}
 def override(key: str, tile: Tile) -> Iterator[None]:
     """Within the block, use `tile` for one entry: for measuring it."""
     _overrides[key] = tile
+    _tile.cache_clear()
     try:
         yield
     finally:
         del _overrides[key]
+        _tile.cache_clear()
 
 
 def _measured(key: str, device: torch.device) -> Tile | None:
@@ -187,7 +232,7 @@ def _checked(tile: Tile) -> Tile:
     sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
     if not all(type(size) is int and 0 < size <= 256 for size in sizes):
         raise ValueError(f"{tile} has a size that is not a number from 1 to 256")
-    if any(size & (size - 1) for size in sizes[:3]) or min(sizes[:2]) < 16:
+    if any(size & (size - 1) for size in sizes[:3]) or tile.BLOCK_M < 16 or tile.BLOCK_N < 32:
         raise ValueError(f"{tile} has a size that is not a power of two, or too small")
     return tile
 
@@ -204,3 +249,4 @@ def save_tiles(path: Path, gpu: str, tiles: dict[str, Tile]) -> None:
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
     load_tiles.cache_clear()
+    _tile.cache_clear()

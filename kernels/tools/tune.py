@@ -12,18 +12,21 @@ from typing import Any
 import torch
 import triton.testing
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
-from fusedgpt.kernels import attention, tuning
+from fusedgpt.kernels import attention, documents, tuning
 from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.tools import cases, check
 from fusedgpt.kernels.tools.check import DTYPES
+from fusedgpt.kernels.tools.compiling import only_compile
+from fusedgpt.kernels.tools.report import problems
 from fusedgpt.kernels.tuning import Tile
 
 Timer = Callable[[Callable[[], object]], float]
 
 KERNELS = ("fwd", "dkdv", "dq")
+LENGTHS = (1024, tuning.SHORT)  # of long and of short sequences
 _TOKENS, _WIDTH = 16384, 768  # of the problem that is timed: enough to fill any GPU
+_CHECKED = {False: 320, True: 192}  # tokens of the problem that is checked, by whether it is short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,10 @@ class Choice:
 
 def candidates(device: torch.device) -> list[Tile]:
     """Every tile worth timing on this device."""
-    described = (True, False) if tuning.capability(device)[0] in (9, 10) else (False,)
+    described = tuning.capability(device)[0] in (9, 10)
     return [
-        Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
-        for descriptors, M, N, warps, stages in itertools.product(
-            described, (128, 64), (128, 64), (8, 4), (3, 2, 4)
-        )
+        Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=described)
+        for M, N, warps, stages in itertools.product((128, 64, 32), (128, 64), (8, 4), (3, 2))
     ]
 
 
@@ -80,11 +81,12 @@ def tune(
             raise InputError(f"head size {size}: expected 1 to 128")
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
-    total, done = len(head_sizes) * len(KERNELS) * len(candidates(device)), itertools.count(1)
+    searches = list(itertools.product(LENGTHS, head_sizes))
+    total, done = len(searches) * len(KERNELS) * len(candidates(device)), itertools.count(1)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "feature": feature, "deadline": deadline}
     found: list[Choice] = []
-    for head_size in head_sizes:
-        new = search(device, head_size=head_size, **options, step=lambda: progress(next(done), total))
+    for T, head_size in searches:
+        new = search(device, head_size=head_size, T=T, **options, step=lambda: progress(next(done), total))
         tuning.save_tiles(path, gpu, {choice.key: choice.tile for choice in new})
         found += new
     return found, path
@@ -104,10 +106,14 @@ def search(
 ) -> list[Choice]:
     """The fastest tile of each kernel at (B, T, H, head_size), one kernel after the other.
 
-    A tile must reproduce the default tile's result. deadline: on time.monotonic(), in seconds; kernels not
-    begun by then are left out. step is called after each tile. timer returns milliseconds.
+    A tile is timed if it compiles without a spill, fits the GPU and keeps to `check`'s standard. deadline: on
+    time.monotonic(), in seconds; kernels not begun by then are left out. step is called after each tile.
+    timer returns milliseconds.
     """
     forward, backward, q = _problem(device, head_size, dtype, feature, T)
+    options: dict[str, Any] = {"dropout_p": 0.1} if feature == "dropout" else {}
+    options["documents"] = feature == "documents"
+    checked = cases.attention_case(1, _CHECKED[T <= tuning.SHORT], 2, head_size, **options)
     found: list[Choice] = []
     for kernel in KERNELS:
         if time.monotonic() > deadline:
@@ -115,45 +121,63 @@ def search(
         run = forward if kernel == "fwd" else backward
         key = tuning.attention_key(kernel, q, feature)
         default = tuning.default_attention(kernel, q, feature, describable=True)
-        expected, default_ms = run(), timer(run)
+        with tuning.override(key, default):
+            default_ms = timer(run)
         best, best_ms, tried = default, default_ms, 1
         for tile in candidates(device) if tiles is None else tiles:
-            if tile == default or time.monotonic() > deadline:
-                continue
-            with tuning.override(key, tile):
-                ms = _time(run, expected, timer)
-            tried += 1
+            if time.monotonic() > deadline:
+                break
             step()
+            with tuning.override(key, tile):
+                if tile == default or not _fits(kernel, q, feature) or not _is_right(checked, dtype, device):
+                    continue
+                ms = timer(run)
+            tried += 1
             if ms < best_ms:
                 best, best_ms = tile, ms
         found.append(Choice(key=key, default_ms=default_ms, ms=best_ms, tile=best, tried=tried))
     return found
 
 
+def _fits(kernel: str, q: Tensor, feature: str) -> bool:
+    """Whether the kernel compiles for the GPU of q, without a spill and within its limits."""
+    if q.device.type == "cpu":  # interpreted
+        return True
+    major, minor = tuning.capability(q.device)
+    arch = 10 * major + minor
+    B, T, H, D = q.shape
+    meta = torch.empty(B, T, 3, H, D, dtype=q.dtype, device="meta")
+    with only_compile(arch) as compiled:
+        forward, backward, _ = _passes(meta, feature)
+        (forward if kernel == "fwd" else backward)()
+    results = [one.result for one in compiled if one.kernel == f"_attention_{kernel}_kernel"]
+    return all(not isinstance(x, Exception) and not list(problems(x, arch)) for x in results)
+
+
+def _is_right(case: cases.Case, dtype: torch.dtype, device: torch.device) -> bool:
+    return all(finding.ok for finding in check.measure(case, dtype, device))
+
+
 def _problem(
     device: torch.device, head_size: int, dtype: torch.dtype, feature: str, T: int
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor]:
-    """(forward pass, backward pass, q) at about GPT-2's width."""
+    """`_passes` at about GPT-2's width."""
     B, H = max(1, _TOKENS // T), max(1, _WIDTH // head_size)
     generator = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(B, T, 3, H, head_size, device=device, generator=generator).to(dtype)
+    return _passes(torch.randn(B, T, 3, H, head_size, device=device, generator=generator).to(dtype), feature)
+
+
+def _passes(qkv: Tensor, feature: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor]:
+    """(forward pass, backward pass, q) of a projection (B, T, 3, H, D)."""
+    B, T, _, _, D = qkv.shape
     q, k, v = qkv.unbind(2)
-    seed, offset = torch.zeros(2, dtype=torch.int64, device=device)
-    documents = (torch.arange(T, device=device) * 4 // T).expand(B, T) if feature == "documents" else None
-    options = head_size**-0.5, 0.1 if feature == "dropout" else 0.0, seed, offset, documents
-    out, lse = attention.attention_fwd(q, k, v, *options)
+    seed, offset = torch.zeros(2, 2, dtype=torch.int64, device=qkv.device)[:, 0]
+    state: tuple[Any, ...] = (D**-0.5, 0.1 if feature == "dropout" else 0.0, seed, offset)
+    if feature == "documents":
+        state += documents.documents((torch.arange(T, device=qkv.device) * 4 // T).expand(B, T))
+    out, lse = attention.attention_fwd(q, k, v, *state)
     return (
-        lambda: attention.attention_fwd(q, k, v, *options)[0],
-        lambda: attention.attention_bwd(out, q, k, v, out, lse, *options),
+        lambda: attention.attention_fwd(q, k, v, *state)[0],
+        lambda: attention.attention_bwd(out, q, k, v, out, lse, *state),
         q,
     )
-
-
-def _time(run: Callable[[], Tensor], expected: Tensor, timer: Timer) -> float:
-    """Milliseconds; infinite if the tile does not compile, does not fit or gives another result."""
-    try:
-        error = (run().float() - expected.float()).norm() / expected.float().norm()
-        # Another summation order differs by rounding, a wrong tile by its share of the matrix.
-        return timer(run) if error < 4 * torch.finfo(expected.dtype).eps else float("inf")
-    except (OutOfResources, CompilationError, PTXASError):
-        return float("inf")

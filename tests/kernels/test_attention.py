@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_dropout_and_documents_against_float64(
     )
 
 
-@pytest.mark.parametrize(("M", "N"), [(16, 128), (64, 64), (128, 64), (16, 32), (32, 16)])
+@pytest.mark.parametrize(("M", "N"), [(16, 128), (64, 64), (128, 64), (16, 32), (64, 32)])
 @pytest.mark.parametrize("feature", ["plain", "documents", "dropout"])
 def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, device: torch.device) -> None:
     tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1)
@@ -104,7 +105,16 @@ def test_far_sequences_are_addressed_in_64_bits(kernel: str, begins: Callable[..
     strides = {f"{name}_strides": (T * D, D, D, 1) for name in tensors}
     rows = {name: torch.zeros(T) for name in ("lse_ptr", "delta_ptr")}
     absent = dict.fromkeys(("ids_ptr", "spans_ptr", "seed_ptr", "offset_ptr"))
-    known = {**tensors, **strides, **rows, **absent, "threshold": 0, "keep_scale": 1.0, "scale": 1.0}
+    known = {
+        **tensors,
+        **strides,
+        **rows,
+        **absent,
+        "threshold": 0,
+        "keep_scale": 1.0,
+        "zero": 0.0,
+        "scale": 1.0,
+    }
     known |= {f"{name}_ptr": x for name, x in tensors.items()} | {"T": T, "D": D}
     known |= {"B": sequence + 1, "H": 1, "heads": 1, "BLOCK_D": D, "BLOCK_M": 64, "BLOCK_N": 64}
     jit = {"fwd": kernels._attention_fwd_kernel, "dkdv": kernels._attention_dkdv_kernel}
@@ -228,6 +238,54 @@ def test_masked_blocks_are_not_read(device: torch.device) -> None:
     assert out[:, 64:192].isfinite().all()
     (gradient,) = torch.autograd.grad(out[:, 64:192].sum(), packed)
     assert gradient[:, 64:192].isfinite().all()
+
+
+def adversarial(name: str, generator: torch.Generator, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values on which attention kernels have been seen to fail."""
+    q, k, v = (made[name] for name in "qkv")
+    if name == "logsumexp below -88.7":  # exp would underflow in fp32
+        q, k = q + 5.0, k - 5.0
+    elif name == "tied maxima":  # arXiv 2510.04212: weights of exactly 1, values of one sign
+        k, v = k[:, torch.arange(k.shape[1]) // 7 * 7], v.abs()
+    elif name == "outliers":
+        hit = torch.rand(v.shape, generator=generator) < 0.001
+        q, v = torch.where(hit.roll(1, 1), 100.0 * q, q), torch.where(hit, 1e4 * v.sign(), v)
+    return {"q": q, "k": k, "v": v}
+
+
+@pytest.mark.parametrize("name", ["logsumexp below -88.7", "tied maxima", "outliers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adversarial_values_against_float64(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = cases.attention_case(2, 192, 2, 32)  # T % 128 is 64
+    inputs = case.inputs
+    assert_standard(replace(case, inputs=lambda g: adversarial(name, g, inputs(g))), dtype, device)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_sequence_gives_the_same_bits_in_any_batch(documents: bool, device: torch.device) -> None:
+    packed = qkv(3, 130, 2, 16, device).detach()
+    ids = torch.stack([torch.arange(130, device=device) // (30 + b) for b in range(3)]) if documents else None
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor]:
+        x = packed[rows].requires_grad_()
+        out = ops.qkv_attention(x, documents=None if ids is None else ids[rows])
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    for one, other in zip(run([0, 1, 2]), run([2, 0, 1]), strict=True):
+        assert torch.equal(one, other[[1, 2, 0]])
+    for one, other in zip(run([0, 1, 2]), run([1]), strict=True):
+        assert torch.equal(one[1:2], other)
+
+
+def test_groups_of_heads_change_no_bit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 heads in groups of 5 and 4."""
+    packed = qkv(3, 70, 3, 16, device)
+    runs = []
+    for size in (kernels._GROUP_BYTES, 5 * 2 * 70 * 16 * 4):
+        monkeypatch.setattr(kernels, "_GROUP_BYTES", size)
+        out = ops.qkv_attention(packed)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), packed)))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])

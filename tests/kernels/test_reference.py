@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -92,18 +93,37 @@ def test_gelu_is_the_tanh_form() -> None:
     torch.testing.assert_close(reference.bias_gelu(x - 1, torch.ones(101)), expected)
 
 
-def test_philox_gives_random123s_known_answer() -> None:
-    """Random123's kat_vectors, philox4x32-7, counter 0 and key 0."""
+def test_philox_gives_random123s_known_answers() -> None:
+    """Random123's kat_vectors, philox4x32-7 and philox2x32-7."""
     zero = reference.philox4x32(1, torch.tensor(0), torch.tensor(0))[0]
     assert [hex(x) for x in zero.tolist()] == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
+    zero = reference.philox2x32(1, torch.tensor(0), torch.tensor(0))[0]
+    assert [hex(x) for x in zero.tolist()] == ["0x257a3673", "0xcd26be2a"]
+    key, counter = torch.tensor(0x13198A2E), torch.tensor(0x85A308D3243F6A88 - (1 << 64))
+    pi = reference.philox2x32(1, key, counter)[0]
+    assert [hex(x) for x in pi.tolist()] == ["0xbedbbe6b", "0xe4c770b3"]
 
 
-def test_philox_is_a_pure_function_of_its_counter() -> None:
-    blocks = reference.philox4x32(64, SEED, OFFSET)
-    assert torch.equal(blocks[10:], reference.philox4x32(54, SEED, OFFSET + 10))
-    assert not torch.equal(blocks, reference.philox4x32(64, SEED + 1, OFFSET))
+@pytest.mark.parametrize("philox", [reference.philox4x32, reference.philox2x32])
+def test_philox_is_a_pure_function_of_its_counter(philox: Callable[..., torch.Tensor]) -> None:
+    blocks = philox(64, SEED, OFFSET)
+    assert torch.equal(blocks[10:], philox(54, SEED, OFFSET + 10))
+    assert not torch.equal(blocks, philox(64, SEED + 1, OFFSET))
+    assert not torch.equal(blocks, philox(64, SEED + (1 << 32), OFFSET))
     assert blocks.min() >= 0
     assert blocks.max() < 2**32
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_attention_dropout_keeps_its_share_in_steps_of_1_256(p: float) -> None:
+    shape = torch.Size((2, 2, 500, 500))
+    kept = reference.attention_dropout_mask(shape, p, SEED, OFFSET).double()
+    share = 1 - reference.dropout_threshold(p) / 256
+    assert abs(share - (1 - p)) <= 1 / 512
+    five_sigma = 5 * math.sqrt(share * (1 - share) / shape.numel())
+    assert abs(kept.mean().item() - share) <= five_sigma
+    neighbours = (kept[..., 1:] - kept.mean()) * (kept[..., :-1] - kept.mean())
+    assert abs(neighbours.mean().item()) <= 5 * share * (1 - share) / math.sqrt(neighbours.numel())
 
 
 @pytest.mark.parametrize("p", [0.0001, 0.1, 0.5, 0.9])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pwd
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,10 +40,21 @@ def test_every_gpu_has_a_tile(capability: tuple[int, int], kernel: str, D: int, 
 
 def test_hopper_takes_larger_tiles_than_the_default() -> None:
     with tuning.assume_capability((9, 0)):
-        hopper = tuning.attention("dkdv", Q, describable=True)
+        hopper = tuning.attention("dkdv", Q.expand(1, 4, 2, 64).repeat(1, 100, 1, 1), describable=True)
     with tuning.assume_capability((8, 9)):
         default = tuning.attention("dkdv", Q, describable=True)
     assert hopper.BLOCK_N > default.BLOCK_N
+
+
+def test_the_batch_does_not_decide_on_the_tile() -> None:
+    """Else a sequence would give other bits in another batch."""
+    with tuning.assume_capability((9, 0)):
+        for T in (1, tuning.SHORT, tuning.SHORT + 1):
+            few, many = (torch.empty(B, T, H, 64, dtype=torch.bfloat16) for B, H in ((1, 1), (500, 9)))
+            assert tuning.attention("fwd", few) == tuning.attention("fwd", many)
+        short, long = (torch.empty(1, T, 1, 64, dtype=torch.bfloat16) for T in (256, 257))
+        tiles = [tuning.attention("fwd", q, describable=True) for q in (short, long)]
+        assert tiles[0].BLOCK_M < tiles[1].BLOCK_M
 
 
 @pytest.fixture
@@ -82,15 +97,16 @@ def test_a_bad_tuning_file_is_ignored_with_its_remedy(content: str, tuning_file:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A query that claims to be on an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.delenv("FUSEDGPT_TUNING", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     tuning.load_tiles.cache_clear()
-    shape = {"dtype": Q.dtype, "shape": Q.shape, "element_size": Q.element_size}
-    return SimpleNamespace(**shape, device=torch.device("cuda:0"))
+    tuning._tile.cache_clear()
+    yield SimpleNamespace(dtype=Q.dtype, shape=Q.shape, device=torch.device("cuda:0"))
+    tuning._tile.cache_clear()
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "another user's", None])
@@ -117,7 +133,7 @@ def test_without_a_home_a_launch_takes_the_default(
 
 def test_a_measured_tile_goes_before_the_tables() -> None:
     key = tuning.attention_key("fwd", Q, "plain")
-    assert key == "attention_fwd bf16 64 plain"
+    assert key == "attention_fwd bf16 64 plain short"
     with tuning.override(key, SMALL):
         assert tuning.attention("fwd", Q) == SMALL
     assert tuning.attention("fwd", Q) != SMALL
@@ -130,33 +146,59 @@ def test_the_search_takes_the_fastest_tile_that_is_right(monkeypatch: pytest.Mon
     """Interpreted, with a clock that calls BLOCK_M 16 fast; the wrong tile is faster still and is refused."""
     monkeypatch.setattr(tune, "_TOKENS", 70)
     monkeypatch.setattr(tune, "_WIDTH", 16)
+    monkeypatch.setattr(tune, "_CHECKED", {True: 70})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = Tile(BLOCK_M=32, BLOCK_N=64, num_warps=1, num_stages=1)
     current: list[Tile] = []
-    attention = tuning.attention
+    launch = tune.attention._launch
 
-    def recording(kernel: str, q: torch.Tensor, **options: bool) -> Tile:
-        current[:] = [attention(kernel, q, **options)]
-        return current[0]
+    def sabotaged(kernel: Any, tile: Tile, *arguments: Any, scale: float, **options: Any) -> None:
+        current.append(tile)
+        launch(kernel, tile, *arguments, scale=scale * (1.01 if tile == wrong else 1.0), **options)
 
-    def timer(run: object) -> float:
-        run()  # type: ignore[operator]
-        return {SMALL: 1.0, wrong: 0.5}.get(current[0], 2.0)
+    def timer(run: Callable[[], object]) -> float:
+        current.clear()
+        run()
+        return 0.5 if wrong in current else 1.0 if SMALL in current else 2.0
 
-    forward = tune.attention.attention_fwd
-
-    def sabotaged(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = forward(*args)
-        return (out * 1.5 if current[0] == wrong else out), lse
-
-    monkeypatch.setattr(tuning, "attention", recording)
-    monkeypatch.setattr(tune.attention, "attention_fwd", sabotaged)
+    monkeypatch.setattr(tune.attention, "_launch", sabotaged)
     found = tune.search(device, head_size=16, dtype=torch.float32, T=70, tiles=[wrong, SMALL], timer=timer)
     assert [choice.key for choice in found] == [
-        f"attention_{kernel} fp32 16 plain" for kernel in tune.KERNELS
+        f"attention_{kernel} fp32 16 plain short" for kernel in tune.KERNELS
     ]
-    assert found[0].tile == SMALL
-    assert (found[0].ms, found[0].default_ms, found[0].tried) == (1.0, 2.0, 3)
+    assert all(choice.tile == SMALL for choice in found)
+    assert (found[0].ms, found[0].default_ms, found[0].tried) == (1.0, 2.0, 2)
+
+
+FITS = """
+from types import SimpleNamespace
+import torch
+from fusedgpt.kernels import tuning
+from fusedgpt.kernels.tools import tune
+q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1024, 2, 128))
+with tuning.assume_capability((8, 0)):
+    for M, N in (64, 64), (128, 128):
+        tile = tuning.Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=3)
+        with tuning.override("attention_fwd bf16 128 plain", tile):
+            print(tune._fits("fwd", q, "plain"))
+"""
+
+
+def test_the_search_refuses_what_spills_or_does_not_fit(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FITS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_a_launch_reads_neither_environment_nor_file(on_a_gpu: Any, tuning_file: Path) -> None:
+    tuning.save_tiles(tuning_file, "NVIDIA H100", {tuning.attention_key("fwd", on_a_gpu, "plain"): SMALL})
+    assert tuning.attention("fwd", on_a_gpu) == SMALL
+    tuning_file.unlink()
+    tuning.load_tiles.cache_clear()
+    assert tuning.attention("fwd", on_a_gpu) == SMALL  # until something is saved
+    tuning.save_tiles(tuning_file, "NVIDIA H100", {})
+    assert tuning.attention("fwd", on_a_gpu) != SMALL
 
 
 def test_the_search_stops_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +209,7 @@ def test_the_search_stops_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_candidates_use_descriptors_where_there_are_some() -> None:
-    for capability, expected in (((8, 0), {False}), ((9, 0), {True, False})):
+    for capability, expected in (((8, 0), {False}), ((9, 0), {True})):
         with tuning.assume_capability(capability):
             tiles = tune.candidates(torch.device("cpu"))
         assert {tile.descriptors for tile in tiles} == expected
