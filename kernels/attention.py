@@ -443,18 +443,22 @@ def _describable(*tensors: Tensor) -> bool:
     return all(fits(x) for x in tensors)
 
 
+def _cdiv(a: int, b: int) -> int:  # triton.cdiv takes microseconds
+    return -(-a // b)
+
+
 def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, **arguments: Any) -> None:
     """One program for each tile of rows of each head of x (B, T, H, D)."""
     B, T, H, D = x.shape
-    groups = triton.cdiv(2 * x.numel() * x.element_size(), _GROUP_BYTES)
+    groups = _cdiv(2 * x.numel() * x.element_size(), _GROUP_BYTES)
     constants = {"D": D, "BLOCK_D": block_size(D), "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(T, rows_per_program) * B * H,)](
+        kernel[(_cdiv(T, rows_per_program) * B * H,)](
             **arguments,
             B=B,
             H=H,
             T=T,
-            heads=triton.cdiv(B * H, groups),
+            heads=_cdiv(B * H, groups),
             **constants,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

@@ -6,6 +6,7 @@ Shape letters: N rows, C channels.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -43,6 +44,7 @@ def load_columns(x_ptr, first_col, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C:
     return tl.load(x_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
 
 
+@cache  # asked at every launch
 def block_size(n: int) -> int:
     """The smallest power of two that holds n, at least 16: what a tensor core takes."""
     return max(16, int(triton.next_power_of_2(n)))
