@@ -35,6 +35,15 @@ def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         yield f"C {C}", partial(activation.bias_gelu_bwd, x, x, bias)
 
 
+def _documents(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import documents
+
+    for T in (1024, 1000) if full else (1024,):
+        ids = _meta(8, T, dtype=torch.int32)
+        yield f"T {T}, int32", partial(documents.documents, ids)
+        yield f"T {T}, int64", partial(documents.documents, ids.long())
+
+
 def _dropout(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import dropout
 
@@ -116,5 +125,14 @@ def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
 
 
-_FILES = (_activation, _adamw, _attention, _cross_entropy, _decode_attention, _dropout, _layer_norm)
+_FILES = (
+    _activation,
+    _adamw,
+    _attention,
+    _cross_entropy,
+    _decode_attention,
+    _documents,
+    _dropout,
+    _layer_norm,
+)
 LAUNCHES = {launches.__name__.removeprefix("_"): launches for launches in _FILES}
