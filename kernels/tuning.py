@@ -99,9 +99,11 @@ _BLACKWELL: _Table = {
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
 _FP32: dict[tuple[str, int], _Sizes] = {  # without tensor cores
-    ("fwd", 128): (16, 32, 8, 2),
+    ("fwd", 64): (16, 32, 4, 1),
+    ("fwd", 128): (16, 32, 4, 2),
     ("dkdv", 64): (16, 32, 4, 1),
     ("dkdv", 128): (16, 32, 8, 1),
+    ("dq", 64): (16, 32, 4, 2),
     ("dq", 128): (16, 32, 8, 2),
 }
 _INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
