@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels import linear as linear_
 from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
 from fusedgpt.kernels import reference
 from fusedgpt.kernels.cpu import attention as attention_cpu
-from fusedgpt.kernels.cpu import linear as linear_
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
 if HAS_TRITON:
@@ -320,7 +320,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        return layer_norm_.layer_norm(x, None, weight, bias, eps, 0.0, None, None)[0]
+        return layer_norm_.layer_norm(x, None, None, weight, bias, eps, 0.0, None, None)[0]
     return reference.layer_norm(x, weight, bias, eps)
 
 
@@ -333,8 +333,9 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
+    x_bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor]:
-    """(y, new_residual) with new_residual = residual + dropout(x) and y = layer_norm(new_residual).
+    """(y, new_residual) with new_residual = residual + dropout(x + x_bias) and y = layer_norm(new_residual).
 
     The sum is made in fp32 and rounded once to residual's dtype, which is also y's. Raises ValueError.
     """
@@ -342,10 +343,14 @@ def dropout_add_layer_norm(
     _check_norm(x, weight, bias, eps)
     _check_like("residual", residual, "x", x, dtype=False)
     _check_dropout(x, dropout_p, seed, offset)
-    if _takes_triton("dropout_add_layer_norm", x, residual, weight, bias):
+    if x_bias is not None:
+        _check_floating(x=x, x_bias=x_bias)
+        _check_shape("x_bias", x_bias, x.shape[-1:])
+    vectors = (weight, bias) if x_bias is None else (weight, bias, x_bias)
+    if _takes_triton("dropout_add_layer_norm", x, residual, *vectors):
         _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
-        return layer_norm_.layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+        return layer_norm_.layer_norm(x, x_bias, residual, weight, bias, eps, dropout_p, seed, offset)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset, x_bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -359,8 +364,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         _check_floating(x=x, bias=bias)
         _check_shape("bias", bias, weight.shape[:1])
-        bias = bias.to(x.dtype)
     return linear_.linear(x, weight.to(x.dtype), bias)
+
+
+def linear_before_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`linear` whose output goes into dropout_add_layer_norm: (x, x_bias) for it.
+
+    Its kernel adds the bias, and sums the gradient, on the way; the reference's linear layer adds it: None.
+    """
+    if backend("dropout_add_layer_norm", x.device, x.dtype) == "triton":
+        return linear(x, weight), bias
+    return linear(x, weight, bias), None
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -174,9 +174,12 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
+    x_bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(residual + dropout(x)), residual + dropout(x)); see ops.dropout_add_layer_norm."""
+    """layer_norm(z) and z = residual + dropout(x + x_bias); see ops.dropout_add_layer_norm."""
     wide = at_least_fp32(x)
+    if x_bias is not None:
+        wide = wide + x_bias.to(wide.dtype)
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None

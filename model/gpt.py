@@ -78,6 +78,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
+    def before_norm(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output and, where the norm that follows is to add it, the bias."""
+        return ops.linear_before_norm(x, self.weight, self.bias)
+
 
 class LayerNorm(nn.Module):
     """Dropout on a branch's output, its addition to the residual stream, the norm of the sum: one op."""
@@ -91,14 +95,16 @@ class LayerNorm(nn.Module):
     def forward(
         self,
         x: Tensor,  # (..., C) the output of the branch before
+        x_bias: Tensor | None,  # (C,) what is still to be added to it
         residual: Tensor | None,  # (..., C); None where x begins the residual stream
         dropout: tuple[float, Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        """(norm of the new residual, the new residual), with new residual = residual + dropout(x)."""
+        """(norm of the new residual, the new residual): residual + dropout(x + x_bias)."""
         if residual is None:
             residual = ops.dropout(x, *dropout)
             return ops.layer_norm(residual, self.weight, self.bias, self.eps), residual
-        return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, *dropout)
+        vectors = self.weight, self.bias, self.eps
+        return ops.dropout_add_layer_norm(x, residual, *vectors, *dropout, x_bias=x_bias)
 
 
 class Attention(nn.Module):
@@ -115,14 +121,13 @@ class Attention(nn.Module):
         x: Tensor,  # (B, T, C)
         dropout: tuple[float, Tensor | None, Tensor | None],
         documents: Documents | None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, C) -> (B, T, C) and the bias (C,) that the next norm is to add, if any."""
         B, T, C = x.size()
         p, seed, offset = dropout
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
-        out: Tensor = self.c_proj(y.reshape(B, T, C))  # from (B, T, H, D)
-        return out
+        return self.c_proj.before_norm(y.reshape(B, T, C))  # from (B, T, H, D)
 
 
 class MLP(nn.Module):
@@ -133,10 +138,10 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, T, C) -> (B, T, C) and the bias (C,) that the next norm is to add, if any."""
         wide = ops.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias goes into the GELU's kernel
-        out: Tensor = self.c_proj(ops.bias_gelu(wide, self.c_fc.bias))
-        return out
+        return self.c_proj.before_norm(ops.bias_gelu(wide, self.c_fc.bias))
 
 
 class Block(nn.Module):
@@ -155,15 +160,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C) the embedding, or the MLP's output of the block before
+        x_bias: Tensor | None,  # (C,) what is still to be added to it
         residual: Tensor | None,  # (B, T, C); None in the first block
         dropout: Dropout,
         documents: Documents | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(the MLP's output, the residual it is to be added to)."""
-        x, residual = self.ln_1(x, residual, dropout.at(0))
-        x = self.attn(x, dropout.at(1), documents)
-        x, residual = self.ln_2(x, residual, dropout.at(2))
-        return self.mlp(x), residual
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(the MLP's output, a bias that is to be added to it, the residual both are to be added to)."""
+        x, residual = self.ln_1(x, x_bias, residual, dropout.at(0))
+        x, x_bias = self.attn(x, dropout.at(1), documents)
+        x, residual = self.ln_2(x, x_bias, residual, dropout.at(2))
+        x, x_bias = self.mlp(x)
+        # A copy: by the time it is added, FSDP may have freed this block's parameters.
+        return x, None if x_bias is None else x_bias.clone(), residual
 
 
 class GPT(nn.Module):
@@ -230,11 +238,12 @@ class GPT(nn.Module):
         sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
         x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))
         x = x.to(dtype or x.dtype)  # (B, T, C)
+        x_bias: Tensor | None = None
         residual: Tensor | None = None
         prepared = None if documents is None else ops.prepare_documents(documents)
         for layer, block in enumerate(self.blocks()):
-            x, residual = block(x, residual, dropout.of_block(layer), prepared)
-        y: Tensor = self.ln_f(x, residual, dropout.at(-1))[0]
+            x, x_bias, residual = block(x, x_bias, residual, dropout.of_block(layer), prepared)
+        y: Tensor = self.ln_f(x, x_bias, residual, dropout.at(-1))[0]
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:

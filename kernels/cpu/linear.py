@@ -1,15 +1,13 @@
-"""x W^T + b, computed by oneDNN for fp32 on a CPU.
+"""Products without autograd, computed by oneDNN for fp32 on a CPU.
 
 torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512, oneDNN, also part of torch, is faster
-(docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway. torch.compile sees the plain op
-and makes its own choice.
+(docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[n
 )
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def takes_onednn(x: Tensor) -> bool:
+    """Whether products with x go to oneDNN."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN
 
 
@@ -30,9 +29,16 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return y
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias; x (..., C), weight (K, C) of x's dtype, bias (K,)."""
+    if takes_onednn(x) and x.numel() > 0:
+        return _onednn_linear(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
-    return _onednn_linear(a, b) if _takes_onednn(a) else a @ b.T
+    return _onednn_linear(a, b) if takes_onednn(a) else a @ b.T
 
 
 def transposed_storage(weight: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ def transposed_storage(weight: Tensor) -> Tensor:
     oneDNN multiplies one row at little more than half of the memory bandwidth; embedding_bag's weighted sum
     of the rows of weight.T comes close to it (docs/experiments.md).
     """
-    return weight.T.contiguous().T if _takes_onednn(weight) else weight
+    return weight.T.contiguous().T if takes_onednn(weight) else weight
 
 
 @lru_cache
@@ -59,41 +65,15 @@ def inference_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Te
     that a call is three or four small ops.
     """
     K, C = weight.shape
-    if not _takes_onednn(weight) or weight.stride() != (1, K) or C == 1:
-        return lambda x: linear(x, weight, bias)
+    if not takes_onednn(weight) or weight.stride() != (1, K) or C == 1:
+        return lambda x: product(x, weight, bias)
     n, rows, starts = _bags(K, C, torch.get_num_threads())
     table = weight.T.view(C * n, K // n)
 
-    def product(x: Tensor) -> Tensor:
+    def of_vector(x: Tensor) -> Tensor:
         if x.ndim > 1:
-            return linear(x, weight, bias)
+            return product(x, weight, bias)
         y = torch.embedding_bag(table, rows, starts, False, 0, False, torch.cat((x,) * n))[0].view(K)
         return y if bias is None else y.add_(bias)
 
-    return product
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy = dys[0].flatten(0, -2)  # (N, K)
-        dx = matmul_nt(dy, weight.T).view(x.shape)
-        dweight = matmul_nt(dy.T, x.flatten(0, -2).T)
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., C), weight (K, C), bias (K,), one dtype -> (..., K); see ops.linear."""
-    if not _takes_onednn(x) or torch.compiler.is_compiling() or x.numel() == 0:
-        return reference.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _onednn_linear(x, weight, bias)
-    y: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return y
+    return of_vector

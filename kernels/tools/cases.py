@@ -137,10 +137,11 @@ def layer_norm_case(N: int, C: int, *, fp32_weights: bool = False) -> Case:
 
 
 def dropout_add_layer_norm_case(N: int, C: int, p: float = 0.3, *, fp32_inputs: Iterable[str] = ()) -> Case:
-    """ops.dropout_add_layer_norm on (N, C)."""
+    """ops.dropout_add_layer_norm on (N, C), with x_bias where there is dropout."""
 
     def inputs(generator: torch.Generator) -> Inputs:
-        return _randn(generator, residual=(N, C)) | _norm_inputs(N, C, generator)
+        made = _randn(generator, residual=(N, C)) | _norm_inputs(N, C, generator)
+        return made | (_randn(generator, x_bias=(C,)) if p else {})
 
     return _case("dropout_add_layer_norm", f"({N}, {C})", inputs, fp32_inputs, dropout_p=p)
 

@@ -57,15 +57,20 @@ def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 
     for C in (65, 384, 768, 1024, 1280, 1600, 4096) if full else (768, 1600):
         x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
-        forward = partial(layer_norm.layer_norm_fwd, x)
-        backward = partial(layer_norm.layer_norm_bwd, x)
-        saved = (x, weight, rows, rows, weight.dtype, dtype)
-        yield f"C {C}", partial(forward, None, weight, weight, 1e-5)
-        yield f"C {C}", partial(backward, None, *saved)
-        yield f"C {C}, residual", partial(forward, x, weight, weight, 1e-5)
-        yield f"C {C}, residual", partial(backward, x, *saved)
-        yield f"C {C}, residual, dropout", partial(forward, x, weight, weight, 1e-5, 0.1, **_counters())
-        yield f"C {C}, residual, dropout", partial(backward, x, *saved, 0.1, **_counters())
+        saved, norm = (x, weight, rows, rows, weight.dtype, dtype), (weight, weight, 1e-5)
+        for label, x_bias, residual, p in (
+            ("", None, None, 0.0),
+            (", residual", None, x, 0.0),
+            (", residual, dropout", None, x, 0.1),
+            (", bias, residual", weight, x, 0.0),
+            (", bias, residual, dropout", weight, x, 0.1),
+        ):
+            dropout: dict[str, Any] = {"p": p, **_counters()}
+            bias_dtype = None if x_bias is None else x_bias.dtype
+            forward = partial(layer_norm.layer_norm_fwd, x, x_bias, residual, *norm, **dropout)
+            backward = partial(layer_norm.layer_norm_bwd, x, residual, *saved, bias_dtype, **dropout)
+            yield f"C {C}{label}", forward
+            yield f"C {C}{label}", backward
 
 
 def _attention(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
