@@ -367,14 +367,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_.linear(x, weight.to(x.dtype), bias)
 
 
-def linear_before_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`linear` whose output goes into dropout_add_layer_norm: (x, x_bias) for it.
+def norm_adds_bias(x: Tensor) -> bool:
+    """Whether a linear layer before dropout_add_layer_norm leaves its bias to it, as x_bias.
 
-    Its kernel adds the bias, and sums the gradient, on the way; the reference's linear layer adds it: None.
+    The kernel adds it, and sums its gradient, on the way; for the reference that would be another pass.
     """
-    if backend("dropout_add_layer_norm", x.device, x.dtype) == "triton":
-        return linear(x, weight), bias
-    return linear(x, weight, bias), None
+    return backend("dropout_add_layer_norm", x.device, x.dtype) == "triton"
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

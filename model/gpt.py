@@ -78,9 +78,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
-    def before_norm(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The output and, where the norm that follows is to add it, the bias."""
-        return ops.linear_before_norm(x, self.weight, self.bias)
+
+class LinearBeforeNorm(Linear):
+    """A linear layer whose output goes into LayerNorm, where `left_bias` may still be to be added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, None if ops.norm_adds_bias(x) else self.bias)
+
+    def left_bias(self, y: Tensor) -> Tensor | None:
+        """The bias (K,), if the output y (..., K) is without it."""
+        return self.bias if ops.norm_adds_bias(y) else None
 
 
 class LayerNorm(nn.Module):
@@ -114,20 +121,21 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_proj = LinearBeforeNorm(config.n_embd, config.n_embd)
 
     def forward(
         self,
         x: Tensor,  # (B, T, C)
         dropout: tuple[float, Tensor | None, Tensor | None],
         documents: Documents | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, C) -> (B, T, C) and the bias (C,) that the next norm is to add, if any."""
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.size()
         p, seed, offset = dropout
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         y = ops.qkv_attention(qkv, dropout_p=p, seed=seed, offset=offset, documents=documents)
-        return self.c_proj.before_norm(y.reshape(B, T, C))  # from (B, T, H, D)
+        out: Tensor = self.c_proj(y.reshape(B, T, C))  # from (B, T, H, D)
+        return out
 
 
 class MLP(nn.Module):
@@ -136,12 +144,12 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = LinearBeforeNorm(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, T, C) -> (B, T, C) and the bias (C,) that the next norm is to add, if any."""
+    def forward(self, x: Tensor) -> Tensor:
         wide = ops.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias goes into the GELU's kernel
-        return self.c_proj.before_norm(ops.bias_gelu(wide, self.c_fc.bias))
+        out: Tensor = self.c_proj(ops.bias_gelu(wide, self.c_fc.bias))
+        return out
 
 
 class Block(nn.Module):
@@ -167,9 +175,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(the MLP's output, a bias that is to be added to it, the residual both are to be added to)."""
         x, residual = self.ln_1(x, x_bias, residual, dropout.at(0))
-        x, x_bias = self.attn(x, dropout.at(1), documents)
-        x, residual = self.ln_2(x, x_bias, residual, dropout.at(2))
-        x, x_bias = self.mlp(x)
+        x = self.attn(x, dropout.at(1), documents)
+        x, residual = self.ln_2(x, self.attn.c_proj.left_bias(x), residual, dropout.at(2))
+        x = self.mlp(x)
+        x_bias = self.mlp.c_proj.left_bias(x)
         # A copy: by the time it is added, FSDP may have freed this block's parameters.
         return x, None if x_bias is None else x_bias.clone(), residual
 

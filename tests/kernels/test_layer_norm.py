@@ -245,6 +245,42 @@ def test_an_expanded_upstream_gradient(device: torch.device) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("C", [97, 1025])
+def test_a_row_has_the_same_bits_in_any_batch(C: int, device: torch.device) -> None:
+    """Alone, first or last: no result of a row depends on its neighbours. Of one mask: without dropout."""
+    generator = torch.Generator().manual_seed(3)
+    rows, others = torch.randn(2, 4, 3, C, generator=generator).to(device)  # x, residual, dy, dnew_residual
+    vectors = torch.randn(3, C, generator=generator).to(device)
+
+    def run(x: Tensor, residual: Tensor, *upstream: Tensor) -> list[Tensor]:
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        outputs = ops.dropout_add_layer_norm(x, residual, *vectors[:2], x_bias=vectors[2])
+        return [*outputs, *torch.autograd.grad(outputs, (x, residual), upstream)]
+
+    alone = run(*rows[:, :1].clone().unbind())
+    for place, batch in (
+        (0, [rows, others]),
+        (40, [*[others] * 13, others[:, :1], rows]),
+        (2, [others[:, :2], rows]),
+    ):
+        together = run(*torch.cat(batch, dim=1).unbind())
+        assert_same_bits([x[place : place + 1] for x in together], alone)
+
+
+def test_outliers(device: torch.device) -> None:
+    """Channels of 1e4 among those of 1, as trained models have them."""
+    case = cases.dropout_add_layer_norm_case(9, 97)
+
+    def inputs(generator: torch.Generator) -> cases.Inputs:
+        made = case.inputs(generator)
+        made["residual"][:, 5] = 1e4
+        made["x"][:, 50] = -1e4
+        return made
+
+    for dtype in (SINGLE, HALF):
+        assert_ok(replace(case, inputs=inputs), dtype, device)
+
+
 @pytest.mark.parametrize("C", [40, 1025])
 def test_the_same_bits_twice(C: int, device: torch.device) -> None:
     first, again = (
@@ -338,6 +374,7 @@ X, W = torch.zeros(2, 16), torch.zeros(16)
         (lambda: ops.layer_norm(X.double(), W, W), "layer_norm has no Triton kernel for torch.float64"),
         (lambda: ops.layer_norm(X, W.double(), W), "layer_norm has no Triton kernel for torch.float64"),
         (lambda: ops.dropout_add_layer_norm(X, X[:1], W, W), "residual: expected the shape of x"),
+        (lambda: ops.dropout_add_layer_norm(X, X, W, W, x_bias=W[:8]), r"x_bias: expected \(16,\)"),
         (lambda: ops.dropout_add_layer_norm(X, X.double(), W, W), "no Triton kernel for torch.float64"),
         (lambda: ops.dropout_add_layer_norm(X, X.to("meta"), W, W), "residual: expected device cpu"),
         (lambda: ops.dropout_add_layer_norm(X, X, W, W, dropout_p=1.0), "dropout_p: expected 0 <= p < 1"),

@@ -258,3 +258,29 @@ def test_label_smoothing_and_z_loss_reach_the_loss(tiny_gpt: GPT) -> None:
     smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
     expected = smoothed + 0.01 * logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(tiny_gpt(IDS, IDS.flip(1), label_smoothing=0.1, z_loss=0.01), expected)
+
+
+def test_with_kernels_the_gradients_are_the_references(
+    tiny_config: GPTConfig, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx = torch.arange(22, device=device).view(2, 11)
+    gradients = []
+    for path in ("reference", "triton"):
+        monkeypatch.setenv("FUSEDGPT_KERNELS", path)
+        model = GPT(tiny_config, seed=1).to(device).train()
+        loss = model(idx, idx.roll(1, 1))
+        loss.backward()
+        gradients.append({name: p.grad.to_dense() for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_returns_none_of_its_parameters(
+    tiny_gpt: GPT, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP frees them after the block, before its output is used."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
+    block = tiny_gpt.to(device).blocks()[0]
+    outputs = block(torch.randn(1, 4, 24, device=device), None, None, Dropout(), None)
+    assert torch.equal(outputs[1], block.mlp.c_proj.bias)
+    owned = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    assert not owned & {x.untyped_storage().data_ptr() for x in outputs}
