@@ -37,6 +37,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "mps":
+        raise InputError("device 'mps' has no float64, in which losses and norms are added up: use cpu")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device

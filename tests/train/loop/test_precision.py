@@ -17,6 +17,12 @@ def test_unusable_devices_are_named(device: str) -> None:
         resolve_device(device)
 
 
+def test_apples_gpu_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # as where torch has it
+    with pytest.raises(ValueError, match="device 'mps' has no float64"):
+        resolve_device("mps")
+
+
 def test_a_numbered_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches kernels on the current GPU, whatever GPU their tensors are on."""
     chosen: list[torch.device] = []
