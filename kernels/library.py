@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("fusedgpt", "FRAGMENT")  # type: ignore[no-untyped-call]
-BODIES: dict[str, Callable[..., Any]] = {}  # what an op runs, by its qualified name
 
 
 def register_op(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,6 +23,5 @@ def register_op(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -
     _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()))  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    BODIES[qualified] = body
     op: Callable[..., Any] = getattr(torch.ops.fusedgpt, name).default
     return op

@@ -151,9 +151,7 @@ class TrainConfig(_Frozen):
     log_every: int | None = _logs(
         None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )
-    max_skipped_steps: int = _optim(
-        10, "Steps in a row with a non-finite loss or gradient before stopping.", ge=1
-    )
+    max_skipped_steps: int = _optim(10, "Non-finite steps in a row before stopping.", ge=1)
     deterministic: bool = _speed(False, "Make PyTorch's CUDA ops deterministic; ours always are.")
     device: str = _speed("auto", "auto, cpu, cuda or cuda:N.")
     seed: int = _speed(0, "Random seed for data, weights, sample order and dropout.", ge=0, lt=2**63)

@@ -23,7 +23,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.arguments import make_parser
 from benchmarks.report import page, record, sections
@@ -112,6 +114,12 @@ def newest() -> list[list[Row]]:
     return sorted(runs, key=lambda run: run[0].get("driver") is None)
 
 
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "Training": {"charts": {}},
+    "Repeatability": {"table": []},
+}  # of the docs
+
+
 def doc_blocks() -> dict[Path, str]:
     """The text between the marks of each document."""
     short, long = [], []
@@ -123,7 +131,8 @@ def doc_blocks() -> dict[Path, str]:
         words = [sections.machine(run).words[0]]
         short.append(page.Section(title=f"On {device}", words=words, table=table))
         shown = run if run[0].get("driver") else [row for row in run if row["suite"] != "kernels"]  # toys
-        long.append(f"## {device}\n\n{page.markdown(sections.sections(shown), level=3)}")
+        brief = [replace(found, **_LEFT_OUT.get(found.title, {})) for found in sections.sections(shown)]
+        long.append(f"## {device}\n\n{page.markdown(brief, level=3)}")
     return {
         ROOT / "README.md": page.markdown(short, level=3),
         ROOT / "docs" / "performance.md": "\n".join(long),

@@ -29,7 +29,7 @@ def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[S
         table("Sampling, data, checkpoints, start-up", of_suite(rows, "everyday"), EVERYDAY),
         table("Whole jobs", of_suite(rows, "jobs"), JOBS),
     ]
-    return [section for section in every if section.words or section.table]
+    return [section for section in every if section.words or section.table or section.charts]
 
 
 def named(rows: Iterable[Row]) -> list[Row]:
@@ -258,7 +258,6 @@ def training(rows: Sequence[Row]) -> Section:
 def ablation(rows: Sequence[Row]) -> Section:
     """Ours, and the step's time with one fused op replaced by its reference."""
     charts: dict[str, list[Bar]] = {}
-    table: list[Cells] = []
     measured = of_suite(rows, "train", "ablation")
     for ours in (row for row in measured if row["contender"] == OURS):
         point, ours_ms = step_name(ours), ours["ms"]
@@ -269,11 +268,9 @@ def ablation(rows: Sequence[Row]) -> Section:
             lost, op = row["ms"] - ours_ms, row["contender"].removeprefix("ours-without-")
             change = f"{lost / ours_ms:+.1%}"
             note = f"{number(abs(lost))} ms {'more' if lost > 0 else 'less'}, {change}"
-            bars.append(Bar(f"without {op}", lost, note, start=ours_ms))
-            cells = {"step": point, "without": op, "ms": number(row["ms"]), "change": change}
-            table.append({**cells, "noise": percent(record.noise(row))})
+            bars.append(Bar(f"without {op}", lost, f"{note} ± {percent(record.noise(row))}", start=ours_ms))
         charts[f"One fused op undone at a time, {point}"] = bars
-    return Section(title="Ablation", charts=charts, table=table)
+    return Section(title="Ablation", charts=charts)
 
 
 KERNELS: Columns = {
