@@ -23,6 +23,15 @@ from torch import Tensor
 from fusedgpt.kernels import linear as linear_
 from fusedgpt.kernels import linear_cross_entropy as linear_cross_entropy_
 from fusedgpt.kernels import reference
+from fusedgpt.kernels.arguments import (
+    check_dropout,
+    check_floating,
+    check_integers,
+    check_like,
+    check_shape,
+    check_size,
+    unexpected,
+)
 from fusedgpt.kernels.cpu import attention as attention_cpu
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
@@ -47,7 +56,6 @@ OPS = (
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
 _LARGEST_HEAD = 128
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -93,70 +101,13 @@ def _takes_triton(op: str, *tensors: Tensor) -> bool:
     return all(backend(op, device, dtype) == "triton" for dtype in {x.dtype for x in tensors})
 
 
-# The checks below run for each layer and token: an error's text is made only where one is raised.
-
-
-def _unexpected(argument: str, expected: object, got: object) -> ValueError:
-    expected, got = (tuple(x) if isinstance(x, torch.Size) else x for x in (expected, got))
-    return ValueError(f"{argument}: expected {expected}, got {got}")
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    device = next(iter(tensors.values())).device
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise _unexpected(name, "a floating-point tensor", x.dtype)
-        _check_device(name, x, device)
-
-
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise _unexpected(name, f"device {device}", x.device)
-
-
-def _check_shape(name: str, x: Tensor, shape: torch.Size) -> None:
-    if x.shape != shape:
-        raise _unexpected(name, shape, x.shape)
-
-
-def _check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
-    if x.shape != other.shape:
-        raise _unexpected(name, f"the shape of {other_name}, {tuple(other.shape)}", x.shape)
-    if dtype and x.dtype != other.dtype:
-        raise _unexpected(name, f"the dtype of {other_name}, {other.dtype}", x.dtype)
-
-
-def _check_integers(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
-    _check_shape(name, x, shape)
-    if x.dtype not in _INTEGERS:
-        raise _unexpected(name, "an integer tensor", x.dtype)
-    _check_device(name, x, device)
-
-
-def _check_size(name: str, what: str, size: int, most: int) -> None:
-    if size > most:
-        remedy = "for the Triton kernel (FUSEDGPT_KERNELS=reference takes any)"
-        raise _unexpected(name, f"{what} of at most {most} {remedy}", size)
-
-
-def _check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
-    if not 0.0 <= p < 1.0:
-        raise _unexpected("dropout_p", "0 <= p < 1", p)
-    for name, scalar in (("seed", seed), ("offset", offset)) if p > 0.0 else ():
-        if scalar is None:
-            raise _unexpected(name, "an int64 scalar tensor when dropout_p > 0", scalar)
-        if scalar.dtype != torch.int64 or scalar.ndim != 0:
-            raise _unexpected(name, "an int64 scalar tensor", (scalar.dtype, scalar.shape))
-        _check_device(name, scalar, x.device)
-
-
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
     """x with elements dropped with probability p and the others scaled by 1 / (1 - p).
 
     x: any shape, floating point. seed, offset: int64 scalars, needed when p > 0. Raises ValueError.
     """
-    _check_floating(x=x)
-    _check_dropout(x, p, seed, offset)
+    check_floating(x=x)
+    check_dropout(x, p, seed, offset)
     if p == 0.0:
         return x
     assert seed is not None
@@ -179,8 +130,8 @@ def prepare_documents(ids: Tensor) -> Documents:
     A token sees only tokens of its own id. Raises ValueError.
     """
     if ids.ndim != 2:
-        raise _unexpected("documents", "(B, T)", ids.shape)
-    _check_integers("documents", ids, ids.shape, ids.device)
+        raise unexpected("documents", "(B, T)", ids.shape)
+    check_integers("documents", ids, ids.shape, ids.device)
     if backend("attention", ids.device) == "triton":
         return Documents(*documents_.prepare_documents(ids))
     return Documents(ids)
@@ -205,12 +156,12 @@ def attention(
     the last with a matching id. Several layers share them by prepare_documents. Returns (B, T, H, D) in q's
     dtype; softmax in fp32. Raises ValueError naming the argument. Source: Vaswani et al. 2017, equation 1.
     """
-    _check_floating(q=q, k=k, v=v)
+    check_floating(q=q, k=k, v=v)
     if q.ndim != 4:
-        raise _unexpected("q", "(B, T, H, D)", q.shape)
-    _check_like("k", k, "q", q)
-    _check_like("v", v, "q", q)
-    _check_dropout(q, dropout_p, seed, offset)
+        raise unexpected("q", "(B, T, H, D)", q.shape)
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
+    check_dropout(q, dropout_p, seed, offset)
     return _attention("q", (q, k, v), dropout_p, seed, offset, scale, documents)
 
 
@@ -227,10 +178,10 @@ def qkv_attention(
 
     qkv: (B, T, 3, H, D), any strides; q, k, v are its three slices. Everything else as in `attention`.
     """
-    _check_floating(qkv=qkv)
+    check_floating(qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise _unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
-    _check_dropout(qkv, dropout_p, seed, offset)
+        raise unexpected("qkv", "(B, T, 3, H, D)", qkv.shape)
+    check_dropout(qkv, dropout_p, seed, offset)
     return _attention("qkv", (qkv,), dropout_p, seed, offset, scale, documents)
 
 
@@ -247,16 +198,16 @@ def _attention(
     x = projections[0]
     D = x.shape[-1]
     if D == 0:
-        raise _unexpected(name, "a head size D above 0", x.shape)
+        raise unexpected(name, "a head size D above 0", x.shape)
     ids = documents.ids if isinstance(documents, Documents) else documents
     if ids is not None:
-        _check_integers("documents", ids, x.shape[:2], x.device)
+        check_integers("documents", ids, x.shape[:2], x.device)
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
     options["scale"] = _checked_scale(scale, D)
     if not _takes_triton("attention", x):
         q, k, v = projections if len(projections) == 3 else x.unbind(2)
         return attention_cpu.attention(q, k, v, **options, documents=ids)
-    _check_size(name, "a head size D", D, _LARGEST_HEAD)
+    check_size(name, "a head size D", D, _LARGEST_HEAD)
     if isinstance(documents, Tensor):
         documents = prepare_documents(documents)
     ids, spans = (None, None) if documents is None else documents
@@ -266,7 +217,7 @@ def _attention(
 def _checked_scale(scale: float | None, D: int) -> float:
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     if not 0.0 < scale < math.inf:
-        raise _unexpected("scale", "a positive number", scale)
+        raise unexpected("scale", "a positive number", scale)
     return scale
 
 
@@ -283,19 +234,19 @@ def decode_attention(
     Row t of a cache (B, T, H, D) belongs to token t; lengths beyond T count as T, a length of 0 gives NaN.
     scale: > 0, 1 / sqrt(D) if None. Returns (B, H, D) in q's dtype. Raises ValueError naming the argument.
     """
-    _check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_floating(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 3:
-        raise _unexpected("q", "(B, H, D)", q.shape)
+        raise unexpected("q", "(B, H, D)", q.shape)
     B, H, D = q.shape
     if k_cache.ndim != 4 or (k_cache.shape[0], *k_cache.shape[2:]) != (B, H, D):
-        raise _unexpected("k_cache", f"({B}, T, {H}, {D})", k_cache.shape)
+        raise unexpected("k_cache", f"({B}, T, {H}, {D})", k_cache.shape)
     if k_cache.dtype != q.dtype:
-        raise _unexpected("k_cache", f"the dtype of q, {q.dtype}", k_cache.dtype)
-    _check_like("v_cache", v_cache, "k_cache", k_cache)
-    _check_integers("lengths", lengths, q.shape[:1], q.device)
+        raise unexpected("k_cache", f"the dtype of q, {q.dtype}", k_cache.dtype)
+    check_like("v_cache", v_cache, "k_cache", k_cache)
+    check_integers("lengths", lengths, q.shape[:1], q.device)
     scale = _checked_scale(scale, D)
     if _takes_triton("decode_attention", q):
-        _check_size("q", "a head size D", D, _LARGEST_HEAD)
+        check_size("q", "a head size D", D, _LARGEST_HEAD)
         y: Tensor = decode_attention_.decode_attention(q, k_cache, v_cache, lengths, scale)
         return y
     return attention_cpu.decode_attention(q, k_cache, v_cache, lengths, scale=scale)
@@ -303,11 +254,11 @@ def decode_attention(
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise _unexpected("x", "(..., C) with C > 0", x.shape)
-    _check_shape("weight", weight, x.shape[-1:])
-    _check_shape("bias", bias, x.shape[-1:])
+        raise unexpected("x", "(..., C) with C > 0", x.shape)
+    check_shape("weight", weight, x.shape[-1:])
+    check_shape("bias", bias, x.shape[-1:])
     if not eps > 0.0:
-        raise _unexpected("eps", "a positive number", eps)
+        raise unexpected("eps", "a positive number", eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -316,10 +267,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     x: (..., C); weight, bias: (C,), any floating dtype. Returns x's shape and dtype. Raises ValueError.
     Source: Ba et al. 2016.
     """
-    _check_floating(x=x, weight=weight, bias=bias)
+    check_floating(x=x, weight=weight, bias=bias)
     _check_norm(x, weight, bias, eps)
     if _takes_triton("layer_norm", x, weight, bias):
-        _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
+        check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
         return layer_norm_.layer_norm(x, None, None, weight, bias, eps, 0.0, None, None)[0]
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -339,16 +290,16 @@ def dropout_add_layer_norm(
 
     The sum is made in fp32 and rounded once to residual's dtype, which is also y's. Raises ValueError.
     """
-    _check_floating(x=x, weight=weight, bias=bias, residual=residual)
+    check_floating(x=x, weight=weight, bias=bias, residual=residual)
     _check_norm(x, weight, bias, eps)
-    _check_like("residual", residual, "x", x, dtype=False)
-    _check_dropout(x, dropout_p, seed, offset)
+    check_like("residual", residual, "x", x, dtype=False)
+    check_dropout(x, dropout_p, seed, offset)
     if x_bias is not None:
-        _check_floating(x=x, x_bias=x_bias)
-        _check_shape("x_bias", x_bias, x.shape[-1:])
+        check_floating(x=x, x_bias=x_bias)
+        check_shape("x_bias", x_bias, x.shape[-1:])
     vectors = (weight, bias) if x_bias is None else (weight, bias, x_bias)
     if _takes_triton("dropout_add_layer_norm", x, residual, *vectors):
-        _check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
+        check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
         return layer_norm_.layer_norm(x, x_bias, residual, weight, bias, eps, dropout_p, seed, offset)
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset, x_bias)
 
@@ -358,12 +309,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     weight: (K, C); bias: (K,) or None; both of any floating dtype, cast to x's. Raises ValueError.
     """
-    _check_floating(x=x, weight=weight)
+    check_floating(x=x, weight=weight)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        raise _unexpected("weight", f"(K, {x.shape[-1]})", weight.shape)
+        raise unexpected("weight", f"(K, {x.shape[-1]})", weight.shape)
     if bias is not None:
-        _check_floating(x=x, bias=bias)
-        _check_shape("bias", bias, weight.shape[:1])
+        check_floating(x=x, bias=bias)
+        check_shape("bias", bias, weight.shape[:1])
     return linear_.linear(x, weight.to(x.dtype), bias)
 
 
@@ -380,10 +331,10 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Raises ValueError. Source: Hendrycks and Gimpel 2016.
     """
-    _check_floating(x=x, bias=bias)
+    check_floating(x=x, bias=bias)
     if x.ndim == 0:
-        raise _unexpected("x", "(..., C)", x.shape)
-    _check_shape("bias", bias, x.shape[-1:])
+        raise unexpected("x", "(..., C)", x.shape)
+    check_shape("bias", bias, x.shape[-1:])
     if _takes_triton("bias_gelu", x, bias):
         return activation_.bias_gelu(x, bias)
     return reference.bias_gelu(x, bias)
@@ -407,23 +358,23 @@ def linear_cross_entropy(
     reduction: "mean" over the counted rows (0 if there are none), "sum" or "none" (N,). z_loss adds
     z_loss * logsumexp(logits)^2 per row. Returns fp32 (fp64 for fp64 hidden). Raises ValueError.
     """
-    _check_floating(hidden=hidden, weight=weight)
+    check_floating(hidden=hidden, weight=weight)
     if hidden.ndim != 2:
-        raise _unexpected("hidden", "(N, C)", hidden.shape)
+        raise unexpected("hidden", "(N, C)", hidden.shape)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise _unexpected("weight", f"(P, {hidden.shape[1]})", weight.shape)
-    _check_integers("targets", targets, hidden.shape[:1], hidden.device)
+        raise unexpected("weight", f"(P, {hidden.shape[1]})", weight.shape)
+    check_integers("targets", targets, hidden.shape[:1], hidden.device)
     if targets.dtype != torch.int64:
-        raise _unexpected("targets", "int64", targets.dtype)
+        raise unexpected("targets", "int64", targets.dtype)
     if reduction not in ("mean", "sum", "none"):
-        raise _unexpected("reduction", "mean, sum or none", reduction)
+        raise unexpected("reduction", "mean, sum or none", reduction)
     if not 0.0 <= label_smoothing < 1.0:
-        raise _unexpected("label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
+        raise unexpected("label_smoothing", "0 <= label_smoothing < 1", label_smoothing)
     if not 0.0 <= z_loss < math.inf:
-        raise _unexpected("z_loss", "a number >= 0", z_loss)
+        raise unexpected("z_loss", "a number >= 0", z_loss)
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if not 0 < vocab_size <= len(weight):
-        raise _unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
+        raise unexpected("vocab_size", f"1 to {len(weight)}", vocab_size)
     options = linear_cross_entropy_.LossOptions(vocab_size, ignore_index, label_smoothing, z_loss)
     path = backend("linear_cross_entropy", hidden.device, hidden.dtype)
     function = linear_cross_entropy_.linear_cross_entropy
