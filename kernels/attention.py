@@ -200,6 +200,7 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,  # start the next full tile's product before this one's softmax
 ):
     qk_scale = scale * LOG2_E
     b, h, bh, start_m = _program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
@@ -215,11 +216,17 @@ def _attention_fwd_kernel(
     for MASK in tl.static_range(2):
         begin = first if MASK else full
         end = tl.minimum(start_m + BLOCK_M, T) - (diagonal - full) if MASK else diagonal
+        if AHEAD and not MASK:
+            k_tile = _load_tile(k, k_strides, b, h, begin, T, D, BLOCK_N, BLOCK_D)
+            next_s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         for start_n in range(begin, end, BLOCK_N):
             if MASK:
                 start_n += tl.where(start_n >= full, diagonal - full, 0)
-            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            load_n = start_n + BLOCK_N if AHEAD and not MASK else start_n
+            k_tile = _load_tile(k, k_strides, b, h, load_n, T, D, BLOCK_N, BLOCK_D)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            if AHEAD and not MASK:
+                s, next_s = next_s, s
             if MASK:
                 offs_n = start_n + tl.arange(0, BLOCK_N)
                 visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
@@ -492,6 +499,7 @@ def attention_fwd(
             spans_ptr=spans,
             **_dropout_arguments(dropout_p, seed, offset),
             scale=scale,
+            AHEAD=tile.ahead,
         )
     return out, lse
 

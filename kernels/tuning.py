@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: bool = False  # read through the tensor memory accelerator (9.0 and newer)
+    ahead: bool = False  # forward: the next tile's Q K^T runs beside this tile's softmax
 
 
 _Sizes = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
@@ -78,13 +79,14 @@ _POINTERS: _Table = {
     ("dq", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
 }
 _HOPPER: _Table = {
-    ("fwd", 64): ((128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),  # two blocks on a multiprocessor
-    ("fwd", 128): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3)),
+    ("fwd", 64): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),  # two blocks on a multiprocessor
+    ("fwd", 128): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
     ("dkdv", 64): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
     ("dkdv", 128): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
     ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
+_AHEAD = {("fwd", 128, "dropout")}  # of _HOPPER
 _HOPPER_SHORT: _Table = {  # less of a smaller tile lies above the diagonal
     ("fwd", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     ("dkdv", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -166,7 +168,9 @@ def _default(problem: _Problem, describable: bool) -> Tile:
         row = table.get((kernel, largest), table[kernel, 128])
         sizes = row[FEATURES.index(feature)]
     M, N, warps, stages = sizes
-    return Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
+    tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
+    ahead = descriptors and architecture[0] == 9 and not short and (kernel, largest, feature) in _AHEAD
+    return replace(tile, ahead=ahead)
 
 
 def attention_key(kernel: str, q: Tensor, feature: str) -> str:

@@ -47,17 +47,21 @@ class Choice:
             "kernel": self.key,
             "default ms": f"{self.default_ms:.3f}",
             "best ms": f"{self.ms:.3f}",
-            "tile": f"{sizes}, {launch}{', descriptors' if self.tile.descriptors else ''}",
+            "tile": ", ".join(
+                [sizes, launch, *(name for name in ("descriptors", "ahead") if getattr(self.tile, name))]
+            ),
             "tried": str(self.tried),
         }
 
 
-def candidates(device: torch.device) -> list[Tile]:
-    """Every tile worth timing on this device."""
+def candidates(device: torch.device, kernel: str) -> list[Tile]:
+    """Every tile worth timing for one of KERNELS on this device."""
     described = tuning.capability(device)[0] in (9, 10)
+    ahead = (False, True) if kernel == "fwd" else (False,)
+    sizes = itertools.product((128, 64, 32), (128, 64), (8, 4), (3, 2), ahead)
     return [
-        Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=described)
-        for M, N, warps, stages in itertools.product((128, 64, 32), (128, 64), (8, 4), (3, 2))
+        Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=described, ahead=ahead)
+        for M, N, warps, stages, ahead in sizes
     ]
 
 
@@ -82,7 +86,8 @@ def tune(
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
     searches = list(itertools.product(LENGTHS, head_sizes))
-    total, done = len(searches) * len(KERNELS) * len(candidates(device)), itertools.count(1)
+    tiles = sum(len(candidates(device, kernel)) for kernel in KERNELS)
+    total, done = len(searches) * tiles, itertools.count(1)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "feature": feature, "deadline": deadline}
     found: list[Choice] = []
     for T, head_size in searches:
@@ -124,7 +129,7 @@ def search(
         with tuning.override(key, default):
             default_ms = timer(run)
         best, best_ms, tried = default, default_ms, 1
-        for tile in candidates(device) if tiles is None else tiles:
+        for tile in candidates(device, kernel) if tiles is None else tiles:
             if time.monotonic() > deadline:
                 break
             step()

@@ -70,7 +70,7 @@ def test_dropout_and_documents_against_float64(
 @pytest.mark.parametrize(("M", "N"), [(16, 128), (64, 64), (128, 64), (16, 32), (64, 32)])
 @pytest.mark.parametrize("feature", ["plain", "documents", "dropout"])
 def test_every_shape_of_tile_against_float64(M: int, N: int, feature: str, device: torch.device) -> None:
-    tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1)
+    tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1, ahead=M > N)
     options: dict[str, Any] = {
         "plain": {},
         "documents": {"documents": lambda T: (torch.arange(T) - 30) // 240 % 2},  # with tiles of one document

@@ -211,8 +211,10 @@ def test_the_search_stops_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> No
 def test_candidates_use_descriptors_where_there_are_some() -> None:
     for capability, expected in (((8, 0), {False}), ((9, 0), {True})):
         with tuning.assume_capability(capability):
-            tiles = tune.candidates(torch.device("cpu"))
+            tiles = tune.candidates(torch.device("cpu"), "fwd")
+            others = tune.candidates(torch.device("cpu"), "dq")
         assert {tile.descriptors for tile in tiles} == expected
+        assert {tile for tile in tiles if not tile.ahead} == set(others)
         assert len(set(tiles)) == len(tiles)
 
 
