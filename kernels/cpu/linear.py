@@ -30,9 +30,9 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias; x (..., C), weight (K, C) of x's dtype, bias (K,)."""
+    """x weight^T + bias; x (..., C), weight (K, C) of x's dtype, bias (K,) of any."""
     if takes_onednn(x) and x.numel() > 0:
-        return _onednn_linear(x, weight, bias)
+        return _onednn_linear(x, weight, None if bias is None else bias.to(x.dtype))
     return reference.linear(x, weight, bias)
 
 

@@ -116,7 +116,15 @@ def test_far_sequences_are_addressed_in_64_bits(kernel: str, begins: Callable[..
         "scale": 1.0,
     }
     known |= {f"{name}_ptr": x for name, x in tensors.items()} | {"T": T, "D": D}
-    known |= {"B": sequence + 1, "H": 1, "heads": 1, "BLOCK_D": D, "BLOCK_M": 64, "BLOCK_N": 64}
+    known |= {
+        "B": sequence + 1,
+        "H": 1,
+        "heads": 1,
+        "BLOCK_D": D,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "AHEAD": False,
+    }
     jit = {"fwd": kernels._attention_fwd_kernel, "dkdv": kernels._attention_dkdv_kernel}
     function = jit.get(kernel, kernels._attention_dq_kernel)
     arguments = {name: known[name] for name in function.arg_names}

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 EPS, P = 1e-5, 0.3
 HALF, SINGLE = torch.float16, torch.float32
 SHAPES = [
-    *((5, C) for C in (16, 64, 97, 384, 1023, 1500, 4096)),
+    (97, 16),  # 5 rows would leave the error of a column's sum to chance
+    *((5, C) for C in (64, 97, 384, 1023, 1500, 4096)),
     *((17, C) for C in (65, 1024, 3000)),
     (97, 768),
     (5, 8191),

@@ -19,7 +19,7 @@ Block.forward (what two ops keep counts once; each op's file has its save_for_ba
     selective: the inputs of attention and MLP, both norms    4 C e + 16
     full: the block's two inputs                              2 C e
 
-The final norm adds C e + 8; the first block has one input only. Where matrices are wider than activations
+The final norm adds C e + 8; the first block has one input only, the others on a GPU a bias (C,) too. Where matrices are wider than activations
 (w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too. The loss keeps the gradients it made
 in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
 
@@ -158,7 +158,8 @@ class Shapes:
         """Activations kept from the forward to the backward pass, the loss's not counted."""
         L = self.config.n_layer
         if checkpointing == "full":
-            return (2 * L - 1) * self._row + self._norm()
+            biases = 4 * self.config.n_embd * (L - 1) if self.on_gpu else 0
+            return (2 * L - 1) * self._row + biases + self._norm()
         inner = self._attention() + self._mlp() if checkpointing == "none" else 0
         return L * (2 * self._row + 2 * self._norm() + inner) + self._norm()
 
