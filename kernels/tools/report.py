@@ -134,9 +134,10 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
     registers, stack, blocks = resources(compiled, arch)
-    code = sass.read(compiled)
+    # Half of the report's time; fp32 would double it, for kernels that seldom run.
+    code = None if dtype == "fp32" else sass.read(compiled)
+    hot = code.hot if code else None
     loads, stores = _widths(ptx)
-    predictable = arch == 90 and dtype == "bf16" and blocks
     return Row(
         **common,
         arch=arch,
@@ -146,11 +147,13 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
         stack=stack,
         shared=metadata.shared,
         blocks=blocks,
-        loop=code.hot.units if code.hot else {},
-        straight=code.straight.units,
-        overlapped=code.hot.overlapped if code.hot else 0,
-        overlapped_mufu=code.hot.overlapped_mufu if code.hot else 0,
-        predicted=predict(launch, code, blocks) if predictable else None,
+        loop=hot.units if hot else {},
+        straight=code.straight.units if code else {},
+        overlapped=hot.overlapped if hot else 0,
+        overlapped_mufu=hot.overlapped_mufu if hot else 0,
+        predicted=predict(launch, code, blocks)
+        if arch == 90 and dtype == "bf16" and code and blocks
+        else None,
         tensor_core=_tensor_core(ptx),
         loads=loads,
         stores=stores,

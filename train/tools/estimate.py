@@ -19,9 +19,9 @@ Block.forward (what two ops keep counts once; each op's file has its save_for_ba
     selective: the inputs of attention and MLP, both norms    4 C e + 16
     full: the block's two inputs                              2 C e
 
-The final norm adds C e + 8; the first block has one input only, the others on a GPU a bias (C,) too. Where matrices are wider than activations
-(w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too. The loss keeps the gradients it made
-in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
+The final norm adds C e + 8; the first block has one input only, the others on a GPU a bias (C,) too. Where
+matrices are wider than activations (w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too.
+The loss keeps the gradients it made in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
 
 A CPU runs plain PyTorch. There every dropout keeps an fp32 mask, every norm of low-precision rows their fp32
 copy, and attention, unless it is SDPA's, its fp32 weights, their mask and product, B H T^2 (8 + e), and q and
