@@ -134,8 +134,9 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
     fn, metadata, ptx = compiled.src.fn, compiled.metadata, compiled.asm["ptx"]
     constants = [f"{fn.arg_names[i]}={compiled.src.constants.get((i,))}" for i in fn.constexprs]
     registers, stack, blocks = resources(compiled, arch)
-    # Half of the report's time; fp32 would double it, for kernels that seldom run.
-    code = None if dtype == "fp32" else sass.read(compiled)
+    tensor_core = _tensor_core(ptx)
+    # Reading takes half of the report's time, and fp32 on ordinary cores seldom runs.
+    code = None if dtype == "fp32" and not tensor_core else sass.read(compiled)
     hot = code.hot if code else None
     loads, stores = _widths(ptx)
     return Row(
@@ -154,7 +155,7 @@ def _examine(launch: Compiled, *, arch: int, dtype: str, **common: Any) -> Row:
         predicted=predict(launch, code, blocks)
         if arch == 90 and dtype == "bf16" and code and blocks
         else None,
-        tensor_core=_tensor_core(ptx),
+        tensor_core=tensor_core,
         loads=loads,
         stores=stores,
         unaligned=_unaligned(compiled.src),
