@@ -30,9 +30,9 @@ def _activation(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import activation
 
     for C in (65, 1536, 3072, 6400, 16384) if full else (3072, 6400):
-        x, bias = _meta(8192, C, dtype=dtype), _meta(C)
+        (x, dout), bias = (_meta(8192, C, dtype=dtype) for _ in range(2)), _meta(C)
         yield f"C {C}", partial(activation.bias_gelu_fwd, x, bias)
-        yield f"C {C}", partial(activation.bias_gelu_bwd, x, x, bias)
+        yield f"C {C}", partial(activation.bias_gelu_bwd, dout, x, bias)
 
 
 def _documents(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
@@ -56,19 +56,20 @@ def _layer_norm(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import layer_norm
 
     for C in (65, 384, 768, 1024, 1280, 1600, 4096) if full else (768, 1600):
-        x, weight, rows = _meta(8192, C, dtype=dtype), _meta(C), _meta(8192)
+        x, r, dy = (_meta(8192, C, dtype=dtype) for _ in range(3))  # three: a prediction counts their bytes
+        weight, rows = _meta(C), _meta(8192)
         saved, norm = (x, weight, rows, rows, weight.dtype, dtype), (weight, weight, 1e-5)
         for label, x_bias, residual, p in (
             ("", None, None, 0.0),
-            (", residual", None, x, 0.0),
-            (", residual, dropout", None, x, 0.1),
-            (", bias, residual", weight, x, 0.0),
-            (", bias, residual, dropout", weight, x, 0.1),
+            (", residual", None, r, 0.0),
+            (", residual, dropout", None, r, 0.1),
+            (", bias, residual", weight, r, 0.0),
+            (", bias, residual, dropout", weight, r, 0.1),
         ):
             dropout: dict[str, Any] = {"p": p, **_counters()}
             bias_dtype = None if x_bias is None else x_bias.dtype
             forward = partial(layer_norm.layer_norm_fwd, x, x_bias, residual, *norm, **dropout)
-            backward = partial(layer_norm.layer_norm_bwd, x, residual, *saved, bias_dtype, **dropout)
+            backward = partial(layer_norm.layer_norm_bwd, dy, residual, *saved, bias_dtype, **dropout)
             yield f"C {C}{label}", forward
             yield f"C {C}{label}", backward
 

@@ -38,7 +38,8 @@ def report_kernels(
     full: Annotated[bool, typer.Option("--full", help="Add more dtypes and shapes.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a kernel has a problem.")] = False,
     step: Annotated[
-        bool, typer.Option("--step", help="Predict the parts of a step of gpt2, 16 x 1024, instead.")
+        bool,
+        typer.Option("--step", help="Predict the parts of a step of gpt2 instead, 16 x 1024, no dropout."),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -48,6 +49,13 @@ def report_kernels(
     For bf16 on 9.0 also what bounds the kernel and how fast it would be: a prediction, not a measurement.
     --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
     """
+    if step:
+        parts = _triton_module("train.tools.predict_step").predict_step(dropout=False)
+        if as_json:
+            print_json([asdict(part) for part in parts])
+        else:
+            print_table([part.cells() for part in parts])
+        return
     inspection = _triton_module("kernels.tools.report")
     with progress_bar("compiling") as progress:
         rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)

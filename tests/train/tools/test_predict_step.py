@@ -6,6 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fusedgpt.train.cli.main import main
 from fusedgpt.train.tools import predict_step, rehearse
 from fusedgpt.train.tools.meta_cuda import Record, TorchOp
 
@@ -54,3 +55,14 @@ def test_blocks_are_multiplied_and_the_rest_is_not(monkeypatch: pytest.MonkeyPat
     add, mul, together = predict_step.predict_step()
     assert (add.kernel, add.launches, mul.kernel, mul.launches) == ("aten.add", 36, "aten.mul", 1)
     assert (together.launches, together.milliseconds) == (37, pytest.approx(37 * mul.milliseconds))
+
+
+def test_the_command_prints_the_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [predict_step.Part(kernel="_gelu_kernel", launches=12, milliseconds=1.234)]
+    monkeypatch.setattr(predict_step, "predict_step", lambda dropout: parts)
+    with pytest.raises(SystemExit) as ended:
+        main(["kernels", "report", "--step"])
+    assert not ended.value.code
+    assert capsys.readouterr().out.split() == ["kernel", "launches", "predicted", "ms", "gelu", "12", "1.23"]
