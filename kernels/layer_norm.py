@@ -213,8 +213,8 @@ def _sum_partials_kernel(
 def row_blocks(C: int, element_size: int) -> dict[str, int]:
     """The constants of a launch over rows of C: chosen by width and dtype alone, whatever the number of rows.
 
-    A thread has 32 elements, in 16-byte loads of half precision; 16 where a warp would get two rows, loads are
-    narrower or values wider: more would not fit into registers.
+    A thread has 32 elements, in 16-byte loads of half precision; 16 where a warp would get two rows, loads
+    are narrower or values wider: more would not fit into registers.
     """
     BLOCK_C = block_size(C)
     WIDTH, ROWS = max(min(BLOCK_C, 256), BLOCK_C // 4), max(1, _TILE // BLOCK_C)
