@@ -55,6 +55,7 @@ def check_size(name: str, what: str, size: int, most: int) -> None:
 
 
 def check_dropout(x: Tensor, p: float, seed: Tensor | None, offset: Tensor | None) -> None:
+    """p within [0, 1); seed and offset int64 scalars on x's device where p > 0."""
     if not 0.0 <= p < 1.0:
         raise unexpected("dropout_p", "0 <= p < 1", p)
     for name, scalar in (("seed", seed), ("offset", offset)) if p > 0.0 else ():
