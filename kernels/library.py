@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("fusedgpt", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("fusedgpt", "FRAGMENT")
 
 
 def register_op(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,8 +20,8 @@ def register_op(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -
     body: mutates no argument and returns none; its annotations are the op's schema.
     """
     qualified = f"fusedgpt::{name}"
-    _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()))
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.fusedgpt, name).default
     return op

@@ -38,5 +38,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x, weight, bias)
     return y

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from fusedgpt.kernels import reference
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def takes_onednn(x: Tensor) -> bool:

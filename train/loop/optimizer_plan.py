@@ -225,7 +225,7 @@ def process_groups(p: Tensor) -> dict[str, Any]:
 
 def capturing() -> bool:
     """Whether the current stream's work goes into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def expect_before_capture(what: str) -> None:

@@ -86,7 +86,7 @@ class GraphedStep:
         self.eager_steps: Counter[_Shapes] = Counter()
         self.graphs: dict[_Shapes, _Graph] = {}
         # Of eager steps and captures: cuBLAS keeps a workspace (32 MB on Hopper) for each stream it has seen.
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, batch: StepBatch, lr: float) -> Tensor:
         """As Step; the tensor returned is overwritten by the next call."""

@@ -273,7 +273,7 @@ class _Acting(TorchFunctionMode):
 
     def resumed(self) -> AbstractContextManager[Any]:
         """Entered again, where torch has suspended it: while it runs a function."""
-        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = _get_current_function_mode_stack()
         return nullcontext() if self in modes else self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -309,11 +309,11 @@ def _address(x: Tensor) -> int:
     return 512 * x.untyped_storage()._cdata + within if x.is_meta else x.data_ptr()
 
 
-class _Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Seeing(TorchDispatchMode):
     """Records what reaches the GPU, and runs the body of each of our ops beside its fake kernel."""
 
     def __init__(self, record: Record, acting: _Acting) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.record, self.acting = record, acting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
