@@ -18,14 +18,23 @@ Alternatives of a rule and rows of a bank are drawn without replacement in a sam
 """
 
 import re
-from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Set
 from random import Random
 
 from fusedgpt.kernels.errors import InputError
+from fusedgpt.train.data.synthetic.parts import (
+    Agree,
+    Alternative,
+    Bind,
+    Choice,
+    Field,
+    Number,
+    Part,
+    Run,
+    Styled,
+)
 from fusedgpt.train.data.synthetic.words import (
     WORD,
-    article,
     content_stems,
     domain_stems,
     normalise,
@@ -39,13 +48,11 @@ from fusedgpt.train.data.synthetic.words import (
 
 DOMAINS: tuple[str, ...] = ("cooking", "poetry", "technical", "general", "conversation")
 
-_FOCUS = 0.93  # probability of choosing among the alternatives that match the prompt best
 _TOPIC_WORDS, _TOPICS = 3, 4
 _ASIDE = "*"  # the tag of a topic mentioned in passing
 _PATIENCE = 1000  # repeats in a row until the distinct texts count as exhausted and may repeat
 _WORD_OR_MARK = re.compile(WORD.pattern + r"|[^\w\s]")
 _LATIN = re.compile(r"[a-zà-öø-ÿ]{2,24}")
-_SMALL_WORDS = ("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
 
 
 def choose_domain(prompt: str) -> str:
@@ -64,96 +71,6 @@ def choose_domain(prompt: str) -> str:
     return best if rank(best)[0] else "general"
 
 
-@dataclass(eq=False, kw_only=True)
-class _Alternative:
-    fields: dict[str, list["_Part"]]  # the field "" is what the alternative itself writes
-    tags: frozenset[str]
-    words: frozenset[str]
-    refs: list["_Choice"]
-    hits: frozenset[str] = frozenset()
-
-
-@dataclass(eq=False)
-class _Choice:
-    """A rule, a bank or an inline choice; allowed and preferred follow from the prompt."""
-
-    alternatives: list[_Alternative]
-    named: bool
-    allowed: list[_Alternative] | None = None
-    preferred: list[_Alternative] = field(default_factory=list)
-    hits: frozenset[str] = frozenset()
-
-    def render(self, run: "_Run") -> str:
-        return run.join(run.pick(self).fields[""])
-
-    def steer(self, wanted: frozenset[str], excluded: frozenset[str]) -> None:
-        """Drop what is excluded or cannot be completed; prefer what reaches most of the wanted tags."""
-        if self.allowed is not None:
-            return
-        self.allowed = []
-        for one in self.alternatives:
-            for choice in one.refs:
-                choice.steer(wanted, excluded)
-            if all(choice.allowed for choice in one.refs) and not (one.tags | one.words) & excluded:
-                one.hits = (one.tags & wanted).union(*(choice.hits for choice in one.refs))
-                self.allowed.append(one)
-        self.hits = frozenset().union(*(one.hits for one in self.allowed))
-        best = max((len(one.hits) for one in self.allowed), default=0)
-        self.preferred = [one for one in self.allowed if len(one.hits) == best]
-
-
-class _Run:
-    """One sample: its bound rows, and the alternatives used so far."""
-
-    def __init__(self, rng: Random) -> None:
-        self.random = rng.random
-        self.bound: dict[str, _Alternative] = {}
-        self.used: set[_Alternative] = set()
-
-    def join(self, parts: list["_Part"]) -> str:
-        return "".join([part if isinstance(part, str) else part(self) for part in parts])
-
-    def pick(self, choice: _Choice) -> _Alternative:
-        allowed = choice.allowed or []
-        pool = choice.preferred if self.random() < _FOCUS else allowed
-        one = pool[int(self.random() * len(pool))]
-        if choice.named:
-            if one in self.used:
-                fresh = [other for other in pool if other not in self.used]
-                fresh = fresh or [other for other in allowed if other not in self.used] or pool
-                one = fresh[int(self.random() * len(fresh))]
-            self.used.add(one)
-        return one
-
-    def bind(self, name: str, choice: _Choice) -> str:
-        self.bound[name] = self.pick(choice)
-        return ""
-
-    def number(self, numbers: range, noun: str) -> str:
-        n = numbers[int(self.random() * len(numbers))]
-        return f"{n} {noun if n == 1 else plural(noun)}" if noun else str(n)
-
-
-# What a template is compiled to: literal text, and functions that expand it for each sample.
-_Part = str | Callable[[_Run], str]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _title(text: str) -> str:
-    return " ".join([word if word in _SMALL_WORDS else _capital(word) for word in text.split(" ")])
-
-
-_STYLES: dict[str | None, Callable[[str], str]] = {
-    None: str,
-    "a": article,
-    "A": lambda text: _capital(article(text)),
-    "cap": _capital,
-    "title": _title,
-    "Title": lambda text: _capital(_title(text)),
-}
 _TAGS = re.compile(r"(?:\s+#[\w-]+)+\s*$")
 _TOKEN = re.compile(r"(\\[\[\]]|\{[^{}]*\}\s*|[\[\]|])")
 _SLOT = re.compile(r"\{(?:(a|A|cap|title|Title) )?(\w+)(?:\.(\w+))?\}")
@@ -162,7 +79,7 @@ _AGREE = re.compile(r"\{(\w+):([^/]*)/([^/]*)\}")
 _NUMBER = re.compile(r"\{(\d+)\.\.(\d+)(?:/(\d+))?(?: ([^{}]+))?\}")
 
 
-class _Grammar:
+class Grammar:
     """The compiled templates of a domain."""
 
     def __init__(self, domain: str) -> None:
@@ -170,7 +87,7 @@ class _Grammar:
         rules = {name: rule for source in sources for name, rule in source.get("rules", {}).items()}
         banks = {name: bank for source in sources for name, bank in source.get("banks", {}).items()}
         # The bank "topic" is filled with subjects of the prompt that no template knows.
-        self.choices = {name: _Choice([], True) for name in [*rules, *banks, "topic"]}
+        self.choices = {name: Choice([], True) for name in [*rules, *banks, "topic"]}
         # Which nouns of a prompt become topics: those "unknown" to the tags; "all", ranked like tagged rows;
         # or all as an "aside", ranked after the rows with the tags of the prompt.
         self.topics: str = read_templates(domain).get("topics", "unknown")
@@ -187,7 +104,7 @@ class _Grammar:
         row.tags |= tags
         self.choices["topic"].alternatives.append(row)
 
-    def _alternative(self, text: str, names: list[str] | None) -> _Alternative:
+    def _alternative(self, text: str, names: list[str] | None) -> Alternative:
         found = _TAGS.search(text)
         body = text[: found.start()] if found else text
         tags = {stem(tag) if tag != "plural" else tag for tag in re.findall(r"#(\S+)", text[len(body) :])}
@@ -196,15 +113,15 @@ class _Grammar:
             if len(texts) != len(names):
                 raise ValueError(f"template row {text!r} has {len(texts)} fields, not {len(names)}: {names}")
             tags |= {stem(word) for word in WORD.findall(texts[0].casefold())} - words_of("stop")
-        refs: list[_Choice] = []
+        refs: list[Choice] = []
         parts = [self._compile(part, refs) for part in texts]
         fields = {"": parts[0], **dict(zip(names or [], parts, strict=bool(names)))}
         words = frozenset(stem(word) for word in WORD.findall(body.casefold()))
-        return _Alternative(fields=fields, tags=frozenset(tags), words=words, refs=refs)
+        return Alternative(fields=fields, tags=frozenset(tags), words=words, refs=refs)
 
-    def _compile(self, text: str, refs: list[_Choice]) -> list[_Part]:
+    def _compile(self, text: str, refs: list[Choice]) -> list[Part]:
         """The parts of a template; inline choices are split at their own level and compiled recursively."""
-        parts: list[_Part] = []
+        parts: list[Part] = []
         depth, inner = 0, [""]
         for token in filter(None, _TOKEN.split(text)):
             depth -= token == "]"
@@ -213,9 +130,9 @@ class _Grammar:
             elif depth:
                 inner[-1] += token
             elif token == "]":
-                choice = _Choice([self._alternative(part, None) for part in inner], False)
+                choice = Choice([self._alternative(part, None) for part in inner], False)
                 refs.append(choice)
-                parts.append(choice.render)
+                parts.append(choice)
                 inner = [""]
             elif token != "[":
                 parts += self._slot(token, refs) if token[0] == "{" else [token.lstrip("\\")]
@@ -224,27 +141,24 @@ class _Grammar:
             raise ValueError(f"template with an unclosed bracket: {text!r}")
         return parts
 
-    def _slot(self, token: str, refs: list[_Choice]) -> list[_Part]:
+    def _slot(self, token: str, refs: list[Choice]) -> list[Part]:
         slot = token.rstrip()
         space = token[len(slot) :]
         if found := _BIND.fullmatch(slot):
-            name, choice = found[1], self.choices[found[2]]
-            refs.append(choice)
-            return [lambda run: run.bind(name, choice)]
+            refs.append(choice := self.choices[found[2]])
+            return [Bind(name=found[1], choice=choice)]
         if found := _AGREE.fullmatch(slot):
-            subject, one, many = found.groups()
-            return [lambda run: many if "plural" in run.bound[subject].tags else one, space]
+            return [Agree(name=found[1], one=found[2], many=found[3]), space]
         if found := _NUMBER.fullmatch(slot):
-            numbers, noun = range(int(found[1]), int(found[2]) + 1, int(found[3] or 1)), found[4] or ""
-            return [lambda run: run.number(numbers, noun), space]
+            numbers = range(int(found[1]), int(found[2]) + 1, int(found[3] or 1))
+            return [Number(numbers=numbers, noun=found[4] or ""), space]
         if not (found := _SLOT.fullmatch(slot)):
             raise ValueError(f"template slot {slot!r} is not understood")
-        style, source, field_name = _STYLES[found[1]], found[2], found[3] or ""
-        if source not in self.choices or field_name:
-            return [lambda run: style(run.join(run.bound[source].fields[field_name])), space]
-        rule = self.choices[source]
-        refs.append(rule)
-        return [lambda run: style(rule.render(run)), space]
+        style, source, field = found[1], found[2], found[3] or ""
+        part: Choice | Field = Field(name=source, field=field)
+        if source in self.choices and not field:
+            refs.append(part := self.choices[source])
+        return [Styled(style=style, part=part) if style else part, space]
 
 
 def _is_plural(word: str) -> bool:
@@ -275,7 +189,7 @@ def _head_last(run: list[str], dull: frozenset[str]) -> list[str]:
     return run[-_TOPIC_WORDS:]
 
 
-def _topics(prompt: str, domain: str, grammar: _Grammar) -> list[tuple[str, bool]]:
+def _topics(prompt: str, domain: str, grammar: Grammar) -> list[tuple[str, bool]]:
     """The noun phrases of a prompt; if it says "about", only those after that word."""
     found = _WORD_OR_MARK.findall(normalise(prompt))
     headline = sum(word[0].isupper() for word in found) * 2 > len(found) + 1
@@ -312,19 +226,26 @@ def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -
 
     Without a domain it follows from the prompt. Raises ValueError for a domain that is not one of DOMAINS.
     """
-    domain = choose_domain(prompt) if domain is None else domain
+    domain = domain or choose_domain(prompt)
+    root = steered_grammar(prompt, domain)
+    seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
+    return _stream(root, Random(seed_text))
+
+
+def steered_grammar(prompt: str, domain: str | None = None) -> Choice:
+    """The rule from which the texts for a prompt are written. Domain and errors are generate_samples's."""
+    domain = domain or choose_domain(prompt)
     if domain not in DOMAINS:
         raise InputError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
-    seed_text = f"{domain}\n{seed}\n{prompt}".encode("utf-8", "replace").decode()
     excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
     root = _steered(prompt, domain, excluded)
     # If a prompt excludes everything, its exclusions are ignored.
-    return _stream(root if root.allowed else _steered(prompt, domain, frozenset()), Random(seed_text))
+    return root if root.allowed else _steered(prompt, domain, frozenset())
 
 
-def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> _Choice:
+def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> Choice:
     """The root of a domain's grammar, compiled and steered by the prompt."""
-    grammar = _Grammar(domain)
+    grammar = Grammar(domain)
     for phrase, many in _topics(prompt, domain, grammar):
         stems = frozenset(stem(word) for word in WORD.findall(phrase)) - {"the"}
         known = stem(phrase.split()[-1]) in grammar.known
@@ -335,11 +256,11 @@ def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> _Choice:
     return root
 
 
-def _stream(root: _Choice, rng: Random) -> Iterator[str]:
+def _stream(root: Choice, rng: Random) -> Iterator[str]:
     seen: set[str] = set()
     repeats = 0
     while True:
-        text = root.render(_Run(rng)).strip()
+        text = root.write(Run(rng)).strip()
         repeats = repeats + 1 if text in seen else 0
         if repeats > _PATIENCE:
             seen.clear()

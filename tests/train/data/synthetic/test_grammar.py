@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusedgpt.train.data.synthetic import grammar as generate
 from fusedgpt.train.data.synthetic.grammar import DOMAINS, choose_domain, generate_samples
+from fusedgpt.train.data.synthetic.parts import Alternative, Choice, Run
 from fusedgpt.train.data.synthetic.words import article, plural, read_templates, stem
 
 # What a vegan may have although it sounds otherwise: peanut butter, coconut milk.
@@ -110,7 +111,7 @@ def test_seed_and_prompt_change_the_sequence() -> None:
     assert len({tuple(draw(p, "general", 3, seed=s)) for p in ("dogs", "cats") for s in (0, 1)}) == 4
 
 
-def derivations(choice: generate._Choice, memo: dict[int, int]) -> int:
+def derivations(choice: Choice, memo: dict[int, int]) -> int:
     """How many ways lead through a choice; numbers and fields are left out, so the count is low."""
     if id(choice) not in memo:
         memo[id(choice)] = sum(
@@ -122,12 +123,12 @@ def derivations(choice: generate._Choice, memo: dict[int, int]) -> int:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_more_than_a_hundred_thousand_samples(domain: str) -> None:
-    root = generate._Grammar(domain).choices["root"]
+    root = generate.Grammar(domain).choices["root"]
     root.steer(frozenset(), frozenset())
     assert derivations(root, {}) > 1_000_000
     rng = generate.Random(0)
     # Of 100,000 equally likely texts, 5,000 draws would repeat about 120.
-    raw = [root.render(generate._Run(rng)) for _ in range(5_000)]
+    raw = [root.write(Run(rng)) for _ in range(5_000)]
     assert len(raw) - len(set(raw)) < 120
 
 
@@ -138,8 +139,8 @@ def test_stream_has_no_repeats(domain: str) -> None:
 
 
 def test_used_up_texts_may_come_again() -> None:
-    one = generate._Alternative(fields={"": ["only"]}, tags=frozenset(), words=frozenset(), refs=[])
-    root = generate._Choice([one], True)
+    one = Alternative(fields={"": ["only"]}, tags=frozenset(), words=frozenset(), refs=[])
+    root = Choice([one], True)
     root.steer(frozenset(), frozenset())
     assert list(islice(generate._stream(root, generate.Random(0)), 3)) == ["only"] * 3
 
@@ -326,7 +327,7 @@ def test_stem_is_the_same_for_verb_forms() -> None:
     assert len({stem(word) for word in ("bake", "bakes", "baked", "baking")}) == 1
 
 
-def walk(choice: generate._Choice, seen: set[int]) -> None:
+def walk(choice: Choice, seen: set[int]) -> None:
     if id(choice) not in seen:
         seen.add(id(choice))
         for one in choice.alternatives:
@@ -337,7 +338,7 @@ def walk(choice: generate._Choice, seen: set[int]) -> None:
 def test_every_rule_and_bank_is_reachable() -> None:
     reached: set[str] = set()
     for domain in DOMAINS:
-        grammar = generate._Grammar(domain)
+        grammar = generate.Grammar(domain)
         seen: set[int] = set()
         walk(grammar.choices["root"], seen)
         unreached = {name for name, choice in grammar.choices.items() if id(choice) not in seen}
@@ -349,25 +350,25 @@ def test_every_rule_and_bank_is_reachable() -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_alternative_renders(domain: str) -> None:
     """Renders each alternative of the root's rules, so that a misspelt name or field cannot hide."""
-    grammar = generate._Grammar(domain)
+    grammar = generate.Grammar(domain)
     grammar.add_topic("dragons", frozenset({"dragon"}), True)
     root = grammar.choices["root"]
     root.steer(frozenset(), frozenset())
     for one in root.alternatives:
         for form in one.refs[0].alternatives:
             for seed in range(12):
-                assert generate._Run(generate.Random(seed)).join(form.fields[""])
+                assert Run(generate.Random(seed)).join(form.fields[""])
 
 
 @pytest.mark.parametrize("bad", ["[a|b", "a]", "{a b c}", "{"])
 def test_malformed_templates_are_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="template"):
-        generate._Grammar("poetry")._alternative(bad, None)
+        generate.Grammar("poetry")._alternative(bad, None)
 
 
 def test_a_row_with_a_missing_field_is_refused() -> None:
     with pytest.raises(ValueError, match="has 1 fields, not 2"):
-        generate._Grammar("poetry")._alternative("carrots", ["name", "line"])
+        generate.Grammar("poetry")._alternative("carrots", ["name", "line"])
 
 
 def test_speed() -> None:
