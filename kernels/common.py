@@ -6,6 +6,7 @@ Shape letters: N rows, C channels.
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # that the kernels take
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+if hasattr(triton.knobs.language, "fp_fusion_enabled"):  # Triton 3.9, which warns unless this is set
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds, which 3.10 turns off
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e38)  # below any logit, and finite: -inf would give inf - inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # <malloc.h>
 
@@ -28,8 +27,6 @@ def return_freed_memory() -> bool:
 
 
 def _mallopt(settings: dict[int, int]) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False

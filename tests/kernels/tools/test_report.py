@@ -98,6 +98,7 @@ def report_planted(folder: Path, names: str, *arguments: str) -> subprocess.Comp
 
 def rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return json.loads(done.stdout)
 
 
