@@ -36,8 +36,8 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     matmuls: list[Call] = [lambda _: a @ b, *([] if CUDA else [lambda _: matmul_nt(a, b)])]
     middle = choose(statistics.median, min)
-    matmul = min(middle(Timed(nothing, call).samples()) for call in matmuls)
-    copy = middle(Timed(nothing, lambda _: target.copy_(source)).samples())
+    matmul = min(middle(Timed((nothing, call)).samples()) for call in matmuls)
+    copy = middle(Timed((nothing, lambda _: target.copy_(source))).samples())
     return Ceilings(tflops=2e-9 * n**3 / matmul, gbps=2e-6 * size / copy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import Any, TypeVar
 
 import torch
@@ -28,71 +29,76 @@ def choose(gpu: T, cpu: T) -> T:
 
 
 class Timed:
-    """call(prepare()), to be timed without prepare. Both run a few times first: compiling, memory, clocks.
+    """call(prepare()) of several inputs in turn, each to be timed without its prepare.
 
-    On a GPU both become CUDA graphs, so that short calls are not timed at the speed of Python. What cannot be
-    captured, e.g. since it waits for the device, is launched as it is: `captured` says so.
+    All run a few times first: compiling, memory, clocks. On a GPU they become CUDA graphs, so that short
+    calls are not timed at the speed of Python. What cannot be captured, e.g. since it waits for the device,
+    is launched as it is: `captured` says so.
     """
 
-    def __init__(self, prepare: Prepare, call: Call) -> None:
-        self._prepare, self._call, self.captured = prepare, call, False
+    def __init__(self, *rotation: tuple[Prepare, Call]) -> None:
+        self._rotation, self.captured = list(rotation), False
         if not CUDA:
-            call(prepare())
+            self.results()
             return
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                call(prepare())
+                self.results()
         torch.cuda.current_stream().wait_stream(stream)
         try:
             with torch.cuda.stream(torch.cuda.current_stream()):
-                self._capture()
+                pool = torch.cuda.graph_pool_handle()
+                self._rotation = [_capture(prepare, call, pool) for prepare, call in rotation]
+            self.captured = True
         except RuntimeError:  # and PyTorch's generator of random numbers waits for the end of the capture
             fresh = torch.Generator(DEVICE).graphsafe_get_state()
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
-    def _capture(self) -> None:
-        """As two graphs with one memory pool: the second reads what the first has written."""
-        before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is nothing to prepare
-            with torch.cuda.graph(before):
-                made = self._prepare()
-        with torch.cuda.graph(timed, pool=before.pool()):
-            out = self._call(made)
-
-        def call(_: None) -> Any:
-            timed.replay()
-            return out
-
-        self._prepare, self._call, self.captured = before.replay, call, True
-
-    def result(self) -> Any:
-        """What the call returns."""
-        return self._call(self._prepare())
+    def results(self) -> list[Any]:
+        """What the call returns for each of the inputs."""
+        return [call(prepare()) for prepare, call in self._rotation]
 
     def samples(self) -> list[float]:
-        """Milliseconds of each call, with nothing of its inputs in the L2 cache."""
+        """Milliseconds of each call: on other inputs than the last, and with none of them in the L2 cache."""
         rounds = 3
         if CUDA:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            self.result()
+            self.results()
             torch.cuda.synchronize()
-            rounds = min(max(int(_SECONDS / (time.perf_counter() - start)), _ROUNDS[0]), _ROUNDS[1])
+            each = (time.perf_counter() - start) / len(self._rotation)
+            rounds = min(max(int(_SECONDS / each), _ROUNDS[0]), _ROUNDS[1])
         flush = torch.zeros(_FLUSH_BYTES // 4 if CUDA else 0, dtype=torch.int32, device=DEVICE)
         spans = []
-        for _ in range(rounds):
-            prepared, begin, end = self._prepare(), moment(), moment()
+        for prepare, call in islice(cycle(self._rotation), rounds):
+            prepared, begin, end = prepare(), moment(), moment()
             flush.sum()  # read, not written: else the timed call would write the flushed lines back
             begin.record()
-            self._call(prepared)
+            call(prepared)
             end.record()
             spans.append((begin, end))
         if CUDA:
             torch.cuda.synchronize()
         return [begin.elapsed_time(end) for begin, end in spans]
+
+
+def _capture(prepare: Prepare, call: Call, pool: Any) -> tuple[Prepare, Call]:
+    """Both as CUDA graphs of one memory pool: the second reads what the first has written."""
+    before, timed = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is nothing to prepare
+        with torch.cuda.graph(before, pool=pool):
+            made = prepare()
+    with torch.cuda.graph(timed, pool=pool):
+        out = call(made)
+
+    def replay(_: None) -> Any:
+        timed.replay()
+        return out
+
+    return before.replay, replay
 
 
 class _HostMoment:

@@ -5,8 +5,9 @@
 On a GPU: bf16, real sizes, device time (clock.py); fractions are of a large bf16 matmul and a large copy of
 the same run. On a CPU: toy sizes in fp32 that exercise every line and say nothing about speed; `ours` is what
 the model uses there, with FUSEDGPT_KERNELS=triton the kernel.
-Nothing is timed unless the op's check against float64 passes. After the timing the inputs are changed, and
-what was timed must return what a fresh call does. --compile-only runs everything once and times nothing.
+Nothing is timed unless the op's check against float64 passes. Calls take turns on ROTATED inputs. After the
+timing these are changed, and what was timed must return what a fresh call does. --compile-only runs
+everything once and times nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fusedgpt.kernels.tools import cases, check
 PRECISION = choose("bf16", "fp32")
 DTYPE = DTYPES[PRECISION]
 DIRECTIONS = ("forward", "backward", "both")
+ROTATED = choose(3, 2)  # inputs; clock.py also flushes the L2 cache
 AGREEMENT = 0.02  # ||timed - fresh|| / ||fresh||: rivals may add in any order
 
 
@@ -63,12 +65,21 @@ def phases(function: Callable[..., Any], inputs: dict[str, Tensor], direction: s
     return (outputs, backward) if direction == "backward" else (nothing, lambda _: backward(outputs()))
 
 
-def stale(timed: Timed, fresh: Callable[[], Any], inputs: dict[str, Tensor]) -> str:
-    """What is wrong with the results of `timed` once the inputs have changed in place; empty if nothing."""
+def shifted(inputs: dict[str, Tensor], by: int) -> dict[str, Tensor]:
+    """Other values for each input: its own, moved by another number of elements than the next one's."""
+    moved = {name: x.detach().roll(by * i) for i, (name, x) in enumerate(inputs.items(), 1)}
+    return {name: x.requires_grad_(inputs[name].requires_grad) for name, x in moved.items()}
+
+
+def stale(timed: Timed, calls: list[tuple[Prepare, Call]], rotation: list[dict[str, Tensor]]) -> str:
+    """What is wrong with the results of `timed` beside those of `calls`, once their inputs have changed."""
     with torch.no_grad():
-        for x in inputs.values():
-            x.copy_(x.roll(1, 0))
-    for got, expected in zip(*map(tensors, (timed.result(), fresh())), strict=True):
+        for inputs in rotation:
+            for name, x in shifted(inputs, 1).items():
+                inputs[name].copy_(x)
+    pair = timed.results(), [call(prepare()) for prepare, call in calls]
+    outputs = ([y for result in results for y in tensors(result)] for results in pair)
+    for got, expected in zip(*outputs, strict=True):
         error, size = ((got.double() - expected.double()).norm().item(), expected.double().norm().item())
         if not error <= AGREEMENT * size:
             return f"no speed: after the timing its result is {error:.2e} off, of {size:.2e}"
@@ -124,9 +135,10 @@ class Bench:
     ) -> None:
         """Time functions[contender] on `inputs`; "compiled" is functions["eager"] under torch.compile."""
         function = compiled(functions["eager"]) if contender == "compiled" else functions[contender]
-        prepare, call = phases(function, inputs, direction)
+        rotation = [inputs, *(shifted(inputs, i) for i in range(1, ROTATED))]
+        calls = [phases(function, x, direction) for x in rotation]
         work = {"flops": flops, "bytes_": bytes_}
-        self.run(case, contender, direction, str(shape), prepare, call, inputs, **work)
+        self.run(case, contender, direction, str(shape), calls, rotation, **work)
 
     def run(
         self,
@@ -134,28 +146,27 @@ class Bench:
         contender: str,
         direction: str,
         shape: str,
-        prepare: Prepare,
-        call: Call,
-        inputs: dict[str, Tensor],
+        calls: list[tuple[Prepare, Call]],
+        rotation: list[dict[str, Tensor]],
         *,
         flops: float,
         bytes_: float,
     ) -> None:
         """Check the op, then time call(prepare()), which costs `flops` and `bytes_` of memory traffic.
 
-        inputs: what its result depends on. Skips ours on a GPU where the op would run its reference. Each
-        object `case` is checked once.
+        rotation: what the result of each of `calls` depends on; empty where a call changes its own inputs.
+        Skips ours on a GPU where the op would run its reference. Each object `case` is checked once.
         """
         if contender.startswith("ours") and CUDA and ops.backend(case.op, DEVICE, DTYPE) != "triton":
             pytest.skip(f"{case.op} has no Triton kernel here")
         if (found := faults(case)) and self.ceilings:
             pytest.fail(f"no speed for a wrong kernel: {found[0]}", pytrace=False)
-        peak_mb = _peak_mb(prepare, call)
+        peak_mb = _peak_mb(*calls[0])
         if not self.ceilings:
             return
-        timed = Timed(prepare, call)
+        timed = Timed(*calls)
         time = summary([timed.samples()])
-        if inputs and (wrong := stale(timed, lambda: call(prepare()), inputs)):
+        if rotation and (wrong := stale(timed, calls, rotation)):
             pytest.fail(wrong, pytrace=False)
         compute_ms, memory_ms = flops / self.ceilings.tflops * 1e-9, bytes_ / self.ceilings.gbps * 1e-6
         floor_ms = max(compute_ms, memory_ms)  # the two may overlap

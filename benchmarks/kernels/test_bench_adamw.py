@@ -72,4 +72,4 @@ def test_adamw(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> N
     n = sum(p.numel() for p in made)
     label = f"{size} {str(dtype).removeprefix('torch.')}"
     work = {"flops": FLOPS * n, "bytes_": BYTES[dtype] * n}
-    bench.run(CASE, contender, "step", label, nothing, lambda _: step(), {}, **work)
+    bench.run(CASE, contender, "step", label, [(nothing, lambda _: step())], [], **work)

@@ -295,12 +295,20 @@ def test_steps_that_do_not_lower_the_loss_have_no_speed() -> None:
 
 def test_a_result_that_does_not_follow_its_inputs_has_no_speed() -> None:
     """As of a CUDA graph whose kernel remembers what it has seen."""
-    x = torch.randn(4, 3)
-    timed = clock.Timed(clock.nothing, lambda _: 2 * x)
-    assert harness.stale(timed, lambda: 2 * x, {"x": x}) == ""
+    x = torch.randn(1, 3)
+    right = (clock.nothing, lambda _: 2 * x)
+    assert harness.stale(clock.Timed(right), [right], [{"x": x}]) == ""
     seen = 2 * x
-    timed = clock.Timed(clock.nothing, lambda _: seen)
-    assert "no speed: after the timing" in harness.stale(timed, lambda: (2 * x,), {"x": x})
+    timed = clock.Timed(right, (clock.nothing, lambda _: seen))
+    assert "no speed: after the timing" in harness.stale(timed, [right, right], [{"x": x}])
+
+
+def test_the_inputs_that_take_turns_have_other_values() -> None:
+    """Also of a batch of one, and where a common shift would change no product."""
+    inputs = {"hidden": torch.randn(1, 256, requires_grad=True), "weight": torch.randn(4, 256)}
+    first, second = (x["hidden"] @ x["weight"].T for x in (inputs, harness.shifted(inputs, 1)))
+    assert (first - second).norm() > 0.3 * first.norm()
+    assert [x.requires_grad for x in harness.shifted(inputs, 1).values()] == [True, False]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
