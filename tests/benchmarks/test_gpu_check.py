@@ -56,6 +56,20 @@ def test_a_failure_stops_nothing_and_decides_the_exit_code(
     assert runner.run_parts([none, good], tmp_path, 20) == 0
 
 
+def test_a_command_that_dies_costs_only_itself(tmp_path: Path) -> None:
+    """As by abort() in a destructor after a sticky CUDA error: figures before, beside and after it stay."""
+    figure = "print('{\"figure\": 1}', flush=True)"
+    dies = [python(f"{figure}; import os; os.abort()"), python(figure)]
+    parts = [
+        runner.Part(name="dies", seconds=1, commands=dies),
+        runner.Part(name="after", seconds=1, commands=[python(figure)]),
+    ]
+    assert runner.run_parts(parts, tmp_path, 20) == 1
+    kept = [(row["part"], row.get("verdict", row.get("figure"))) for row in rows(tmp_path)]
+    assert kept == [("dies", 1), ("dies", 1), ("dies", "FAIL"), ("after", 1), ("after", "pass")]
+    assert "1 of 2 commands passed" in (tmp_path / "summary.txt").read_text()
+
+
 def test_a_part_that_overruns_is_killed_with_its_children_and_the_rest_runs(tmp_path: Path) -> None:
     """It ignores SIGINT, as a process that waits for a hung GPU does."""
     pids = tmp_path / "pids"

@@ -336,7 +336,10 @@ class _Seeing(TorchDispatchMode):
                 if _launches(func) and any(x.is_meta for x in outputs):
                     name = f"aten.{func.overloadpacket.__name__}"
                     self.record.launches[name] += 1
-                    self.record.work.append(TorchOp(name, tensors, outputs))
+                    # Detached, or autograd would copy the gradients, since something else holds on to them.
+                    held = {id(x): x.detach() for x in (*tensors, *outputs)}
+                    ins, outs = ([held[id(x)] for x in some] for some in (tensors, outputs))
+                    self.record.work.append(TorchOp(name, ins, outs))
                 return out
         with self.acting.resumed(), self:
             made = func.redispatch(_ON_CUDA, *args, **kwargs)
