@@ -33,6 +33,8 @@ from fusedgpt.kernels.arguments import (
     unexpected,
 )
 from fusedgpt.kernels.cpu import attention as attention_cpu
+from fusedgpt.kernels.reference import attention_dropout_blocks as attention_dropout_blocks
+from fusedgpt.kernels.reference import dropout_blocks as dropout_blocks
 
 HAS_TRITON = find_spec("triton") is not None  # no wheel of it for macOS or Windows
 if HAS_TRITON:

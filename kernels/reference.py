@@ -41,6 +41,11 @@ def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def dropout_blocks(C: int) -> int:
+    """Philox blocks that dropout_mask takes for a row of C."""
+    return (C + 7) // 8
+
+
 def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:
     """The elements that dropout with probability p, in steps of 1/65536, keeps (bool, `shape`).
 
@@ -49,7 +54,7 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> T
     and recomputed. seed, offset: int64 scalars.
     """
     C = shape[-1] if shape else 1
-    blocks_per_row = (C + 7) // 8
+    blocks_per_row = dropout_blocks(C)
     rows = shape.numel() // max(C, 1)
     blocks = philox4x32(rows * blocks_per_row, seed, offset)
     lanes = (blocks - 2**31).to(torch.int32).view(torch.int16)  # uniform in [-32768, 32767]
@@ -70,6 +75,11 @@ def philox2x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
         c0, c1 = ((product >> 32) & _LOW_MASK) ^ c1 ^ key, product & _LOW_MASK
         key = (key + 0x9E3779B9) & _LOW_MASK
     return torch.stack((c0, c1), dim=-1)
+
+
+def attention_dropout_blocks(T: int) -> int:
+    """Philox blocks that attention_dropout_mask takes for a head."""
+    return ((T + 15) // 16) * 8 * ((T + 31) // 32) * 8
 
 
 def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 Shape letters: B batch, T tokens, C channels, H heads, D head size, V vocabulary.
 
 Every layer computes in the dtype of its input and casts its weights to it, so one argument, `dtype`, decides
-the precision of all activations. Dropout is counter-based: its masks are a pure function of (dropout_seed,
-dropout_step, place in the network), so a resumed or recomputed step draws the same ones.
+the precision of all activations. Dropout is counter-based: the mask of a window (a row of the batch) is a
+pure function of (dropout_seed, windows trained before it, place in the network). So a resumed or recomputed
+step draws the same ones, however its windows are split over micro-batches and processes.
 
 How the model is trained is not its business: the trainer adds gradient checkpointing and torch.compile from
 outside. Sampling with a key-value cache is in decode.py.
@@ -23,43 +24,51 @@ from fusedgpt.kernels import ops
 from fusedgpt.kernels.ops import Documents
 from fusedgpt.model.config import GPTConfig
 
-_OFFSET_BITS = 40  # each training step owns 2^40 dropout counters
 _SITES_PER_BLOCK = 3  # dropout on the block's input, the attention weights and attention's output
+_ATTENTION = 1  # the second of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """A step's dropout: every place (site) in the network has a seed of its own, all share the offset."""
+    """A batch's dropout: every place (site) in the network has a seed of its own.
+
+    Offsets are where the counters of the batch's first window begin; each window has as many as it needs.
+    """
 
     p: float = 0.0
     seeds: Tensor | None = None  # (sites, 2) int64, the second unused: Triton likes pointers 16 bytes apart
-    offset: Tensor | None = None  # int64 scalar
+    offset: Tensor | None = None  # int64 scalar, of rows of the residual stream
+    attention_offset: Tensor | None = None  # the same of attention weights
 
     def at(self, site: int) -> tuple[float, Tensor | None, Tensor | None]:
-        """The arguments (p, seed, offset) of an op with dropout."""
-        return self.p, None if self.seeds is None else self.seeds[site, 0], self.offset
+        """The arguments (p, seed, offset) of an op with dropout; site: of a block, or -1, the last norm's."""
+        offset = self.attention_offset if site == _ATTENTION else self.offset
+        return self.p, None if self.seeds is None else self.seeds[site, 0], offset
 
     def of_block(self, layer: int) -> Dropout:
         """The block's sites as 0, 1, 2, whatever its number: so that blocks can share a compiled graph."""
         if self.seeds is None:
             return self
         first = _SITES_PER_BLOCK * layer
-        return Dropout(p=self.p, seeds=self.seeds[first : first + _SITES_PER_BLOCK], offset=self.offset)
+        seeds = self.seeds[first : first + _SITES_PER_BLOCK]
+        return Dropout(p=self.p, seeds=seeds, offset=self.offset, attention_offset=self.attention_offset)
 
 
-@torch.library.custom_op("fusedgpt::next_dropout_step", mutates_args={"step"})
-def _next_step(step: Tensor) -> Tensor:
-    """step += 1, and a copy of it.
+@torch.library.custom_op("fusedgpt::next_dropout_windows", mutates_args={"windows"})
+def _next_windows(windows: Tensor, n: int) -> Tensor:
+    """A copy of `windows`, which becomes n more.
 
-    An opaque op: inductor may recompute anything simpler in the backward pass, from the step already counted
+    An opaque op: inductor may recompute anything simpler in the backward pass, from the count already gone
     up, and so draw other masks than in the forward pass (seen in torch 2.13).
     """
-    return step.add_(1).clone()
+    first = windows.clone()
+    windows.add_(n)
+    return first
 
 
-@_next_step.register_fake
-def _(step: Tensor) -> Tensor:
-    return torch.empty_like(step)
+@_next_windows.register_fake
+def _(windows: Tensor, n: int) -> Tensor:
+    return torch.empty_like(windows)
 
 
 class Embedding(nn.Embedding):
@@ -190,7 +199,7 @@ class GPT(nn.Module):
     """
 
     dropout_seed: Tensor
-    dropout_step: Tensor
+    dropout_windows: Tensor
 
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -216,20 +225,25 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.wte.weight[self.config.vocab_size :] = 0.0
 
-    def seed_dropout(self, seed: int, step: int = 0) -> None:
-        """Start the dropout stream of `seed` behind its training step `step`."""
+    def seed_dropout(self, seed: int, windows: int = 0) -> None:
+        """Start the dropout stream of `seed` behind the first `windows` windows of training."""
         device = self.ln_f.weight.device
         self.register_buffer("dropout_seed", torch.tensor(seed, device=device), persistent=False)
-        self.register_buffer("dropout_step", torch.tensor(step, device=device), persistent=False)
+        self.register_buffer("dropout_windows", torch.tensor(windows, device=device), persistent=False)
 
-    def _next_dropout(self) -> Dropout:
-        """This step's dropout; none outside of training."""
+    def _next_dropout(self, B: int, T: int) -> Dropout:
+        """The dropout of the next B windows of T tokens; none outside of training."""
         if not self.training or self.config.dropout == 0.0:
             return Dropout()
         sites = _SITES_PER_BLOCK * self.config.n_layer + 1  # the last is ln_f's
-        step = _next_step(self.dropout_step)
-        seeds = self.dropout_seed + torch.arange(2 * sites, device=step.device) // 2
-        return Dropout(p=self.config.dropout, seeds=seeds.view(sites, 2), offset=step << _OFFSET_BITS)
+        windows = _next_windows(self.dropout_windows, B)
+        seeds = self.dropout_seed + torch.arange(2 * sites, device=windows.device) // 2
+        return Dropout(
+            p=self.config.dropout,
+            seeds=seeds.view(sites, 2),
+            offset=windows * (T * ops.dropout_blocks(self.config.n_embd)),
+            attention_offset=windows * (self.config.n_head * ops.attention_dropout_blocks(T)),
+        )
 
     def blocks(self) -> list[Block]:
         """The blocks, first to last."""
@@ -239,10 +253,10 @@ class GPT(nn.Module):
         self, idx: Tensor, *, documents: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
-        T = idx.shape[1]
+        B, T = idx.shape
         if self.config.block_size < T:
             raise ValueError(f"idx: {T} tokens, but block_size is {self.config.block_size}")
-        dropout = self._next_dropout()
+        dropout = self._next_dropout(B, T)
         # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
         sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
         x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))

@@ -148,6 +148,12 @@ class TrainConfig(_Frozen):
     checkpointing: Literal["none", "selective", "full"] = _speed(
         "none", "Gradient checkpointing: saves memory, costs time."
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = _speed(
+        "auto", "How torchrun's processes share a step; auto: fsdp where the states do not fit a GPU."
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = _speed(
+        "fp32", "Precision in which torchrun's processes add up gradients."
+    )
     log_every: int | None = _logs(
         None, "Steps between reads of the loss from the device.", unset="10 on a GPU, 1 on a CPU", ge=1
     )

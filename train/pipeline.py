@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from fusedgpt.train.config import ConfigError, RunConfig, create_config
 from fusedgpt.train.data.synthetic.collect import collect
 from fusedgpt.train.data.synthetic.grammar import choose_domain
 from fusedgpt.train.data.synthetic.task import Bar, Task, no_bar
-from fusedgpt.train.data.text.sources import Piece
+from fusedgpt.train.data.text.sources import Piece, Source
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.data.tokens.load import is_token_set, kept, load_data, tokenise
 from fusedgpt.train.loop.precision import resolve_device
@@ -33,8 +34,11 @@ from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
 from fusedgpt.train.report.model_card import model_card
 from fusedgpt.train.report.progress import Monitor
-from fusedgpt.train.run.directory import TEXTS, Run, open_run, run_path, versions
+from fusedgpt.train.run.directory import TEXTS, Run, run_path, versions
+from fusedgpt.train.run.follower import opened_run
 from fusedgpt.train.run.signals import Stopped, StopSignals
+from fusedgpt.train.run.world import ALONE, World
+from fusedgpt.train.tools import scaling
 from fusedgpt.train.tools.estimate import estimate, table
 
 GENERATION_METHODS = ("template", "ollama", "openai")
@@ -47,7 +51,10 @@ _DATA_DIR = ".data"  # in the output directory: what a language model wrote and 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """The model folder, how training went, and what the model writes after the test prompts."""
+    """The model folder, how training went, and what the model writes after the test prompts.
+
+    Of several ranks all have the same.
+    """
 
     model_path: Path
     run_path: Path
@@ -71,14 +78,15 @@ def run_full_pipeline(
     resume: Path | None = None,
     profile: bool = False,
     bar: Bar = no_bar,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Prompt -> data, refinement, tokenizer, dataset, GPT, training, test samples, model folder.
 
     generation_method: "template", "ollama" or "openai", in place of config.llm.data_source. run_dir: where
     checkpoints and metrics go, by default a new folder in runs/. resume: a run directory or checkpoint, see
-    find_run. profile: trace a few steps. Raises ValueError for options that exclude each other, OSError where
-    output_dir cannot be written (before training), LLMError where the language model's server fails, and what
-    train raises.
+    find_run. profile: trace a few steps. world: the ranks that train together. Raises ValueError for options
+    that exclude each other, OSError where output_dir cannot be written (before training), LLMError where the
+    language model's server fails, and what train raises.
     """
     config = config or create_config({})
     if generation_method is not None:
@@ -88,23 +96,25 @@ def run_full_pipeline(
         llm = config.llm.model_copy(update={"data_source": generation_method})
         config = config.model_copy(update={"llm": llm})
     monitor = monitor or Monitor(quiet=True)
-    check_writable(output_dir)
+    if world.first:
+        check_writable(output_dir)
     domain = choose_domain(prompt)
     command = {"command": "create", "prompt": prompt}
-    path = run_path(domain, run_dir, resume)
-    with open_run(path, config, command, resume=resume, output_dir=output_dir) as run:
+    path = run_path(domain, run_dir, resume) if world.first else Path()
+    with opened_run(world, path, config, command, resume, output_dir) as run:
         monitor.note(f"domain: {domain}")
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
-        texts, provenance = _texts_of_run(run, task, config, output_dir / _DATA_DIR)
+        texts, provenance = world.from_first(lambda: _texts_of_run(run, task, config, output_dir / _DATA_DIR))
         tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
-        write_file(run.path / TEXTS, dataset_json)
+        if world.first:
+            write_file(run.path / TEXTS, dataset_json)
         dataset = tokenise((Piece(text, True) for text in texts), tokenizer, config)
         model = _new_model(config, tokenizer, monitor)
         files = {TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
         folder = output_dir / domain
         return _train_and_save(
-            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, files
+            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, files, world
         )
 
 
@@ -131,33 +141,37 @@ def train_on_files(
     run_dir: Path | None = None,
     resume: Path | None = None,
     profile: bool = False,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Text files, folders of them, or token sets -> dataset, GPT, training, test samples, model folder.
 
-    run_dir, resume, profile: as in run_full_pipeline. Raises FileNotFoundError or ValueError for unusable
-    text, OSError where output_dir cannot be written, and what train raises.
+    run_dir, resume, profile, world: as in run_full_pipeline. Raises FileNotFoundError or ValueError for
+    unusable text, OSError where output_dir cannot be written, and what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
+    if world.size > 1 and any(Source(inputs=(path,)).read_once for path in paths):
+        raise InputError("--data: several ranks cannot share standard input or a pipe, give a file")
     with ExitStack() as stack:
         files = stack.enter_context(kept(paths))
         dataset, tokenizer = load_data(files, config, monitor.note)
-        check_writable(output_dir)
+        if world.first:
+            check_writable(output_dir)
         name = config.model.name
         documents = dataset.train_documents + dataset.val_documents
         provenance = {"data": [well_formed(str(path)) for path in paths], "documents": documents}
         count_steps(dataset, config.train)  # raises before anything is written or allocated
         model = _new_model(config, tokenizer, monitor)
-        path = run_path(name, run_dir, resume)
+        path = run_path(name, run_dir, resume) if world.first else Path()
         copies = {file: path / file.name for file in files if file not in paths}  # a resume reads them
         command = {"command": "train", "data": [str(copies.get(file, file).resolve()) for file in files]}
-        run = stack.enter_context(open_run(path, config, command, resume=resume, output_dir=output_dir))
+        run = stack.enter_context(opened_run(world, path, config, command, resume, output_dir))
         for file, copy in copies.items():
             if run.resumed is None or not copy.exists():
                 shutil.move(file, copy)
                 sync(copy)
         folder = output_dir / name
         return _train_and_save(
-            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}
+            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}, world
         )
 
 
@@ -180,21 +194,50 @@ def _train_and_save(
     folder: Path,  # of the model, without the time
     provenance: dict[str, Any],  # for generation_info.json
     files: dict[str, str],  # further files for the model folder: name -> text
+    world: World,
 ) -> TrainingResult:
+    settings = {
+        f"{section}.{name}": value
+        for section, values in config.model_dump(mode="json").items()
+        for name, value in values.items()
+    }
+    world.check_alike({**versions(), **settings, "training text": dataset.fingerprint}, config.train.device)
     started = datetime.now(UTC)
     monitor.note(f"run directory: {run.path}")
     monitor.note(f"dataset: {dataset}")
     total, without_embeddings = model.config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
     sampler = Sampler.from_config(config, tokenizer)
-    summary = train(model, dataset, config.train, monitor, run, sampler=sampler, profile=profile)
+    options: dict[str, Any] = {"sampler": sampler, "profile": profile and world.first, "world": world}
+    summary = train(model, dataset, config.train, monitor, run, **options)
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
+    begun = {**provenance, "created": started.isoformat(timespec="seconds")}
+    result = world.from_first(
+        lambda: _save(model, tokenizer, dataset, config, run, monitor, folder, begun, files, summary)
+    )
+    paths = {name: Path(result[name]) for name in ("model_path", "run_path")}
+    return TrainingResult(**paths, summary=summary, samples=result["samples"])
+
+
+def _save(
+    model: GPT,
+    tokenizer: Tokenizer,
+    dataset: TokenDataset,
+    config: RunConfig,
+    run: Run,
+    monitor: Monitor,
+    folder: Path,
+    begun: dict[str, Any],  # of generation_info.json
+    files: dict[str, str],
+    summary: TrainingSummary,
+) -> dict[str, Any]:
+    """Write the model folder and end the run; the result as TrainingResult.as_dict."""
+    total, without_embeddings = model.config.parameter_counts()
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model
         samples = _test_samples(model, tokenizer, config.train.seed, stop)
         info = {
-            **provenance,
-            "created": started.isoformat(timespec="seconds"),
+            **begun,
             "config": config.model_dump(),
             "parameters": {"total": total, "without_embeddings": without_embeddings},
             "tokens": {"train": len(dataset.train), "validation": len(dataset.val)},
@@ -207,8 +250,9 @@ def _train_and_save(
         name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
         with run.model_not_lost():
             path = save_folder(model, tokenizer, folder.parent, name, extra=files)
-        result = TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
-        for problem in run.finish(result.as_dict()):
+        made = TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+        result = made.as_dict()
+        for problem in run.finish(result):
             monitor.note(problem)
     if stop.received is not None:
         raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
@@ -240,8 +284,11 @@ def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
     return plot_schedule(config.train, steps, png)
 
 
-def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, str]]:
-    """What `train --estimate` prints. Raises ConfigError for a character vocabulary without text."""
+def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> tuple[list[dict[str, str]], ...]:
+    """The tables of `train --estimate`: of one card, of several.
+
+    Raises ConfigError for a character vocabulary without text.
+    """
     if config.data.tokenizer == "char" and not paths:
         raise ConfigError("how many characters are there? give --data")
     from_data = config.data.tokenizer == "char" or any(map(is_token_set, paths))
@@ -249,4 +296,8 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> list[dict[str, st
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
-    return table(estimate(gpt_config, config.train, config.max_length, name))
+    step = gpt_config, config.train, config.max_length, name
+    card_bytes = math.inf
+    if device.type == "cuda":
+        card_bytes = scaling.USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory
+    return table(estimate(*step)), scaling.table(scaling.scale(*step, card_bytes=card_bytes))

@@ -21,15 +21,16 @@ from fusedgpt.train.loop import validation
 from fusedgpt.train.loop.trainer import train
 from fusedgpt.train.report.progress import Monitor
 from fusedgpt.train.run.checkpoint import load_checkpoint
-from fusedgpt.train.run.directory import open_run
+from fusedgpt.train.run.follower import opened_run
 from fusedgpt.train.run.training_state import Training
+from fusedgpt.train.run.world import ALONE, World
 
 # Dropout, micro-batches of which the last is smaller, an epoch that ends in between, validations.
 OPTIONS: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.2,
     "batch_size": 3, "batch_tokens": 8 * 16, "steps": 80, "learning_rate": 0.05, "schedule": "constant",
     "eval_every": 7,
-    "device": "cpu", "precision": "fp32", "tokenizer": "byte", "seed": 5,
+    "device": "cpu", "precision": "fp32", "tokenizer": "byte", "seed": 6,
 }  # fmt: skip
 
 
@@ -45,14 +46,15 @@ def config(**changes: Any) -> RunConfig:
     return build_config({**OPTIONS, **changes})
 
 
-def train_tiny(run_dir: Path, *, resume: Path | None = None, **changes: Any) -> None:
-    """A run in `run_dir`, or the rest of one."""
+def train_tiny(run_dir: Path, *, resume: Path | None = None, world: World = ALONE, **changes: Any) -> None:
+    """A run in `run_dir`, or the rest of one, or a rank of it."""
     torch.set_num_threads(1)
     settings = config(**changes)
-    with open_run(run_dir, settings, {"command": "train"}, resume=resume) as run:
+    with opened_run(world, run_dir, settings, {"command": "train"}, resume, None) as run:
         model = GPT(settings.model.gpt_config(61), seed=5)
-        train(model, counting(), settings.train, Monitor(quiet=True), run)
-        run.finish({"model_path": "models/tiny"})
+        train(model, counting(), settings.train, Monitor(quiet=True), run, world=world)
+        if world.first:
+            run.finish({"model_path": "models/tiny"})
 
 
 def resume_from(run_dir: Path, points: list[int], fault: str | None = None) -> dict[int, Any]:
@@ -88,7 +90,7 @@ def plant(fault: str) -> None:
     restore = Training.restore
 
     def forgetful(self: Training, checkpoint: Any) -> None:
-        before = int(self.model.dropout_step)
+        before = int(self.model.dropout_windows)
         restore(self, checkpoint)
         state = self.optimizer.state[self.model.wpe.weight]
         if fault == "dropout":

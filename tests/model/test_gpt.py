@@ -128,16 +128,16 @@ def test_dropout_draws_anew_each_step_and_the_same_for_a_seed(tiny_gpt: GPT) -> 
     tiny_gpt.train()
     losses = [tiny_gpt(IDS, IDS).item() for _ in range(4)]
     assert len(set(losses)) == 4
-    tiny_gpt.seed_dropout(1, step=2)
+    tiny_gpt.seed_dropout(1, windows=4)
     assert [tiny_gpt(IDS, IDS).item() for _ in range(2)] == losses[2:]
-    tiny_gpt.seed_dropout(2, step=2)
+    tiny_gpt.seed_dropout(2, windows=4)
     assert tiny_gpt(IDS, IDS).item() != losses[2]
     tiny_gpt.eval()
     assert tiny_gpt(IDS, IDS).item() == tiny_gpt(IDS, IDS).item()
 
 
 def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Site s takes seed + s at the step's counters, 16 bytes apart: Triton compiles one kernel for all."""
+    """Site s takes seed + s at the window's counters, 16 bytes apart: Triton compiles one kernel for all."""
     asked = []
     original = Dropout.at
 
@@ -146,12 +146,24 @@ def test_every_place_draws_its_own_mask(tiny_gpt: GPT, monkeypatch: pytest.Monke
         return asked[-1]
 
     monkeypatch.setattr(Dropout, "at", spy)
-    tiny_gpt.seed_dropout(70, step=4)
+    tiny_gpt.seed_dropout(70, windows=5)
     tiny_gpt.train()(IDS)
     assert [int(seed) for _, seed, _ in asked] == list(range(70, 77))  # 3 in each of 2 layers, the last norm
-    assert {int(offset) for _, _, offset in asked} == {5 << 40}
+    rows, weights = 5 * 12 * 3, 5 * 3 * 64  # 12 rows of 3 blocks a window; 3 heads of one tile of 64 blocks
+    assert [int(offset) for _, _, offset in asked] == [rows, weights, rows] * 2 + [rows]
     assert {p for p, _, _ in asked} == {0.1}
     assert len({seed.data_ptr() % 16 for _, seed, _ in asked}) == 1
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_a_window_draws_the_same_masks_in_any_batch(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 1 and 2 of four, as a batch of their own whose first window is the second."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", kernels)
+    gpt, ids = GPT(ONE_LAYER, seed=1).train(), torch.arange(4 * 16).view(4, 16) % 61
+    whole = gpt.hidden(ids)
+    assert int(gpt.dropout_windows) == 4
+    gpt.seed_dropout(1, windows=1)
+    torch.testing.assert_close(gpt.hidden(ids[1:3]), whole[1:3])
 
 
 def test_bf16_activations_leave_fp32_parameters_and_gradients(tiny_gpt: GPT) -> None:
@@ -209,10 +221,10 @@ def test_a_recomputed_step_draws_the_same_masks_under_inductor(tiny_gpt: GPT) ->
     """Its partitioner may read a counter in the backward pass that the forward pass has advanced."""
 
     def loss(x: Tensor) -> Tensor:
-        offset = tiny_gpt._next_dropout().offset
+        offset = tiny_gpt._next_dropout(1, 1).offset
 
         def wave(x: Tensor) -> Tensor:
-            return (x * (offset >> 40)).sin().exp()
+            return (x * (1 + offset)).sin().exp()
 
         recomputed: Tensor = checkpoint(wave, x, use_reentrant=False)
         return recomputed.sum()

@@ -16,6 +16,7 @@ from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
 from fusedgpt.train.cli.settings import SettingsCommand
 from fusedgpt.train.report.terminal import protect_streams
+from fusedgpt.train.run.world import among_several
 
 _INTERRUPTED = 130
 _MAKE, _MODELS, _TOOLS = "Make a model", "Use a model", "Tools"
@@ -89,8 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         message, code = _explain(error)
     message = message or ("interrupted" if code == _INTERRUPTED else "")
+    message = " ".join(message.split())
+    if among_several():
+        from fusedgpt.train.run.ranks import leave
+
+        leave(message, code or 0)
     if message:
-        sys.stderr.write(f"fusedgpt: {' '.join(message.split())}\n")
+        sys.stderr.write(f"fusedgpt: {message}\n")
     sys.exit(code)
 
 
@@ -102,6 +108,11 @@ def _explain(error: Exception) -> tuple[str, int]:
         return message and f"{message}; --help says more", code
     if isinstance(error, (UserError, OSError)):
         return str(error), code
+    if among_several():
+        from fusedgpt.train.run.ranks import explain_lost
+
+        if message := explain_lost(error):
+            return message, 1
     return f"internal error, {type(error).__name__}: {error} (--debug shows where; please report it)", 1
 
 

@@ -12,6 +12,7 @@ from fusedgpt.kernels.cpu.process import spin_briefly
 from fusedgpt.train.cli.common import Debug, Errors, Json, ModelFolder, Quiet, TextField, print_json
 from fusedgpt.train.cli.settings import all_settings
 from fusedgpt.train.report.terminal import ShowProgress, printable, progress_bar
+from fusedgpt.train.run.world import join
 
 if TYPE_CHECKING:  # they take long to import
     from fusedgpt.model.generate import Sampling
@@ -178,12 +179,13 @@ def eval_model(
     from fusedgpt.train.loop.precision import cast_parameters, resolve_device, resolve_precision
     from fusedgpt.train.tools.evaluate import evaluate_text, evaluate_tokens
 
+    world = join()
     gpt, tokenizer = load_folder(model)
-    where = resolve_device(device)
+    where = resolve_device(world.device(device))
     dtype = resolve_precision(precision, where)
     cast_parameters(gpt.to(where), dtype)
-    with progress_bar("evaluating", quiet=quiet) as show:
-        options: dict[str, Any] = {"window": window, "stride": stride, "dtype": dtype}
+    with progress_bar("evaluating", quiet=quiet or not world.first) as show:
+        options: dict[str, Any] = {"window": window, "stride": stride, "dtype": dtype, "world": world}
         if not any(map(is_token_set, data)):
             source = Source(inputs=tuple(data), text_field=text_field, errors=errors, cut=tokenizer.safe_cut)
             result = evaluate_text(gpt, tokenizer, _counted(source, show), **options)
@@ -194,6 +196,8 @@ def eval_model(
             result = evaluate_tokens(gpt, tokenizer, streams, **options)
         else:
             raise ConfigError("--data: text and token sets cannot be evaluated together; use two commands")
+    if not world.first:
+        return
     if as_json:
         print_json({"model_path": str(model), "data": list(map(str, data)), **asdict(result)})
         return

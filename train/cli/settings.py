@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from fusedgpt.train.run.world import World
+
 if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and `fusedgpt --help` needs none of it
     from fusedgpt.train.config import Sections
 
@@ -74,30 +76,41 @@ def earlier_layers(
     resume: str | None,
     config: Path | None,
     sets: list[str] | None,
+    world: World,
 ) -> tuple[dict[str, Any], Path | None, list["Sections"]]:
     """(what run.json of the run to resume holds, that run, the settings that options override).
 
     The settings are layers for build_config: those of the run, of the --config file, of each --set.
     """
-    from fusedgpt.train.config import ConfigError, parse_set, read_toml
+    from fusedgpt.train.config import parse_set, read_toml
 
     recorded: dict[str, Any] = {}
     found, layers = None, []
     if resume is not None:
-        from fusedgpt.train.run.directory import directory_of, find_run, read_run  # it imports torch
-
-        found = find_run(resume, run_dir, command)
-        if found is None:
-            sys.stderr.write("nothing to resume: this is a new run\n")
-        else:
-            recorded, saved = read_run(directory_of(found))
-            layers.append(saved)
-            made_by = recorded.get("command")
-            if made_by != command["command"]:
-                raise ConfigError(f"{found} is a run of `fusedgpt {made_by}`, not of {command['command']}")
-            if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
-                where = f"its own directory, not in --run-dir {run_dir}"
-                raise ConfigError(f"--resume {found} continues in {where}")
+        found, recorded, saved = world.from_first(lambda: _run_to_resume(command, run_dir, resume))
+        found = found and Path(found)
+        layers = [saved] if found else []
     layers += [read_toml(config)] if config else []
     layers += [parse_set(assignment) for assignment in sets or []]
     return recorded, found, layers
+
+
+def _run_to_resume(
+    command: dict[str, Any], run_dir: Path | None, resume: str
+) -> tuple[str | None, dict[str, Any], "Sections"]:
+    """(path, run.json, settings) of the run that --resume names; (None, {}, {}) where auto finds none."""
+    from fusedgpt.train.config import ConfigError
+    from fusedgpt.train.run.directory import directory_of, find_run, read_run  # it imports torch
+
+    found = find_run(resume, run_dir, command)
+    if found is None:
+        sys.stderr.write("nothing to resume: this is a new run\n")
+        return None, {}, {}
+    recorded, saved = read_run(directory_of(found))
+    made_by = recorded.get("command")
+    if made_by != command["command"]:
+        raise ConfigError(f"{found} is a run of `fusedgpt {made_by}`, not of {command['command']}")
+    if run_dir is not None and run_dir.resolve() != directory_of(found).resolve():
+        where = f"its own directory, not in --run-dir {run_dir}"
+        raise ConfigError(f"--resume {found} continues in {where}")
+    return str(found), recorded, saved

@@ -13,6 +13,7 @@ from fusedgpt.kernels.cpu.process import spin_briefly
 from fusedgpt.train.cli.common import Debug, Json, OutputDir, Quiet, print_json, print_table
 from fusedgpt.train.cli.settings import earlier_layers, given_settings
 from fusedgpt.train.report.terminal import printable, progress_bar
+from fusedgpt.train.run.world import join
 
 _SPINS = 1_000  # measured: docs/experiments.md, "Spinning"
 _log_option = partial(typer.Option, rich_help_panel="Checkpoints and logs")
@@ -67,11 +68,13 @@ def create(
     spin_briefly(_SPINS)
     from fusedgpt.train.config import ConfigError, create_config
 
+    world = join()
     this = {"command": "create", "prompt": prompt}
-    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments)
+    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments, world)
     resolved = create_config(given_settings(ctx), layers)
     if print_config:
-        typer.echo(resolved.to_toml(), nl=False)
+        if world.first:
+            typer.echo(resolved.to_toml(), nl=False)
         return
     if recorded and prompt not in (None, recorded["prompt"]):
         raise ConfigError(f"the run to resume was made for the prompt {recorded['prompt']!r}")
@@ -81,11 +84,13 @@ def create(
     from fusedgpt.train.pipeline import run_full_pipeline
     from fusedgpt.train.report.progress import Monitor
 
+    quiet = quiet or not world.first
     monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
-    where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
+    where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile, "world": world}
     with _finished_is_fine(resume, as_json):
         result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, bar=bar, **where)
-        _report(result.as_dict(), as_json)
+        if world.first:
+            _report(result.as_dict(), as_json)
 
 
 def train(
@@ -119,10 +124,13 @@ def train(
     spin_briefly(_SPINS)
     from fusedgpt.train.config import ConfigError, build_config
 
+    world = join()
     this = {"command": "train", "data": [str(path.resolve()) for path in data or []]}
-    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments)
+    recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments, world)
     resolved = build_config(given_settings(ctx), layers=layers)
     data = data or [Path(path) for path in recorded.get("data", [])]
+    if not world.first and (print_config or plot_schedule is not None or estimate):
+        return
     if print_config:
         typer.echo(resolved.to_toml(), nl=False)
         return
@@ -134,12 +142,18 @@ def train(
     if plot_schedule is not None:
         typer.echo(pipeline.draw_schedule(resolved, data, plot_schedule))
     elif estimate:
-        print_table(pipeline.estimate_rows(resolved, data))
+        one, several = pipeline.estimate_rows(resolved, data)
+        print_table(one)
+        if several:
+            typer.echo()
+            print_table(several)
     else:
-        where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile}
+        monitor = Monitor(quiet=quiet or not world.first)
+        where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile, "world": world}
         with _finished_is_fine(resume, as_json):
-            result = pipeline.train_on_files(data, resolved, output_dir, Monitor(quiet=quiet), **where)
-            _report(result.as_dict(), as_json)
+            result = pipeline.train_on_files(data, resolved, output_dir, monitor, **where)
+            if world.first:
+                _report(result.as_dict(), as_json)
 
 
 @contextmanager

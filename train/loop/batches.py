@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch, TokenDataset
+from fusedgpt.train.run.world import ALONE, World
 
 _PREFETCHED = 2  # steps made ahead
 _MAX_RESIDENT_TOKENS = 1 << 26  # 256 MB on the GPU
@@ -32,23 +33,23 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one optimizer step trains on, in micro-batches that fit the device."""
+    """What this rank trains on in one optimizer step, in micro-batches that fit the device."""
 
     micro_batches: tuple[Batch, ...]  # inputs and targets, (B, T) int64 each
-    shares: Tensor  # of the step's targets that each micro-batch has: fp32, on its device; they add up to 1
-    tokens: int  # targets that count: not padding
+    shares: Tensor  # of the step's targets that each micro-batch has: fp32, on its device; 1 over all ranks
+    tokens: int  # targets of the step, over all ranks, that count: not padding
     following: Cursor  # where the next step begins
 
     @classmethod
     def collect(cls, micro_batches: Sequence[Batch], following: Cursor) -> Self:
         """The step on `micro_batches`, each weighing by the targets it has that are not ignored."""
         counts = [int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches]
-        shares = _shares(counts).to(micro_batches[0][0].device)
+        shares = _shares(counts, sum(counts)).to(micro_batches[0][0].device)
         return cls(micro_batches=tuple(micro_batches), shares=shares, tokens=sum(counts), following=following)
 
 
-def _shares(counts: Sequence[int]) -> Tensor:
-    return torch.tensor([count / max(1, sum(counts)) for count in counts])
+def _shares(counts: Sequence[int], total: int) -> Tensor:
+    return torch.tensor([count / max(1, total) for count in counts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Loader:
 
     Steps cross the ends of epochs, so all are equal in shape. What goes wrong in the thread is raised by
     next(). A small set lives on the GPU (`resident`, by default where it fits well), and a step copies only
-    where it looks there.
+    where it looks there. Of several ranks each takes an equal, consecutive part of every step.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class Loader:
         config: TrainConfig,
         device: torch.device,
         cursor: Cursor,
+        world: World = ALONE,
         *,
         resident: bool | None = None,
     ) -> None:
-        self.dataset, self.config, self.device = dataset, config, device
+        self.dataset, self.config, self.device, self.world = dataset, config, device, world
         self.windows = windows_per_step(config, dataset.max_length)
         small = device.type == "cuda" and len(dataset.train) <= _MAX_RESIDENT_TOKENS
         self._resident: Tensor | None = None
@@ -144,13 +146,15 @@ class Loader:
         return None
 
     def _draw(self, cursor: Cursor) -> _Drawn:
-        """The step that begins at `cursor`."""
+        """This rank's part of the step that begins at `cursor`."""
         pieces: list[Batch | Tensor] = []
         counts: list[int] = []
-        for first in range(0, self.windows, self.config.batch_size):
-            size = min(self.config.batch_size, self.windows - first)
-            where: dict[str, Any] = {"seed": self.config.seed, "epoch": cursor.epoch, "batch_size": size}
-            where["position"] = cursor.position + first
+        mine = self.windows // self.world.size
+        begin = self.world.rank * mine
+        at: dict[str, Any] = {"seed": self.config.seed, "epoch": cursor.epoch}
+        for first in range(begin, begin + mine, self.config.batch_size):
+            size = min(self.config.batch_size, begin + mine - first)
+            where = {**at, "position": cursor.position + first, "batch_size": size}
             if self._resident is not None:
                 starts = torch.from_numpy(self.dataset.window_starts(**where))
                 pieces.append(self._pinned(starts))
@@ -161,8 +165,11 @@ class Loader:
                 counts.append(int((targets != IGNORE_INDEX).sum()))
         ended, position = divmod(cursor.position + self.windows, self.dataset.windows_per_epoch)
         following = Cursor(epoch=cursor.epoch + ended, position=position)
-        shares = self._pinned(_shares(counts))
-        return _Drawn(pieces=pieces, shares=shares, tokens=sum(counts), following=following)
+        tokens = sum(counts)
+        if self.world.size > 1:
+            tokens = self.dataset.count_targets(**at, position=cursor.position, batch_size=self.windows)
+        shares = self._pinned(_shares(counts, tokens))
+        return _Drawn(pieces=pieces, shares=shares, tokens=tokens, following=following)
 
     def _pinned(self, x: Tensor) -> Tensor:
         return x.pin_memory() if self.device.type == "cuda" else x

@@ -97,15 +97,21 @@ def choose_compile(config: TrainConfig, model: GPT, steps: int, max_length: int)
     return "block" if model.wte.weight.is_cuda and saved > _COMPILE_SECONDS else "off"
 
 
-def choose_cuda_graphs(config: TrainConfig, device: torch.device, *, profiled: bool = False) -> bool:
-    """Whether to replay steps as a CUDA graph: "auto" on a GPU, unless profiled: a replay hides the ops.
+def choose_cuda_graphs(
+    config: TrainConfig, device: torch.device, *, profiled: bool = False, ranks: int = 1
+) -> bool:
+    """Whether to replay steps as a CUDA graph: "auto" on one GPU, unless profiled: a replay hides the ops.
 
-    Raises InputError for "on" without a GPU.
+    Raises InputError for "on" without a GPU, or with several.
     """
+    if config.cuda_graphs == "on" and ranks > 1:
+        raise InputError("--cuda-graphs on needs one process: leave it at auto under torchrun")
     on_gpu = device.type == "cuda"
     if config.cuda_graphs == "on" and not on_gpu:
         raise InputError("--cuda-graphs on needs a CUDA device; leave it at auto")
-    return config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and on_gpu and not profiled)
+    return config.cuda_graphs == "on" or (
+        config.cuda_graphs == "auto" and on_gpu and not profiled and ranks == 1
+    )
 
 
 def _predict_step_seconds(config: TrainConfig, model: GPT, max_length: int) -> float:

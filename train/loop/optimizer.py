@@ -82,7 +82,8 @@ class AdamW(torch.optim.Optimizer):
         self._planned: tuple[list[Any], list[int]] = ([], [])  # gradients' dtypes, parameters' addresses
         self._captured: list[TorchPlan | TritonPlan] = []  # older ones, for the graphs that use them
         self._fp32_accumulation = fp32_accumulation
-        self._sums: dict[Tensor, Tensor] = {}  # fp32_accumulation's gradients
+        self.sums: dict[Tensor, Tensor] = {}  # fp32 gradients, used in place of .grad
+        self.accumulates = True  # whether fp32_accumulation takes a new gradient
         self.grad_norm, self.skipped = torch.zeros(()), torch.zeros(())
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -98,17 +99,19 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _accumulate(self, p: Tensor) -> None:
+        if not self.accumulates:
+            return
         assert p.grad is not None
-        if p in self._sums:
-            self._sums[p] += p.grad
+        if p in self.sums:
+            self.sums[p] += p.grad
         else:
-            self._sums[p] = p.grad.to(torch.float32)
+            self.sums[p] = p.grad.to(torch.float32)
         p.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the sums of fp32_accumulation are dropped."""
         super().zero_grad(set_to_none)
-        self._sums.clear()
+        self.sums.clear()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -140,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
         happened before it.
         """
         parameters = self._parameters()
-        grads = [self._sums.get(p, p.grad) for p in parameters]
+        grads = [self.sums.get(p, p.grad) for p in parameters]
         layout = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in grads]
         planned = layout, [local(p).data_ptr() for p in parameters]
         if self._plan is None or planned != self._planned:

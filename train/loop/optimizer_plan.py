@@ -206,17 +206,17 @@ def _upload(source: Tensor, target: Tensor) -> None:
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor; x itself if it is none."""
-    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
-def _is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor, without importing that: it takes most of a second."""
     return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
 def process_groups(p: Tensor) -> dict[str, Any]:
     """Name -> process group, for each dimension of the mesh over which p is sharded."""
-    if not _is_sharded(p):
+    if not is_sharded(p):
         return {}
     sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]  # type: ignore[attr-defined]
     groups = [p.device_mesh.get_group(i) for i in sharded]  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import StepBatch
+from fusedgpt.train.loop.distributed import OneProcess
 from fusedgpt.train.loop.optimizer import AdamW
 from fusedgpt.train.loop.precision import LossScale
 
@@ -26,7 +27,7 @@ class Step:
 
     The gradient is that of the mean over all targets of the step, however they are split: each micro-batch's
     mean counts by its share of the targets. Where a loss is not finite, its gradient is made NaN, so that the
-    optimizer skips the update on the device.
+    optimizer skips the update on the device, on all ranks. A rank's loss is its part of the sum.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Step:
         config: TrainConfig,
         loss_scale: LossScale | None = None,
         document_ids: DocumentIds = lambda _: None,
+        parallel: OneProcess | None = None,
     ) -> None:
         self.forward, self.optimizer, self.loss_scale = forward, optimizer, loss_scale
-        self.document_ids = document_ids
+        self.document_ids, self.parallel = document_ids, parallel or OneProcess()
         self.grad_clip = config.grad_clip
         self.loss_options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
 
@@ -59,16 +61,21 @@ class Step:
         """The step at the learning rate that was set."""
         scale = self.loss_scale.scale if self.loss_scale else None
         total = None
-        for (inputs, targets), share in zip(batch.micro_batches, batch.shares.unbind(), strict=True):
-            loss = self.forward(inputs, targets, documents=self.document_ids(inputs), **self.loss_options)
-            weight = torch.where(loss.detach().isfinite(), share, torch.nan)
-            torch.autograd.backward(loss, weight if scale is None else weight * scale)
+        last = len(batch.micro_batches) - 1
+        for i, ((inputs, targets), share) in enumerate(
+            zip(batch.micro_batches, batch.shares.unbind(), strict=True)
+        ):
+            with self.parallel.micro_batch(last=i == last):
+                loss = self.forward(inputs, targets, documents=self.document_ids(inputs), **self.loss_options)
+                weight = torch.where(loss.detach().isfinite(), share, torch.nan)
+                torch.autograd.backward(loss, weight if scale is None else weight * scale)
             part = loss.detach() * share
             total = part if total is None else total + part
         self.optimizer.step(max_norm=self.grad_clip, grad_scale=scale)
         self.optimizer.zero_grad(set_to_none=True)
         if self.loss_scale:
             self.loss_scale.update(self.optimizer.skipped)
+        self.parallel.end_step()
         assert total is not None  # a batch has a micro-batch
         return torch.stack([total.float(), self.optimizer.grad_norm, self.optimizer.skipped])
 

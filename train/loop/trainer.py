@@ -18,11 +18,11 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.batches import Loader
+from fusedgpt.train.loop.distributed import OneProcess, choose_parallel, named_parameters, share_checkpoint
 from fusedgpt.train.loop.execution import choose_compile, choose_cuda_graphs, executed, no_garbage_collection
 from fusedgpt.train.loop.optimizer import build_optimizer
 from fusedgpt.train.loop.precision import (
     LossScale,
-    cast_parameters,
     deterministic,
     resolve_device,
     resolve_precision,
@@ -37,6 +37,7 @@ from fusedgpt.train.report.step_log import TrainingDiverged, TrainingLog
 from fusedgpt.train.run.directory import Run
 from fusedgpt.train.run.signals import StopSignals
 from fusedgpt.train.run.training_state import Training, fingerprint
+from fusedgpt.train.run.world import ALONE, World
 from fusedgpt.train.tools.estimate import flops_per_token
 
 __all__ = ["TrainingDiverged", "TrainingSummary", "train", "train_model"]
@@ -91,12 +92,14 @@ def train(
     *,
     sampler: Sampler | None = None,
     profile: bool = False,
+    world: World = ALONE,
 ) -> TrainingSummary:
     """Train `model` in place on `dataset`, drawing progress on `monitor`, saving into `run`.
 
     The model ends in eval mode and fp32 on the device it was trained on, with the weights of the best
     validation if there was one. sampler: what to sample meanwhile. profile: trace a few steps into `run`, the
-    most expensive ops on the monitor.
+    most expensive ops on the monitor. world: the ranks that train together; the model of the first one gets
+    the weights, and its `run` is on disk, the others' a Follower.
 
     Raises InputError for an unusable device or too little data for a step, CheckpointError where what `run`
     resumes does not fit, RunFinished where nothing is left to do, OutOfMemory, TrainingDiverged when losses
@@ -104,33 +107,37 @@ def train(
     """
     monitor = monitor or Monitor(quiet=True)
     steps, steps_per_epoch = count_steps(dataset, config)
-    training = _prepare(model, dataset, config, run)
+    parallel = choose_parallel(config, model, dataset.max_length, world)
+    training = _prepare(model, dataset, config, run, parallel, world)
     progress = training.progress
     execution = _choose_execution(training, config, steps, dataset.max_length, profiled=profile)
-    step = _build_step(training, config, dataset, monitor)
+    step = _build_step(training, config, dataset, monitor, parallel)
     validation = Validation(dataset, config, steps, progress.validation)
     if run is not None:
         run.begin(nothing_left=progress.step >= steps or validation.out_of_patience)
     log = TrainingLog(training, config, monitor, run, profile=profile)
     log.begin(steps, steps_per_epoch, flops_per_token(model.config, dataset.max_length))
-    device = model.wte.weight.device
+    device = training.model.wte.weight.device
     slow_start = device.type == "cuda" or execution["compile"] != "off"
     with (
         deterministic(config.deterministic and device.type == "cuda"),
         tf32(training.dtype == torch.float32 and device.type == "cuda"),
         fp32_sums(),  # of weight gradients over all tokens of a batch
         no_garbage_collection(),
-        executed(model, checkpointing=config.checkpointing, compile_blocks=execution["compile"] == "block"),
+        executed(
+            training.model, checkpointing=config.checkpointing, compile_blocks=execution["compile"] == "block"
+        ),
         StopSignals() as stop,
-        Loader(dataset, config, device, progress.cursor) as batches,
+        Loader(dataset, config, device, progress.cursor, world) as batches,
         log,
     ):
         while True:
             if validation.due(progress.step):
                 log.validate(validation, stop)
-            if stop.requested():
-                raise log.stopped(stop)
-            if run is not None and run.save_due(progress.step):
+            signal_number, save = log.ask(stop)
+            if signal_number:
+                raise log.stopped(signal_number)
+            if run is not None and (save or run.due_by_step(progress.step)):
                 log.save(run)
             if progress.step >= steps or validation.out_of_patience:
                 break
@@ -138,21 +145,22 @@ def train(
             if slow_start:  # compiling may take minutes, and before the first step there is nothing to save
                 result = stop.unless_stopped(partial(step, batch, lr))
                 slow_start = False
+                world.meet()
             else:
                 result = step(batch, lr)
             if result is None:
-                raise log.stopped(stop, save=False)
+                raise log.stopped(stop.received or 0, save=False)
             progress.step += 1
             progress.tokens += batch.tokens
             progress.cursor = batch.following
             log.add(result, lr)
             if sampler is not None and progress.step % sampler.every == 0:
-                log.sample(sampler, stop)
+                log.sample(sampler, model, stop)
         if validation.out_of_patience:
             monitor.note(f"no improvement in {config.patience} validations: stopped early")
         if run is not None:
             log.save_last(run)  # in the background of what the caller does with the model
-    training.finish()
+    training.finish(model)
     return _summarise(training, log)
 
 
@@ -173,30 +181,40 @@ def count_steps(dataset: TokenDataset, config: TrainConfig) -> tuple[int, Fracti
     return steps, steps_per_epoch
 
 
-def _prepare(model: GPT, dataset: TokenDataset, config: TrainConfig, run: Run | None) -> Training:
+def _prepare(
+    model: GPT,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    run: Run | None,
+    parallel: OneProcess,
+    world: World,
+) -> Training:
     """The model on its device, in its precision, with its optimizer, and as `run` left it."""
-    device = resolve_device(config.device)
+    device = resolve_device(world.device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device).train()
-    model.seed_dropout(config.seed)
     dtype = resolve_precision(config.precision, device)
-    cast_parameters(model, dtype)
-    micro_batches = -(-windows_per_step(config, dataset.max_length) // config.batch_size)
+    trained = parallel.place(model, device, dtype).train()
+    trained.seed_dropout(config.seed)
+    micro_batches = -(-windows_per_step(config, dataset.max_length) // (config.batch_size * world.size))
     training = Training(
-        model=model,
+        model=trained,
         dtype=dtype,
-        optimizer=build_optimizer(model, config, micro_batches=micro_batches),
+        optimizer=build_optimizer(trained, config, micro_batches=micro_batches),
         loss_scale=LossScale(device) if dtype == torch.float16 else None,
         fingerprint=fingerprint(dataset, config),
+        world=world,
     )
     if run is not None:
         run.check_space(training.checkpoint_bytes, model_bytes=4 * sum(p.numel() for p in model.parameters()))
-        if run.resumed is not None:
-            training.restore(run.resumed)
+        resumed = share_checkpoint(run.resumed, world, named_parameters(trained))
+        if resumed is not None:
+            training.restore(resumed)
+            run.last_saved_step = resumed.step
             then, now = training.execution.get("precision"), _name(dtype)
             if then not in (None, now):
                 run.notes.append(f"the checkpoint was trained in {then}, the run goes on in {now}")
+    parallel.begin(trained)
     return training
 
 
@@ -209,7 +227,9 @@ def _choose_execution(
         "device": model.wte.weight.device.type,
         "precision": _name(training.dtype),
         "compile": choose_compile(config, model, steps - training.progress.step, max_length),
-        "cuda_graphs": choose_cuda_graphs(config, model.wte.weight.device, profiled=profiled),
+        "cuda_graphs": choose_cuda_graphs(
+            config, model.wte.weight.device, profiled=profiled, ranks=training.world.size
+        ),
     }
     if then.get("device") == now["device"] and config.compile == "auto":
         now["compile"] = then["compile"]
@@ -218,18 +238,22 @@ def _choose_execution(
 
 
 def _build_step(
-    training: Training, config: TrainConfig, dataset: TokenDataset, monitor: Monitor
+    training: Training, config: TrainConfig, dataset: TokenDataset, monitor: Monitor, parallel: OneProcess
 ) -> Step | GraphedStep:
     model = training.model
     whole = training.execution["compile"] == "model"
     forward = torch.compile(model, fullgraph=True, dynamic=False) if whole else model
+    forward = parallel.connect(forward, training.optimizer)
     step = Step(
         partial(forward, dtype=training.dtype),
         training.optimizer,
         config,
         training.loss_scale,
         dataset.document_ids,
+        parallel,
     )
+    if training.world.size > 1 and model.wte.weight.is_cuda:
+        monitor.note("CUDA graphs are off: they cannot hold the communication between ranks")
     return GraphedStep(step, monitor.note) if training.execution["cuda_graphs"] else step
 
 

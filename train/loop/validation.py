@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch, TokenDataset
 from fusedgpt.train.loop.batches import to_device
 from fusedgpt.train.loop.step import DocumentIds
+from fusedgpt.train.run.world import ALONE, World
 
 _EVALUATIONS_PER_RUN = 10
 _BATCH_TOKENS = 8192  # without gradients there is room for more than a training step's
@@ -55,7 +57,12 @@ class Validation:
         return wanted and len(self.dataset.val) > 1 and self.state.evaluated_step < step
 
     def run(
-        self, model: GPT, step: int, dtype: torch.dtype, cancelled: Callable[[], bool] = _NEVER
+        self,
+        model: GPT,
+        step: int,
+        dtype: torch.dtype,
+        cancelled: Callable[[], bool] = _NEVER,
+        world: World = ALONE,
     ) -> Evaluation | None:
         """Validate and take the result in; None where cancelled() turned true in between."""
         batches = capped(self.dataset.val_batches(self.batch_size), self.config.eval_tokens)
@@ -66,6 +73,7 @@ class Validation:
             token_bytes=self.dataset.token_bytes,
             document_ids=self.dataset.document_ids,
             cancelled=cancelled,
+            world=world,
         )
         if evaluation is not None:
             self._take_in(evaluation.loss, step)
@@ -115,27 +123,34 @@ def evaluate(
     token_bytes: Tensor | None = None,  # (V,) int64, on the CPU
     document_ids: DocumentIds = lambda _: None,
     cancelled: Callable[[], bool] = _NEVER,
+    world: World = ALONE,
 ) -> Evaluation | None:
     """Mean loss over every target that is not ignored, NaN where there is none.
 
-    model is put into eval mode for it. None where cancelled(), asked before each batch, turns true.
+    model is put into eval mode for it. None where cancelled(), asked before each batch, turns true. Ranks
+    take batches in turn, the same ones as one process; only the order of fp64 terms in their sum differs.
     """
     was_training = model.training
     model.eval()
     device = model.wte.weight.device
     total, count, n_bytes = torch.zeros((), device=device, dtype=torch.float64), 0, 0
     try:
-        for inputs, targets in batches:
+        remaining = iter(batches)
+        while turn := list(islice(remaining, world.size)):
             if cancelled():
                 return None
+            inputs, targets = turn[min(world.rank, len(turn) - 1)]
             idx, expected = to_device(inputs, device), to_device(targets, device)
-            total += model(idx, expected, documents=document_ids(idx), dtype=dtype, reduction="sum")
-            counted = targets[targets != IGNORE_INDEX]
-            count += len(counted)
-            n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0
+            nats = model(idx, expected, documents=document_ids(idx), dtype=dtype, reduction="sum")
+            if world.rank < len(turn):  # else the pass was only for a sharded model, which all ranks compute
+                total += nats
+            for _, targets in turn:
+                counted = targets[targets != IGNORE_INDEX]
+                count += len(counted)
+                n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0
     finally:
         model.train(was_training)
-    nats = total.item()
+    nats = world.sum(total).item()
     bits = nats / math.log(2.0)
     return Evaluation(
         loss=nats / count if count else math.nan, bits_per_byte=bits / n_bytes if n_bytes else None

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from fusedgpt.kernels.errors import UserError
 from fusedgpt.kernels.ops import fallback
+from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.validation import Validation
@@ -48,6 +49,7 @@ class TrainingLog:
         self, training: Training, config: TrainConfig, monitor: Monitor, run: Run | None, *, profile: bool
     ) -> None:
         self.training, self.config, self.monitor, self.run = training, config, monitor, run
+        self.world = training.world
         self.profiler = _profile_steps(monitor, run.path / "trace.json" if run else None) if profile else None
         device = training.model.wte.weight.device
         self.results = torch.zeros(config.log_every or _LOG_EVERY.get(device.type, 1), 3, device=device)
@@ -77,7 +79,7 @@ class TrainingLog:
         """Seconds at the GPU's peak, NaN where it is not known; asked in the loop, which chooses TF32."""
         device = self.results.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        peak = peak_flops(name, self.training.dtype)
+        peak = peak_flops(name, self.training.dtype) * self.world.size
         return self.flops_per_token / peak if peak else math.nan
 
     def __enter__(self) -> Self:
@@ -108,7 +110,10 @@ class TrainingLog:
 
     def read(self) -> None:
         """Fetch the pending results from the device and report them. Raises TrainingDiverged."""
-        rows = self.results[: len(self.pending)].tolist()
+        results = self.results[: len(self.pending)]
+        if self.world.size > 1 and len(results):
+            results[:, 0] = self.world.sum(results[:, 0].contiguous())
+        rows = results.tolist()
         seconds, progress = time.perf_counter() - self.started - self.paused_seconds, self.training.progress
         for (step, tokens, lr), (loss, norm, skipped) in zip(self.pending, rows, strict=True):
             progress.add(loss, skipped=bool(skipped))
@@ -168,11 +173,19 @@ class TrainingLog:
         finally:
             self.paused_seconds += time.perf_counter() - start
 
+    def ask(self, stop: StopSignals) -> tuple[int, int]:
+        """(the signal that stops the run or 0, whether to save by the clock), as all ranks agree."""
+        late = self.run is not None and self.run.due_by_time()
+        signal_number, save = self.world.agree(stop.received or 0, int(late))
+        return signal_number, save
+
     def validate(self, validation: Validation, stop: StopSignals) -> None:
         """Validate, report it, keep the weights if they are the best; a signal interrupts it."""
         with self._paused():
-            step = self.training.progress.step
-            evaluation = validation.run(self.training.model, step, self.training.dtype, stop.requested)
+            step, training = self.training.progress.step, self.training
+            evaluation = validation.run(
+                training.model, step, training.dtype, lambda: bool(self.ask(stop)[0]), self.world
+            )
             if evaluation is None:
                 return
             if validation.improved:
@@ -183,25 +196,31 @@ class TrainingLog:
                 step=step, loss=loss, bits_per_byte=bits_per_byte, improved=validation.improved
             )
 
-    def sample(self, sampler: Sampler, stop: StopSignals) -> None:
-        """Sample and report it; a signal ends it at once, and the resume does not repeat it."""
+    def sample(self, sampler: Sampler, model: GPT, stop: StopSignals) -> None:
+        """Sample and report it; a signal ends it at once, and the resume does not repeat it.
+
+        model: the caller's, which takes a sharded one's weights.
+        """
         with self._paused():
-            step = self.training.progress.step
-            texts = stop.unless_stopped(partial(sampler.texts, self.training.model))
-            if texts is not None:
-                self._tell("samples", step, texts)
-                self.monitor.samples(step, texts)
+            step, model = self.training.progress.step, self.training.gathered(model)
+            if self.world.first:
+                texts = stop.unless_stopped(partial(sampler.texts, model))
+                if texts is not None:
+                    self._tell("samples", step, texts)
+                    self.monitor.samples(step, texts)
+            self.world.meet()
 
     def save(self, run: Run) -> None:
         """Save in the background."""
         with self._paused():
             self._check_saves(wait=True)
+            self.world.meet()  # the first may have waited for the disk
             run.save(self.training.snapshot())
 
     def save_last(self, run: Run) -> None:
         """Save unless the newest save is of this step and has not failed."""
         self._check_saves(wait=True)
-        if run.last_saved_step != self.training.progress.step:
+        if self.world.from_first(lambda: run.last_saved_step != self.training.progress.step):
             self.save(run)
 
     def _check_saves(self, *, wait: bool = False) -> None:
@@ -213,17 +232,17 @@ class TrainingLog:
             self.monitor.note(f"{why}; training goes on and saves again later")
             return
         self.monitor.note(f"{why}; {run.failed_saves} saves in a row failed, trying once more")
-        run.save(self.training.snapshot())
-        run.failed_save(wait=True)
 
-    def stopped(self, stop: StopSignals, *, save: bool = True) -> Stopped:
-        """The exception that ends the run for a signal, once it is saved."""
-        number, step = stop.received or 0, self.training.progress.step
+    def stopped(self, number: int, *, save: bool = True) -> Stopped:
+        """The exception that ends the run for a signal, once it is saved; the first rank's has a message."""
+        step = self.training.progress.step
         what = f"stopped by {signal.Signals(number).name} after step {step}"
         if self.run is None:
             return Stopped(f"{what}; nothing was saved, there is no run directory", number)
         if save and step:
             self.save_last(self.run)
+        if not self.world.first:
+            return Stopped("", number)
         self.run.store.wait()
         if not self.run.store.steps():
             return Stopped(f"{what}: there was nothing to save yet", number)

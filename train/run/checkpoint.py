@@ -32,7 +32,7 @@ from fusedgpt.model.files import sync, sync_all
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_FORMAT = 1
+_FORMAT = 2
 _MAX_STEP = 10**8 - 1
 _MAX_MANIFEST_BYTES, _MAX_STATE_BYTES = 1 << 16, 1 << 24
 _STEP = re.compile(r"step-([0-9]{8})")

@@ -75,6 +75,7 @@ class Run:
     last_save: float = field(default_factory=time.monotonic)
     last_saved_step: int = 0
     failed_saves: int = 0  # in a row
+    overdue: bool = False  # so many failed that another is to follow at once
 
     def check_space(self, checkpoint_bytes: int, model_bytes: int) -> None:
         """Raises OSError where checkpoints of this size, or the model folder, would not fit."""
@@ -129,18 +130,21 @@ class Run:
             sinks.append(open_logger(name, self.path, self.config.model_dump(mode="json"), resume_step=step))
         return sinks
 
-    def save_due(self, step: int) -> bool:
+    def due_by_time(self) -> bool:
+        """Whether a checkpoint is due by the clock, or because the last ones failed."""
+        seconds = self.config.saving.save_seconds
+        late = seconds is not None and time.monotonic() - self.last_save >= seconds
+        return late or self.overdue
+
+    def due_by_step(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps in total."""
-        if step == self.last_saved_step:
-            return False
-        saving = self.config.saving
-        if saving.save_steps is not None:
-            return step % saving.save_steps == 0
-        return time.monotonic() - self.last_save >= (saving.save_seconds or 0.0)
+        steps = self.config.saving.save_steps
+        return steps is not None and step % steps == 0 and step != self.last_saved_step
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Save in the background, once the save in flight is done; see failed_save for its error."""
         self.last_save, self.last_saved_step = time.monotonic(), checkpoint.step
+        self.overdue = False
         self.store.save_in_background(checkpoint)
 
     def failed_save(self, *, wait: bool = False) -> str | None:
@@ -159,6 +163,7 @@ class Run:
             self.failed_saves += 1
             if self.failed_saves > MAX_FAILED_SAVES:
                 raise
+            self.overdue = self.failed_saves == MAX_FAILED_SAVES
             return str(error)
 
     @contextmanager

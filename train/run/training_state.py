@@ -14,10 +14,12 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.batches import Cursor
+from fusedgpt.train.loop.distributed import named_parameters, whole
 from fusedgpt.train.loop.optimizer import AdamW
 from fusedgpt.train.loop.precision import LossScale
 from fusedgpt.train.loop.validation import ValidationState
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointError
+from fusedgpt.train.run.world import ALONE, World
 
 Tensors = dict[str, Tensor]
 _SMOOTHED_STEPS = 10
@@ -52,27 +54,31 @@ class Progress:
 class Training:
     """Everything that changes while a model is trained."""
 
-    model: GPT
+    model: GPT  # what is trained: the caller's, or a sharded copy of it
     dtype: torch.dtype  # of activations
     optimizer: AdamW
     loss_scale: LossScale | None  # fp16's
     fingerprint: dict[str, Any]  # what must not change between a checkpoint and its resume
     progress: Progress = field(default_factory=Progress)
     execution: dict[str, Any] = field(default_factory=dict)  # what "auto" chose; a resume goes on with it
-    best: Tensors = field(default_factory=dict)  # fp32 parameters of the best validation, on the host
+    best: Tensors = field(default_factory=dict)  # fp32 parameters of the best validation, on the first's host
+    world: World = ALONE
 
     def snapshot(self) -> Checkpoint:
-        """A copy of all of it on the host, which training does not change."""
+        """A copy of all of it on the host, which training does not change.
+
+        Of several ranks all must ask, and only the first gets the tensors.
+        """
         state = {
             "progress": asdict(self.progress),
-            "dropout": {"seed": int(self.model.dropout_seed), "step": int(self.model.dropout_step)},
+            "dropout": {"seed": int(self.model.dropout_seed), "windows": int(self.model.dropout_windows)},
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "fingerprint": self.fingerprint,
             "execution": self.execution,
         }
         state_of = self.optimizer.state
         moments = {f"{n}.{k}": v for n, p in self._named() for k, v in state_of.get(p, {}).items()}
-        tensors = {"model": _on_host(dict(self.model.named_parameters())), "optimizer": _on_host(moments)}
+        tensors = {"model": self._on_host(named_parameters(self.model)), "optimizer": self._on_host(moments)}
         if self.best and self.progress.validation.best_step != self.progress.step:
             tensors["best"] = self.best
         return Checkpoint(step=self.progress.step, tensors=tensors, state=state)
@@ -93,7 +99,7 @@ class Training:
                 raise CheckpointError(f"step {checkpoint.step} was made with another {name}: {change}")
         values = dict(checkpoint.tensors.get("model", {}))
         moments = dict(checkpoint.tensors.get("optimizer", {}))
-        wanted = dict(self.model.named_parameters())
+        wanted = named_parameters(self.model)
         _check_alike(values, wanted)
         for name, parameter in wanted.items():
             if values[name].dtype != parameter.dtype:  # another precision now: continue from the fp32 weights
@@ -101,10 +107,10 @@ class Training:
                 if moments and parameter.element_size() < 4:
                     moments[f"{name}.master"] = values[name]
         self._load_optimizer(moments)
-        self._copy_in(values)
+        _copy(values, self.model)
         self.execution = state.get("execution", {})
         dropout, progress = state["dropout"], dict(state["progress"])
-        self.model.seed_dropout(dropout["seed"], dropout["step"])
+        self.model.seed_dropout(dropout["seed"], dropout["windows"])
         if self.loss_scale and state["loss_scale"]:
             self.loss_scale.load(state["loss_scale"])
         self.progress = Progress(
@@ -118,27 +124,46 @@ class Training:
 
     def keep_best(self) -> None:
         """Copy the weights: they are the best so far."""
-        self.best = _on_host(self.parameters())
+        self.best = self._on_host(self.parameters())
 
     def parameters(self) -> Tensors:
         """The parameters by name, in fp32 where the optimizer has master weights."""
         state = self.optimizer.state
-        return {n: state.get(p, {}).get("master", p).detach() for n, p in self.model.named_parameters()}
+        return {
+            n: state.get(p, {}).get("master", p).detach() for n, p in named_parameters(self.model).items()
+        }
 
-    def finish(self) -> None:
-        """Leave the model in fp32 and eval mode, with the weights of the best validation if there was one."""
-        values = self.best or _on_host(self.parameters())
-        self.model.float().eval()
-        self._copy_in(values)
+    def finish(self, model: GPT) -> None:
+        """Leave `model`, the caller's, in fp32 and eval mode, with the best validation's weights if any.
 
-    def _copy_in(self, values: Tensors) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(values[name])
+        Of several ranks the first one's has them.
+        """
+        kept = self.world.from_first(lambda: bool(self.best))
+        values = self.best if kept else self._on_host(self.parameters())
+        model.float().eval()
+        if self.world.first:
+            _copy(values, model)
+
+    def gathered(self, model: GPT) -> GPT:
+        """The trained model: sharded, as a copy in `model`, the caller's, of the first rank; all must ask."""
+        if model is not self.model:
+            values = self._on_host(self.parameters())
+            if self.world.first:
+                _copy(values, model)
+        return model
+
+    def _on_host(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Copies on the host of the first rank, none on others; a sharded one is gathered after the other."""
+        copies: Tensors = {}
+        for name, x in tensors.items():
+            full = whole(x.detach())
+            if self.world.first:
+                copies[name] = full.to("cpu", copy=True)
+        return copies
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """(name, parameter) in the optimizer's order."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names = {p: name for name, p in named_parameters(self.model).items()}
         return [(names[p], p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
@@ -161,8 +186,10 @@ def fingerprint(dataset: TokenDataset, config: TrainConfig) -> dict[str, Any]:
     return {"training text": dataset.fingerprint, "max_length": dataset.max_length, "seed": config.seed}
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], model: GPT) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
 
 
 def _check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

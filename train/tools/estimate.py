@@ -219,8 +219,18 @@ class Shapes:
         return numel * self.dtype.itemsize if self.weight_dtype != self.dtype else 0
 
 
-def estimate(gpt_config: GPTConfig, train: TrainConfig, max_length: int, device_name: str) -> list[Row]:
-    """A row for each way of checkpointing. device_name: "cpu", or what torch.cuda.get_device_name says."""
+def estimate(
+    gpt_config: GPTConfig,
+    train: TrainConfig,
+    max_length: int,
+    device_name: str,
+    *,
+    fp32_weights: bool = False,
+) -> list[Row]:
+    """A row for each way of checkpointing. device_name: "cpu", or what torch.cuda.get_device_name says.
+
+    fp32_weights: on a GPU too, as FSDP keeps them.
+    """
     on_gpu = device_name != "cpu"
     if on_gpu and train.precision == "auto":
         dtype = torch.bfloat16  # every GPU our kernels run on has it
@@ -232,7 +242,8 @@ def estimate(gpt_config: GPTConfig, train: TrainConfig, max_length: int, device_
         B=min(train.batch_size, windows),
         T=max_length,
         dtype=dtype,
-        weight_dtype=dtype if on_gpu else torch.float32,  # as precision.cast_parameters leaves them
+        # as precision.cast_parameters leaves them
+        weight_dtype=dtype if on_gpu and not fp32_weights else torch.float32,
         on_gpu=on_gpu,
     )
     peak = peak_flops(device_name) if dtype.itemsize == 2 else 0.0

@@ -24,6 +24,7 @@ from fusedgpt.train.data.text.sources import DataError, Piece
 from fusedgpt.train.data.tokens.dataset import IGNORE_INDEX, Batch
 from fusedgpt.train.data.tokens.shards import Tokens
 from fusedgpt.train.loop.validation import evaluate
+from fusedgpt.train.run.world import ALONE, World
 
 _BATCH_TOKENS = 8192
 _CHUNK = 1 << 16  # ids of a stream at a time
@@ -71,14 +72,17 @@ def evaluate_text(
     stride: int | None = None,
     dtype: torch.dtype | None = None,  # of the activations
     report: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> TextEvaluation:
     """Loss, perplexity and bits per byte of `pieces`, in constant memory.
 
     window: the context in tokens (None: what training has seen); stride: None is half of it. report gets the
-    number of tokens scored so far. Raises ValueError for settings out of range or text that the
-    tokenizer cannot encode, DataError where there is no text.
+    number of tokens scored so far. world: the ranks that share the batches. Raises ValueError for settings
+    out of range or text that the tokenizer cannot encode, DataError where there is no text.
     """
-    return _evaluate(model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, dtype, report)
+    return _evaluate(
+        model, _encoded(pieces, tokenizer), tokenizer.eot_id, window, stride, dtype, report, world
+    )
 
 
 def evaluate_tokens(
@@ -90,10 +94,11 @@ def evaluate_tokens(
     stride: int | None = None,
     dtype: torch.dtype | None = None,  # of the activations
     report: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> TextEvaluation:
     """The same over ids whose documents end-of-text separates; they are mapped, not loaded."""
     parts = (part for stream in streams for part in _documents(stream, tokenizer))
-    return _evaluate(model, parts, tokenizer.eot_id, window, stride, dtype, report)
+    return _evaluate(model, parts, tokenizer.eot_id, window, stride, dtype, report, world)
 
 
 def _evaluate(
@@ -104,6 +109,7 @@ def _evaluate(
     stride: int | None,
     dtype: torch.dtype | None,
     report: Callable[[int], None],
+    world: World,
 ) -> TextEvaluation:
     window = model.config.window if window is None else window
     stride = max(1, window // 2) if stride is None else stride
@@ -115,7 +121,7 @@ def _evaluate(
     start = time.perf_counter()
     windows = _windows(parts, eot_id, window, stride, counts)
     batches = _batches(windows, max(1, _BATCH_TOKENS // window), eot_id, report)
-    result = evaluate(model, batches, dtype=dtype)
+    result = evaluate(model, batches, dtype=dtype, world=world)
     if result is None or not counts.tokens:
         raise DataError("there is no text to evaluate: the data is empty")
     if not math.isfinite(result.loss):

@@ -11,8 +11,9 @@ from token_data import dataset_of
 from training_runs import counting
 
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset
+from fusedgpt.train.data.tokens.dataset import Batch, TokenDataset, mix_datasets
 from fusedgpt.train.loop.batches import Cursor, Loader, StepBatch
+from fusedgpt.train.run.world import World
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,31 @@ def test_the_cursor_leads_to_the_next_step() -> None:
         (resumed,) = steps(config, 1, batches[i].following)
         assert resumed.following == batches[i + 1].following
         assert torch.equal(resumed.micro_batches[0][0], batches[i + 1].micro_batches[0][0])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_every_step(ranks: int, packing: bool) -> None:
+    """Their windows in a row are one process's, and so are cursor, tokens and the shares of 1."""
+    documents = [[i % 7] * (3 + 5 * i % 11) for i in range(90)]
+    packed = dataset_of(documents, eot_id=60, max_length=16, packing=packing)
+    dataset = mix_datasets([packed, counting()], [0.4, 0.6]) if not packing else packed
+    config = TrainConfig(batch_size=3, batch_tokens=8 * 16, seed=5)
+
+    def drawn(rank: int, size: int) -> list[StepBatch]:
+        world = World()
+        world.rank, world.size = rank, size
+        with Loader(dataset, config, CPU, Cursor(), world) as loader:
+            return list(itertools.islice(loader, 12))
+
+    parts = [drawn(rank, ranks) for rank in range(ranks)]
+    for step, whole in enumerate(drawn(0, 1)):
+        mine = [part[step] for part in parts]
+        for i in (0, 1):
+            windows = torch.cat([pair[i] for one in mine for pair in one.micro_batches])
+            assert torch.equal(windows, torch.cat([pair[i] for pair in whole.micro_batches]))
+        assert {(one.tokens, one.following) for one in mine} == {(whole.tokens, whole.following)}
+        assert sum(float(one.shares.sum()) for one in mine) == pytest.approx(1.0)
 
 
 def test_padding_is_not_counted() -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_two
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop import optimizer_plan
 from fusedgpt.train.loop.optimizer import AdamW, build_optimizer
+from fusedgpt.train.run.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IDS = torch.arange(24, device=DEVICE).view(2, 12)
@@ -477,11 +477,11 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     assert optimizer.state[params[0]]["step"].item() == 4
 
 
-def _sharded_run(rank: int) -> None:
+def _sharded_run(world: World) -> None:
     """One of two processes."""
     for path in ("triton", "reference") if DEVICE.type == "cpu" else ("reference",):
         os.environ["FUSEDGPT_KERNELS"] = path
-        _compare_sharded_with_whole(rank)
+        _compare_sharded_with_whole(world.rank)
 
 
 def _compare_sharded_with_whole(rank: int) -> None:
@@ -514,5 +514,5 @@ def _compare_sharded_with_whole(rank: int) -> None:
         assert optimizer.state[p]["exp_avg"].placements == p.placements
 
 
-def test_sharded_parameters_share_one_norm(tmp_path: Path) -> None:
-    run_two(_sharded_run, tmp_path)
+def test_sharded_parameters_share_one_norm() -> None:
+    run_ranks(2, _sharded_run)

@@ -84,13 +84,13 @@ def test_a_resume_samples_without_gap_or_repeat(tmp_path: Path, monkeypatch: pyt
 def test_sampling_leaves_the_model_and_random_states_alone() -> None:
     model = GPT(config().model.gpt_config(61), seed=5).train()
     before = {name: (x.clone(), x.stride()) for name, x in model.named_parameters()}
-    random, dropout = torch.get_rng_state(), int(model.dropout_step)
+    random, dropout = torch.get_rng_state(), int(model.dropout_windows)
     texts = SAMPLER.texts(model)
     assert SAMPLER.texts(model) == texts
     assert {prompt: text[: len(prompt)] for prompt, text in texts.items()} == {"1 2": "1 2", "0": "0"}
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
-    assert int(model.dropout_step) == dropout
+    assert int(model.dropout_windows) == dropout
     for name, x in model.named_parameters():
         assert torch.equal(x, before[name][0])
         assert x.stride() == before[name][1]

@@ -626,7 +626,7 @@ def anew(path: Path, content: bytes) -> None:
 def sign_files(path: Path) -> None:
     """The manifest that fits the files as they are."""
     files = {p.name: checkpoints._file_entry(p) for p in path.iterdir() if p.name != "manifest.json"}
-    sign(path, {"files": files, "format": 1, "step": 2})
+    sign(path, {"files": files, "format": 2, "step": 2})
 
 
 def rewritten(name: str, content: bytes) -> Callable[[Path], None]:

@@ -18,7 +18,7 @@ from training_runs import config, counting, outcome
 
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import ConfigError
-from fusedgpt.train.loop import trainer
+from fusedgpt.train.loop import distributed, trainer
 from fusedgpt.train.report.progress import Monitor
 from fusedgpt.train.run import directory
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
@@ -261,7 +261,7 @@ def test_a_run_that_fitted_is_not_refused_on_resume(tmp_path: Path, monkeypatch:
 def test_the_size_of_a_checkpoint_is_known_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(trainer, "cast_parameters", lambda model, _: model.to(dtype))
+    monkeypatch.setattr(distributed, "cast_parameters", lambda model, _: model.to(dtype))
     said = list[int]()
     monkeypatch.setattr(directory.Run, "check_space", lambda self, n_bytes, model_bytes: said.append(n_bytes))
     trained(tmp_path / "run", steps=10, eval_every=7)  # not validated after step 10: "best" has its own file
@@ -277,7 +277,7 @@ def test_a_16_bit_checkpoint_goes_on_in_fp32_from_its_masters(
 ) -> None:
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:  # as on a GPU
-        patch.setattr(trainer, "cast_parameters", lambda model, _: model.bfloat16())
+        patch.setattr(distributed, "cast_parameters", lambda model, _: model.bfloat16())
         trained(run_dir, steps=4, precision="bf16")
     saved = load_checkpoint(run_dir / "checkpoints/step-00000004").tensors
     name = next(key for key in saved["model"] if saved["model"][key].ndim == 2 and "h.0" in key)
@@ -302,7 +302,7 @@ def test_a_16_bit_checkpoint_goes_on_in_fp32_from_its_masters(
     assert not [key for key in tensors["optimizer"] if key.endswith(".master")]
 
     with monkeypatch.context() as patch:  # and back
-        patch.setattr(trainer, "cast_parameters", lambda model, _: model.bfloat16())
+        patch.setattr(distributed, "cast_parameters", lambda model, _: model.bfloat16())
         masters = dict[str, torch.Tensor]()
         patch.setattr(
             trainer, "_choose_execution",

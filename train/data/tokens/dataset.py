@@ -77,6 +77,16 @@ class TokenDataset:
         """`batch_size` windows from `position` of an epoch on; the next epoch's follow its last."""
         return self._windows(seed, self._positions(epoch, position, batch_size))
 
+    def count_targets(self, *, seed: int, epoch: int, position: int, batch_size: int) -> int:
+        """How many targets the windows of train_batch have, without reading them."""
+        return self._count_targets(seed, self._positions(epoch, position, batch_size))
+
+    def _count_targets(self, seed: int, positions: Ints, member: int = 0) -> int:
+        if self.borders is None:
+            return len(positions) * self.max_length
+        starts, stops = self._spans(seed, positions, member)
+        return int((stops - starts).sum())
+
     @property
     def has_starts(self) -> bool:
         """Whether every window is max_length consecutive tokens of `train`, found by window_starts."""
@@ -175,6 +185,11 @@ class MixedDataset(TokenDataset):
             rows = np.flatnonzero(sets == i)
             inputs[rows], targets[rows] = self.sets[i]._windows(seed, ranks[rows], i + 1)
         return inputs, targets
+
+    def _count_targets(self, seed: int, positions: Ints, member: int = 0) -> int:
+        sets, ranks = mix_order(seed, positions, self.shares)
+        members = np.unique(sets).tolist()
+        return sum(self.sets[i]._count_targets(seed, ranks[sets == i], i + 1) for i in members)
 
 
 def document_ids(inputs: Tensor, eot_id: int) -> Tensor:
