@@ -4,24 +4,17 @@ Shape letters: n tensors, K chunks, G parameter groups.
 
 The update is made on fp32 masters; bf16 and fp16 parameters are rounded copies, fp32 ones their own masters.
 
-Both kernels walk a table of addresses, so parameters, gradients and state stay where they are: gradients that
-autograd allocates anew every step, FSDP shards and loaded checkpoints all fit. A fixed number of programs
-share the chunks; every program of the second launch adds the first one's partial sums in the same order,
-so all agree on norm, clip coefficient and finiteness without atomics, a third launch or the host.
+Both kernels walk a table of addresses (tensor_table.py). A fixed number of programs share the chunks; every
+program of the second launch adds the first one's partial sums in the same order, so all agree on norm, clip
+coefficient and finiteness without atomics, a third launch or the host.
 
 Bytes per bf16 parameter: the gradient is read twice (2 + 2), master, exp_avg and exp_avg_sq are read and
 written (3 x 8), the parameter is written (2): 30.
-
-Every access of a full block is 16 bytes per thread, without gaps in a warp: 8 neighbours of a 16-bit tensor,
-4 of an fp32 one. So a warp takes rows of 256 elements, in fp32 as two halves of 128, one after the other in
-its registers; between the two layouts elements change threads, but never warps, which needs no shared memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,21 +23,35 @@ from torch import Tensor
 
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import TRITON_DTYPES
+from fusedgpt.kernels.tensor_table import (
+    COLUMNS,
+    DECAY,
+    EPS,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRAD,
+    GROUP,
+    INV_SQRT_CORRECTION2,
+    MASTER,
+    NEW_STEP,
+    PARAM,
+    ROW,
+    SIZE,
+    STEP,
+    STEP_SIZE,
+    WEIGHT1,
+    WEIGHT2,
+    Batch,
+    load,
+    offsets,
+    store,
+    typed,
+)
 
 PARTIALS = 1024  # programs per launch at most; ranks that add up their partial sums need the same number
-GRAD_COLUMN = 1  # of Batch.table
-_CHUNK = 4096  # elements one program takes at a time: of 124M, the last round is 99% full
 _NORM_BLOCK, _BLOCK = 4096, 1024
 _NORM_PROGRAMS_PER_SM, _PROGRAMS_PER_SM = 6, 7  # as many as fit by their registers
 _REGISTERS = 72  # per thread of the update: 7 programs of 128 threads have 65,536
-
-# The columns of a table's row, and of a row of scalars.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ = (tl.constexpr(i) for i in (0, GRAD_COLUMN, 2, 3))
-_MASTER, _STEP, _SIZE, _GROUP = (tl.constexpr(i) for i in range(4, 8))
-_STEP_SIZE, _DECAY, _INV_SQRT_CORRECTION2, _EPS = (tl.constexpr(i) for i in range(4))
-_WEIGHT1, _WEIGHT2, _NEW_STEP = (tl.constexpr(i) for i in range(4, 7))
-_COLUMNS = tl.constexpr(8)  # of both, and of hyper
-_ROW = tl.constexpr(256)  # elements of a 16-bit tensor that a warp accesses at once
 
 
 @triton.jit
@@ -53,30 +60,21 @@ def _prepare(table_ptr, hyper_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
     for first in tl.range(0, n_tensors, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < n_tensors
-        table = table_ptr + offs * _COLUMNS
-        step_ptr = tl.load(table + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        table = table_ptr + offs * COLUMNS
+        step_ptr = tl.load(table + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
         step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
-        hyper = hyper_ptr + tl.load(table + _GROUP, mask=mask, other=0) * _COLUMNS
+        hyper = hyper_ptr + tl.load(table + GROUP, mask=mask, other=0) * COLUMNS
         lr = tl.load(hyper, mask=mask, other=0.0)
         correction1 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 1, mask=mask, other=-1.0))
         correction2 = 1.0 - tl.exp2(step.to(tl.float64) * tl.load(hyper + 2, mask=mask, other=-1.0))
-        row = scalars_ptr + offs * _COLUMNS
-        tl.store(row + _STEP_SIZE, lr / correction1, mask=mask)
-        tl.store(row + _DECAY, lr * tl.load(hyper + 6, mask=mask), mask=mask)
-        tl.store(row + _INV_SQRT_CORRECTION2, 1.0 / tl.sqrt(correction2), mask=mask)
-        tl.store(row + _EPS, tl.load(hyper + 5, mask=mask), mask=mask)
-        tl.store(row + _WEIGHT1, tl.load(hyper + 3, mask=mask), mask=mask)
-        tl.store(row + _WEIGHT2, tl.load(hyper + 4, mask=mask), mask=mask)
-        tl.store(row + _NEW_STEP, step, mask=mask)
-
-
-@triton.jit
-def _base(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address as a pointer; without the hint its elements would be accessed one by one."""
-    base = address.to(tl.pointer_type(dtype))
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-    return base
+        row = scalars_ptr + offs * COLUMNS
+        tl.store(row + STEP_SIZE, lr / correction1, mask=mask)
+        tl.store(row + DECAY, lr * tl.load(hyper + 6, mask=mask), mask=mask)
+        tl.store(row + INV_SQRT_CORRECTION2, 1.0 / tl.sqrt(correction2), mask=mask)
+        tl.store(row + EPS, tl.load(hyper + 5, mask=mask), mask=mask)
+        tl.store(row + WEIGHT1, tl.load(hyper + 3, mask=mask), mask=mask)
+        tl.store(row + WEIGHT2, tl.load(hyper + 4, mask=mask), mask=mask)
+        tl.store(row + NEW_STEP, step, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
@@ -100,19 +98,19 @@ def _grad_norm_kernel(
     PART: tl.constexpr = BLOCK // WIDE
     total = tl.zeros((PART,), tl.float32)
     for chunk in tl.range(pid, n_chunks, tl.num_programs(0)):
-        row_ptr = table_ptr + tl.load(chunks_ptr + 2 * chunk) * _COLUMNS
+        row_ptr = table_ptr + tl.load(chunks_ptr + 2 * chunk) * COLUMNS
         start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
-        address, size = tl.load(row_ptr + _GRAD), tl.load(row_ptr + _SIZE)
+        address, size = tl.load(row_ptr + GRAD), tl.load(row_ptr + SIZE)
         aligned = address % 16 == 0
         for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
             if aligned & (first + BLOCK <= size):
-                grad_ptrs = _base(address, GRAD_DTYPE, True) + first + tl.arange(0, BLOCK)
+                grad_ptrs = typed(address, GRAD_DTYPE, True) + first + tl.arange(0, BLOCK)
                 grad = tl.load(grad_ptrs).to(tl.float32)
                 total += tl.sum(tl.reshape(grad * grad, (PART, WIDE)), axis=1)
             else:
                 for part in tl.range(first, tl.minimum(first + BLOCK, size), PART):
                     mask = tl.arange(0, PART) < size - part
-                    grad_ptrs = _base(address, GRAD_DTYPE, False) + part + tl.arange(0, PART)
+                    grad_ptrs = typed(address, GRAD_DTYPE, False) + part + tl.arange(0, PART)
                     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
                     total += grad * grad
     tl.store(partials_ptr + pid, tl.sum(total))
@@ -129,41 +127,6 @@ def _lerp(a, b, weight):
 
 
 @triton.jit
-def _to_halves(x, BLOCK: tl.constexpr):
-    """The BLOCK elements of x in order -> (2, BLOCK / 256, 128): all first halves of rows, all second."""
-    return tl.permute(tl.reshape(x, (BLOCK // _ROW, 2, _ROW // 2)), (1, 0, 2))
-
-
-@triton.jit
-def _offsets(BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a block's elements: rows (BLOCK / 256, 256) in 16 bits, else halves (2, BLOCK / 256, 128)."""
-    rows = _ROW * tl.arange(0, BLOCK // _ROW)[:, None]
-    if BITS == 16:
-        offs = rows + tl.arange(0, _ROW)
-    else:
-        offs = _ROW // 2 * tl.arange(0, 2)[:, None, None] + rows + tl.arange(0, _ROW // 2)
-    return offs
-
-
-@triton.jit
-def _load(address_ptr, first, offs, mask, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """fp32 (2, BLOCK / 256, 128) from element `first` on; without a mask the tensor is 16-byte aligned."""
-    x = tl.load(_base(tl.load(address_ptr), dtype, mask is None) + first + offs, mask=mask)
-    if dtype.primitive_bitwidth == 16:
-        x = _to_halves(x, BLOCK)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _store(address_ptr, first, offs, mask, x, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores x as _load returns it. Loads the address again: registers are scarcer than cache bandwidth."""
-    x = x.to(dtype)
-    if dtype.primitive_bitwidth == 16:
-        x = tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK // _ROW, _ROW))
-    tl.store(_base(tl.load(address_ptr), dtype, mask is None) + first + offs, x, mask=mask)
-
-
-@triton.jit
 def _update(
     row_ptr,  # (8,) int64: a row of the table
     scalars_ptr,  # (8,) fp32
@@ -176,29 +139,29 @@ def _update(
     BLOCK: tl.constexpr,
 ):
     """One block's step. The master is rounded once: decay and update are added, then subtracted from it."""
-    offs = _offsets(32, BLOCK)
+    offs = offsets(32, BLOCK)
     offs_param, offs_grad = offs, offs
     if PARAM_DTYPE.primitive_bitwidth == 16:
-        offs_param = _offsets(16, BLOCK)
+        offs_param = offsets(16, BLOCK)
     if GRAD_DTYPE.primitive_bitwidth == 16:
-        offs_grad = _offsets(16, BLOCK)
+        offs_grad = offsets(16, BLOCK)
     mask = None if FULL else offs < size - first
     mask_param = None if FULL else offs_param < size - first
     mask_grad = None if FULL else offs_grad < size - first
-    grad = _load(row_ptr + _GRAD, first, offs_grad, mask_grad, GRAD_DTYPE, BLOCK) * clip
-    master = _load(row_ptr + _MASTER, first, offs, mask, tl.float32, BLOCK)
-    exp_avg = _load(row_ptr + _EXP_AVG, first, offs, mask, tl.float32, BLOCK)
-    exp_avg_sq = _load(row_ptr + _EXP_AVG_SQ, first, offs, mask, tl.float32, BLOCK)
-    exp_avg = _lerp(exp_avg, grad, tl.load(scalars_ptr + _WEIGHT1))
-    exp_avg_sq = _lerp(exp_avg_sq, grad * grad, tl.load(scalars_ptr + _WEIGHT2))
-    denominator = tl.sqrt(exp_avg_sq) * tl.load(scalars_ptr + _INV_SQRT_CORRECTION2)
-    update = exp_avg / (denominator + tl.load(scalars_ptr + _EPS)) * tl.load(scalars_ptr + _STEP_SIZE)
-    master -= master * tl.load(scalars_ptr + _DECAY) + update
-    _store(row_ptr + _EXP_AVG, first, offs, mask, exp_avg, tl.float32, BLOCK)
-    _store(row_ptr + _EXP_AVG_SQ, first, offs, mask, exp_avg_sq, tl.float32, BLOCK)
-    _store(row_ptr + _MASTER, first, offs, mask, master, tl.float32, BLOCK)
+    grad = load(row_ptr + GRAD, first, offs_grad, mask_grad, GRAD_DTYPE, BLOCK) * clip
+    master = load(row_ptr + MASTER, first, offs, mask, tl.float32, BLOCK)
+    exp_avg = load(row_ptr + EXP_AVG, first, offs, mask, tl.float32, BLOCK)
+    exp_avg_sq = load(row_ptr + EXP_AVG_SQ, first, offs, mask, tl.float32, BLOCK)
+    exp_avg = _lerp(exp_avg, grad, tl.load(scalars_ptr + WEIGHT1))
+    exp_avg_sq = _lerp(exp_avg_sq, grad * grad, tl.load(scalars_ptr + WEIGHT2))
+    denominator = tl.sqrt(exp_avg_sq) * tl.load(scalars_ptr + INV_SQRT_CORRECTION2)
+    update = exp_avg / (denominator + tl.load(scalars_ptr + EPS)) * tl.load(scalars_ptr + STEP_SIZE)
+    master -= master * tl.load(scalars_ptr + DECAY) + update
+    store(row_ptr + EXP_AVG, first, offs, mask, exp_avg, tl.float32, BLOCK)
+    store(row_ptr + EXP_AVG_SQ, first, offs, mask, exp_avg_sq, tl.float32, BLOCK)
+    store(row_ptr + MASTER, first, offs, mask, master, tl.float32, BLOCK)
     if PARAM_DTYPE.primitive_bitwidth == 16:
-        _store(row_ptr + _PARAM, first, offs_param, mask_param, master, PARAM_DTYPE, BLOCK)
+        store(row_ptr + PARAM, first, offs_param, mask_param, master, PARAM_DTYPE, BLOCK)
 
 
 @triton.jit
@@ -206,8 +169,8 @@ def _advance_steps(table_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
     for first in tl.range(0, n_tensors, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < n_tensors
-        step_ptr = tl.load(table_ptr + offs * _COLUMNS + _STEP, mask=mask, other=0)
-        step = tl.load(scalars_ptr + offs * _COLUMNS + _NEW_STEP, mask=mask)
+        step_ptr = tl.load(table_ptr + offs * COLUMNS + STEP, mask=mask, other=0)
+        step = tl.load(scalars_ptr + offs * COLUMNS + NEW_STEP, mask=mask)
         tl.store(step_ptr.to(tl.pointer_type(tl.float32)), step, mask=mask)
 
 
@@ -249,11 +212,11 @@ def _adamw_kernel(
     for done in tl.range(pid, tl.where(finite, n_chunks, 0), tl.num_programs(0)):
         chunk = n_chunks - 1 - done  # the gradients that were read last are still in the L2 cache
         tensor = tl.load(chunks_ptr + 2 * chunk)
-        row_ptr, tensor_scalars_ptr = table_ptr + tensor * _COLUMNS, scalars_ptr + tensor * _COLUMNS
+        row_ptr, tensor_scalars_ptr = table_ptr + tensor * COLUMNS, scalars_ptr + tensor * COLUMNS
         start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
-        size = tl.load(row_ptr + _SIZE)
-        addresses = tl.load(row_ptr + _PARAM) | tl.load(row_ptr + _GRAD) | tl.load(row_ptr + _MASTER)
-        addresses |= tl.load(row_ptr + _EXP_AVG) | tl.load(row_ptr + _EXP_AVG_SQ)
+        size = tl.load(row_ptr + SIZE)
+        addresses = tl.load(row_ptr + PARAM) | tl.load(row_ptr + GRAD) | tl.load(row_ptr + MASTER)
+        addresses |= tl.load(row_ptr + EXP_AVG) | tl.load(row_ptr + EXP_AVG_SQ)
         aligned = addresses % 16 == 0
         for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
             if aligned & (first + BLOCK <= size):
@@ -262,50 +225,11 @@ def _adamw_kernel(
                     PARAM_DTYPE, GRAD_DTYPE, True, BLOCK,
                 )  # fmt: skip
             else:
-                for part in tl.range(first, tl.minimum(first + BLOCK, size), _ROW):
+                for part in tl.range(first, tl.minimum(first + BLOCK, size), ROW):
                     _update(
                         row_ptr, tensor_scalars_ptr, clip, part, size,
-                        PARAM_DTYPE, GRAD_DTYPE, False, _ROW,
+                        PARAM_DTYPE, GRAD_DTYPE, False, ROW,
                     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The tensors one launch steps: n of one parameter and one gradient dtype; see make_batch."""
-
-    table: Tensor  # (n, 8) int64, as the kernels document it
-    chunks: Tensor  # (K, 2) int32
-    scalars: Tensor  # (n, 8) fp32, from the first launch to the second
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-
-
-def make_batch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    groups: Sequence[int],
-) -> Batch:
-    """A batch of n >= 1 tensors on one device, each list of n; contiguous tensors of the same n shapes.
-
-    params: fp32, fp16 or bf16, all of one dtype, as are grads; masters: fp32, for fp32 params these
-    themselves; exp_avgs, exp_avg_sqs: fp32; steps: fp32 scalars; groups: rows of hyper.
-    The batch does not keep the tensors alive.
-    """
-    device = params[0].device
-    columns = [[x.data_ptr() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs, masters, steps)]
-    columns += [[p.numel() for p in params], list(groups)]
-    chunks = [(i, c) for i, p in enumerate(params) for c in range(triton.cdiv(p.numel(), _CHUNK))]
-    return Batch(
-        table=torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device),
-        chunks=torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 2),
-        scalars=torch.zeros(len(params), 8, dtype=torch.float32, device=device),
-        param_dtype=params[0].dtype,
-        grad_dtype=grads[0].dtype,
-    )
 
 
 def hyper_row(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
@@ -331,7 +255,7 @@ def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
             len(batch.table),
             n_chunks,
             GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
-            CHUNK=_CHUNK,
+            CHUNK=batch.chunk_size,
             BLOCK=_NORM_BLOCK,
             PARTIALS=PARTIALS,
             num_warps=8,
@@ -376,7 +300,7 @@ def adamw(
             int(report),
             PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
             GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
-            CHUNK=_CHUNK,
+            CHUNK=batch.chunk_size,
             BLOCK=_BLOCK,
             PARTIALS=PARTIALS,
             num_warps=_BLOCK // 256,  # a row each

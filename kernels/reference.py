@@ -259,3 +259,54 @@ def adamw(
     mean, mean_sq = exp_avg / (1.0 - betas[0] ** step), exp_avg_sq / (1.0 - betas[1] ** step)
     wide = wide - lr * (mean / (mean_sq.sqrt() + eps) + weight_decay * wide)
     return wide.to(param.dtype), exp_avg, exp_avg_sq
+
+
+# (a, b, c) of p(s) = a s + b s^3 + c s^5, step by step: composed they come nearest to 1 on [0.01, 1].
+NEWTON_SCHULZ = (
+    (8.0934, -23.6204, 17.4462),
+    (3.6366, -2.7219, 0.5365),
+    (2.6613, -1.9772, 0.4526),
+)
+SMALLEST_SQUARE = 1e-30  # of a singular value that is still scaled up
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """x (..., R, C) with singular values near 1: about U V^T where x is U S V^T; in x's dtype, at least fp32.
+
+    A bound of the largest singular value, the root of the largest row sum of |x x^T|, brings all below 1.
+    Those above 0.01 of it end within 0.73 and 1.27; smaller ones grow about 80-fold. Zero stays zero.
+    Source: Newton-Schulz iteration of Muon (Jordan et al. 2024) with the minimax polynomials of Polar Express
+    (Amsel et al. 2025, arXiv:2505.16932, theorem 3.1).
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalise(x.mT).mT
+    x = at_least_fp32(x)
+    for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        gram = x @ x.mT
+        if i == 0:
+            square = gram.abs().sum(-1).amax(-1).clamp(min=SMALLEST_SQUARE)[..., None, None]
+            x, gram = x / square.sqrt(), gram / square
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x
+
+
+def muon(
+    param: Tensor,  # (..., R, C)
+    grad: Tensor,
+    momentum: Tensor,  # fp32 or fp64
+    *,
+    lr: float | Tensor,
+    beta: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """(param, momentum) after one Muon step with Nesterov momentum; all of one shape.
+
+    The step's root mean square is lr / sqrt(C), whatever the gradient's.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    wide, grad = param.to(momentum.dtype), grad.to(momentum.dtype)
+    momentum = beta * momentum + (1.0 - beta) * grad
+    step = orthogonalise(beta * momentum + (1.0 - beta) * grad)
+    R, C = param.shape[-2:]
+    wide = wide - lr * (math.sqrt(max(1.0, R / C)) * step + weight_decay * wide)
+    return wide.to(param.dtype), momentum

@@ -125,7 +125,12 @@ class TrainConfig(_Frozen):
         "cosine", "Learning rate schedule after the warmup; wsd: constant, then a decay."
     )
     decay: float = _optim(0.2, "Decay length of wsd: a fraction of the run if below 1, else steps.", ge=0.0)
-    weight_decay: float = _optim(0.01, "AdamW weight decay, applied to matrices only.", ge=0.0)
+    optimizer: Literal["adamw", "muon"] = _optim(
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest."
+    )
+    muon_learning_rate: float = _optim(0.02, "Peak learning rate of Muon.", gt=0.0)
+    muon_momentum: float = _optim(0.95, "Muon's decay rate of the gradients' mean.", ge=0.0, lt=1.0)
+    weight_decay: float = _optim(0.01, "Weight decay, applied to matrices only.", ge=0.0)
     beta1: float = _optim(0.9, "AdamW decay rate of the first moment.", ge=0.0, lt=1.0)
     beta2: float = _optim(0.999, "AdamW decay rate of the second moment.", ge=0.0, lt=1.0)
     eps: float = _optim(1e-8, "AdamW epsilon.", gt=0.0)

@@ -173,13 +173,13 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0) -> Case:
         return x | {"exp_avg": 0.01 * x["exp_avg"], "exp_avg_sq": 0.01 * x["exp_avg_sq"].square()}
 
     def ours(**inputs: Tensor) -> tuple[Tensor, ...]:
-        from fusedgpt.kernels import adamw  # where there is Triton
+        from fusedgpt.kernels import adamw, tensor_table  # where there is Triton
 
         x = {name: tensor.detach().clone() for name, tensor in inputs.items()}
         norm, skipped = torch.zeros(2, device=x["grad"].device).unbind()
         step, counter = torch.full_like(norm, 10), torch.zeros_like(norm, dtype=torch.int64)
         master, moments = x["param"].float(), ([x["exp_avg"]], [x["exp_avg_sq"]])
-        batch = adamw.make_batch([x["param"]], [x["grad"]], [master], *moments, [step], [0])
+        batch = tensor_table.make_batch([x["param"]], [x["grad"]], [master], *moments, [step], [0])
         partials = torch.empty(adamw.PARTIALS, device=norm.device)
         hyper = torch.tensor([adamw.hyper_row(**options)], dtype=torch.float64, device=norm.device)
         adamw.grad_norm(batch, hyper, partials)

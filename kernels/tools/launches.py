@@ -119,16 +119,27 @@ def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 
 
 def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
-    from fusedgpt.kernels import adamw
+    from fusedgpt.kernels import adamw, tensor_table
 
     state = ([_meta(768, 768)], [_meta(768, 768)], [_meta()], [0])  # exp_avgs, exp_avg_sqs, steps, groups
     scalars = (_meta(), _meta(), _meta(dtype=torch.int64))
     param, wide = [_meta(768, 768, dtype=dtype)], [_meta(768, 768)]
     for grad in (param, wide) if full and dtype != torch.float32 else (param,):
-        batch, hyper = adamw.make_batch(param, grad, wide, *state), _meta(1, 8, dtype=torch.float64)
+        batch, hyper = tensor_table.make_batch(param, grad, wide, *state), _meta(1, 8, dtype=torch.float64)
         partials, label = _meta(adamw.PARTIALS), f"{grad[0].dtype} gradient".replace("torch.", "")
         yield label, partial(adamw.grad_norm, batch, hyper, partials)
         yield label, partial(adamw.adamw, batch, partials, *scalars, max_norm=1.0)
+
+
+def _muon(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
+    from fusedgpt.kernels import muon, tensor_table
+
+    for n, R, C in ((48, 768, 768), (12, 3072, 768), (12, 768, 3072), (3, 65, 24))[: 4 if full else 2]:
+        (param, grad), wide = _meta(2, n, R, C, dtype=dtype), _meta(n, R, C).unbind()
+        norm = _meta()
+        tensors = (list(param), list(grad), wide, wide, wide, [norm] * n)
+        batch = tensor_table.make_batch(*tensors, [0] * n)
+        yield f"{n} of ({R}, {C})", partial(muon.muon, batch, (R, C), norm)
 
 
 _FILES = (
@@ -140,5 +151,6 @@ _FILES = (
     _documents,
     _dropout,
     _layer_norm,
+    _muon,
 )
 LAUNCHES = {launches.__name__.removeprefix("_"): launches for launches in _FILES}

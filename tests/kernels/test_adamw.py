@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fusedgpt.kernels import adamw, reference
+from fusedgpt.kernels import adamw, reference, tensor_table
 from fusedgpt.kernels.tools import cases, check
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -46,9 +46,9 @@ class Model:
         rows = [adamw.hyper_row(**h) for h in self.hyper]
         self.rows = torch.tensor(rows, dtype=torch.float64, device=device)
 
-    def batch(self, grads: list[Tensor]) -> adamw.Batch:
+    def batch(self, grads: list[Tensor]) -> tensor_table.Batch:
         lists = (self.params, grads, self.masters, self.exp_avgs, self.exp_avg_sqs, self.steps)
-        return adamw.make_batch(*lists, [i % 2 for i in range(len(grads))])
+        return tensor_table.make_batch(*lists, [i % 2 for i in range(len(grads))])
 
     def step(self, grads: list[Tensor], max_norm: float = 0.0) -> None:
         batch = self.batch(grads)
@@ -151,7 +151,8 @@ def test_1000_steps_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device.type == "cpu":  # the interpreter's cost is that of blocks, not of elements
-        for name in ("_CHUNK", "_NORM_BLOCK", "_BLOCK"):
+        monkeypatch.setattr(tensor_table, "CHUNK_SIZE", 256)
+        for name in ("_NORM_BLOCK", "_BLOCK"):
             monkeypatch.setattr(adamw, name, 256)
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(n, generator=generator).to(device, dtype) for n in sizes]
@@ -361,13 +362,13 @@ def test_all_batches_share_one_norm(device: torch.device) -> None:
 
 def test_addresses_beyond_2_to_the_31(device: torch.device) -> None:
     """A tensor of which only the last chunk, behind 2^31 elements, really exists."""
-    ahead, n = (2**31 // adamw._CHUNK + 1) * adamw._CHUNK, 1500
+    ahead, n = (2**31 // tensor_table.CHUNK_SIZE + 1) * tensor_table.CHUNK_SIZE, 1500
     model, plain = (Model([torch.ones(n, device=device)]) for _ in range(2))
     grads = [torch.randn(n, device=device)]
     batch = model.batch(grads)
     batch.table[:, :5] -= 4 * ahead
     batch.table[:, 6] += ahead
-    batch.chunks[:, 1] += ahead // adamw._CHUNK
+    batch.chunks[:, 1] += ahead // tensor_table.CHUNK_SIZE
     adamw.grad_norm(batch, model.rows, model.partials)
     adamw.adamw(batch, model.partials, model.norm, model.skipped, model.skipped_steps)
     plain.step(grads)

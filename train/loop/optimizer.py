@@ -1,4 +1,4 @@
-"""AdamW over all parameters at once; clipping and the check for non-finite gradients need no extra pass."""
+"""AdamW and Muon over all parameters at once; clip and check for finite gradients need no extra pass."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from fusedgpt.train.loop.optimizer_plan import (
     expect_before_capture,
     local,
     process_groups,
+    split,
 )
 
+_MOMENTS, _MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, *, micro_batches: int = 1) -> AdamW:
-    """AdamW as `config` says; weight decay on matrices only, never on biases and norms.
+    """The optimizer that `config` names; weight decay on matrices only, never on biases and norms.
 
-    micro_batches: backward passes per step. On a GPU the learning rate is a tensor there, see AdamW.
+    muon: Muon for the matrices of a GPT's blocks, AdamW for all else. The projections to queries, keys and
+    values are three matrices. micro_batches: backward passes per step. On a GPU learning rates are tensors
+    there, see AdamW.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer == "muon":
+        muon = _muon_groups(model, config)
+        theirs = {p for group in muon for p in group["params"]}
+        groups[0]["params"] = [p for p in groups[0]["params"] if p not in theirs]
+        groups += muon
     for group in groups:
         if parameters[0].is_cuda:
             group["lr"] = torch.tensor(config.learning_rate, device=parameters[0].device)
@@ -38,8 +47,25 @@ def build_optimizer(model: nn.Module, config: TrainConfig, *, micro_batches: int
     return AdamW(groups, config.learning_rate, betas, config.eps, fp32_accumulation=micro_batches > 1)
 
 
+def _muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    matrices = {
+        n: p for n, p in model.named_parameters() if p.ndim == 2 and p.requires_grad and n[:2] == "h."
+    }
+    stacked = [p for n, p in matrices.items() if n.endswith(".c_attn.weight")]
+    single = [p for n, p in matrices.items() if not n.endswith(".c_attn.weight")]
+    shared = {
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+        "lr_factor": config.muon_learning_rate / config.learning_rate,
+    }
+    return [{"params": single, **shared}, {"params": stacked, "matrices": 3, **shared}]
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW of a whole model: a launch for the gradient norm, one for clip, check and update. Nothing waits.
+
+    A group with "momentum" is stepped by Muon (kernels/muon.py, after AdamW's groups, at least one): its
+    parameters are matrices, or "matrices" of one shape on top of each other; betas and eps do not count.
 
     params: fp32, bf16 or fp16 (fp64 off Triton), contiguous, all on one device; parameters or groups of them
     with their own lr, betas, eps, weight_decay. Moments are fp32. bf16 and fp16 parameters are rounded copies
@@ -86,6 +112,7 @@ class AdamW(torch.optim.Optimizer):
         self.accumulates = True  # whether fp32_accumulation takes a new gradient
         self.grad_norm, self.skipped = torch.zeros(()), torch.zeros(())
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._no_step = torch.zeros(())  # of Muon's parameters
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,6 +120,12 @@ class AdamW(torch.optim.Optimizer):
         _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._drop_plan()
+        for p in self.param_groups[-1]["params"] if "momentum" in param_group else ():
+            n = param_group.get("matrices", 1)
+            if p.ndim != 2 or len(p) % n:
+                raise ValueError(
+                    f"Muon: expected {n} matrices of one shape in each parameter, got {tuple(p.shape)}"
+                )
         for p in self.param_groups[-1]["params"] if self._fp32_accumulation else ():
             if p.requires_grad and p.dtype in _LOW_PRECISION:
                 p.register_post_accumulate_grad_hook(self._accumulate)
@@ -167,31 +200,37 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"params: expected all on one device, got {sorted(map(str, devices))}")
         for device in devices:  # if it has moved
             self.grad_norm, self.skipped = self.grad_norm.to(device), self.skipped.to(device)
-            self.skipped_steps = self.skipped_steps.to(device)
+            self.skipped_steps, self._no_step = self.skipped_steps.to(device), self._no_step.to(device)
         triton = {ops.backend("adamw", p.device, p.dtype) for _, p, _ in present} == {"triton"}
         buckets: dict[tuple[object, ...], Bucket] = {}
         for n, (i, p, grad) in enumerate(present):
-            ranks = process_groups(p)
-            key = (p.dtype, grad.dtype, *ranks, *(() if triton else [group_of[i]]))
-            bucket = buckets.setdefault(key, Bucket(process_groups=list(ranks.values())))
-            bucket.groups.append(group_of[i])
-            bucket.grads.append(n)
-            bucket.params.append(local(p).detach())
-            state = self._state_of(p)
-            bucket.masters.append(local(state["master"]) if "master" in state else bucket.params[-1])
-            bucket.exp_avgs.append(local(state["exp_avg"]))
-            bucket.exp_avg_sqs.append(local(state["exp_avg_sq"]))
-            bucket.steps.append(state["step"])
+            ranks, group = process_groups(p), self.param_groups[group_of[i]]
+            matrices = group.get("matrices", 1)
+            shape = (len(p) // matrices, p.shape[1]) if "momentum" in group else None
+            key = (p.dtype, grad.dtype, shape, *ranks, *(() if triton else [group_of[i]]))
+            bucket = buckets.setdefault(key, Bucket(process_groups=list(ranks.values()), shape=shape))
+            state = self._state_of(p, _MOMENTS if shape is None else _MUON_MOMENTS)
+            first, second = (state[name] for name in (_MOMENTS if shape is None else 2 * _MUON_MOMENTS))
+            bucket.grads.append((n, matrices))
+            bucket.groups += [group_of[i]] * matrices
+            bucket.steps += [state.get("step", self._no_step)] * matrices
+            bucket.params += split(local(p).detach(), matrices)
+            bucket.masters += (
+                split(local(state["master"]), matrices) if "master" in state else bucket.params[-matrices:]
+            )
+            bucket.exp_avgs += split(local(first), matrices)
+            bucket.exp_avg_sqs += split(local(second), matrices)
         kind = TritonPlan if triton else TorchPlan
         results = (self.grad_norm, self.skipped, self.skipped_steps)
         return kind(list(buckets.values()), self.param_groups, results)
 
-    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, p: Tensor, moments: tuple[str, ...]) -> dict[str, Tensor]:
         """p's state: made, or loaded and now in the dtype and on the device of a step."""
         state: dict[str, Tensor] = self.state[p]
         wide = torch.promote_types(p.dtype, torch.float32)
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=p.device)
-        for name in ("exp_avg", "exp_avg_sq"):
+        if moments == _MOMENTS:
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=p.device)
+        for name in moments:
             x = state[name] if name in state else torch.zeros_like(p, dtype=wide)
             state[name] = x.to(p.device, wide).contiguous()
         if p.dtype in _LOW_PRECISION:
@@ -206,6 +245,8 @@ def _check_group(group: dict[str, Any]) -> None:
         value = group[name]
         if not isinstance(value, Tensor) and not value >= 0.0:
             raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    if not 0.0 <= group.get("momentum", 0.0) < 1.0:
+        raise ValueError(f"momentum: expected 0 <= momentum < 1, got {group['momentum']}")
     if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
         raise ValueError(f"betas: expected two numbers, 0 <= beta < 1, got {group['betas']}")
     for name in ("amsgrad", "maximize"):

@@ -1,4 +1,4 @@
-"""How the optimizer steps its parameters: by our kernels, or by torch's fused AdamW; see optimizer.AdamW.
+"""How the optimizer steps its parameters: by our kernels, or by torch's ops; see optimizer.AdamW.
 
 A plan holds what stays the same from step to step, so that a step costs the CPU little.
 """
@@ -11,24 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels import ops
+from fusedgpt.kernels import ops, reference
 
 if ops.HAS_TRITON:
     from fusedgpt.kernels import adamw as adamw_
+    from fusedgpt.kernels import muon as muon_
+    from fusedgpt.kernels import tensor_table
 
 
 @dataclass(kw_only=True)
 class Bucket:
-    """Parameters of one dtype, gradients of one dtype and one sharding: what is stepped together."""
+    """What is stepped together: one dtype of parameters, one of gradients, one sharding.
+
+    Muon's buckets hold matrices of one shape; a parameter whose rows are several matrices gives each of them.
+    """
 
     process_groups: list[Any]  # over which the squared norm is summed
+    shape: tuple[int, int] | None = None  # of Muon's matrices; None: AdamW
     groups: list[int] = field(default_factory=list)  # index of each one's parameter group
-    grads: list[int] = field(default_factory=list)  # index of each one's gradient among those of a step
+    grads: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (index in a step's gradients, matrices in it)
     params: list[Tensor] = field(default_factory=list)  # from here on the local shards
     masters: list[Tensor] = field(default_factory=list)  # what is updated: the parameters themselves if fp32
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)  # Muon: the momentum
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)  # Muon: the momentum again, not used
     steps: list[Tensor] = field(default_factory=list)
+
+    def of(self, grads: list[Tensor]) -> list[Tensor]:
+        """This bucket's of the gradients of a step."""
+        return [matrix for i, n in self.grads for matrix in split(grads[i], n)]
+
+
+def split(x: Tensor, n: int) -> tuple[Tensor, ...]:
+    """x's rows as n matrices of equal height."""
+    return (x,) if n == 1 else x.chunk(n)
 
 
 Results = tuple[Tensor, Tensor, Tensor]  # AdamW's grad_norm, skipped and skipped_steps: written by a step
@@ -62,12 +79,13 @@ class TorchPlan:
         if on_cpu and divisor == 1.0:
             divisor = None
         for bucket in self.buckets:
-            self._step_bucket(bucket, grads, divisor, None if on_cpu else skipped)
+            step = self._adamw if bucket.shape is None else self._muon
+            step(bucket, bucket.of(grads), divisor, None if on_cpu else skipped)
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         norms = []
         for bucket in self.buckets:
-            mine = [grads[i] for i in bucket.grads]
+            mine = bucket.of(grads)
             dtype = bucket.exp_avgs[0].dtype
             norm = torch.stack(torch._foreach_norm(mine, 2.0, dtype=dtype))  # of each gradient
             for ranks in bucket.process_groups:
@@ -77,14 +95,14 @@ class TorchPlan:
             norms.append(norm)
         return torch.linalg.vector_norm(torch.cat(norms)).float() if norms else torch.zeros(())
 
-    def _step_bucket(
+    def _adamw(
         self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
     ) -> None:
         group, dtype = self.groups[bucket.groups[0]], bucket.exp_avgs[0].dtype
         torch._foreach_add_(bucket.steps, 1.0)
         torch._fused_adamw_(
             bucket.masters,
-            [grads[i].to(dtype) for i in bucket.grads],
+            [grad.to(dtype) for grad in grads],
             bucket.exp_avgs,
             bucket.exp_avg_sqs,
             [],
@@ -101,20 +119,51 @@ class TorchPlan:
         )
         if skipped is not None:
             torch._foreach_sub_(bucket.steps, [skipped] * len(bucket.steps))
-        if bucket.masters[0] is not bucket.params[0]:
-            torch._foreach_copy_(bucket.params, bucket.masters)
+        _round_masters(bucket)
+
+    def _muon(
+        self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
+    ) -> None:
+        group = self.groups[bucket.groups[0]]
+        grad, momentum, master = (torch.stack(x) for x in (grads, bucket.exp_avgs, bucket.masters))
+        if divisor is not None:
+            grad = grad.to(momentum.dtype) / divisor
+        new = reference.muon(
+            master,
+            grad,
+            momentum,
+            lr=group["lr"],
+            beta=group["momentum"],
+            weight_decay=group["weight_decay"],
+        )
+        for values, before, tensors in zip(
+            new, (master, momentum), (bucket.masters, bucket.exp_avgs), strict=True
+        ):
+            kept = values if skipped is None else torch.where(skipped > 0, before, values)
+            torch._foreach_copy_(tensors, list(kept.unbind()))
+        _round_masters(bucket)
+
+
+def _round_masters(bucket: Bucket) -> None:
+    if bucket.masters[0] is not bucket.params[0]:
+        torch._foreach_copy_(bucket.params, bucket.masters)
 
 
 class TritonPlan:
-    """By kernels/adamw.py: a norm launch and an update launch per bucket, of which a model has one or two."""
+    """By kernels/adamw.py and muon.py: a norm launch per bucket, then AdamW's updates, then Muon's.
+
+    AdamW has one or two buckets, with a launch each; Muon one for each shape, with about a dozen.
+    """
 
     def __init__(self, buckets: list[Bucket], groups: list[dict[str, Any]], results: Results) -> None:
-        self.buckets, self.groups, self.results = buckets, groups, results
+        self.buckets = sorted(buckets, key=lambda bucket: bucket.shape is not None)
+        self.groups, self.results = groups, results
         device = self.buckets[0].params[0].device
         self.hyper = torch.zeros(len(self.groups), 8, dtype=torch.float64, device=device)
         self.rows: list[list[float]] = []  # what self.hyper holds
         self.partials = torch.zeros(len(self.buckets), adamw_.PARTIALS, device=device)
         self.one = torch.ones((), device=device)
+        self.iterated = torch.bfloat16 if device.type == "cuda" else torch.float32  # what is interpreted
         self.tables = [_Table(bucket) for bucket in self.buckets]
 
     @property
@@ -126,23 +175,25 @@ class TritonPlan:
         """As TorchPlan.step."""
         self._upload_hyper()
         scale = self.one if grad_scale is None else grad_scale
-        batches = [table.batch([grads[i] for i in table.bucket.grads]) for table in self.tables]
+        batches = [table.batch(table.bucket.of(grads)) for table in self.tables]
         for bucket, batch, partials in zip(self.buckets, batches, self.partials, strict=True):
             adamw_.grad_norm(batch, self.hyper, partials)
             for ranks in bucket.process_groups:
                 torch.distributed.all_reduce(partials, group=ranks)
-        for i, batch in enumerate(batches):
-            adamw_.adamw(
-                batch, self.partials, *self.results, max_norm=max_norm, grad_scale=scale, report=i == 0
-            )
+        for i, (bucket, batch) in enumerate(zip(self.buckets, batches, strict=True)):
+            options: dict[str, Any] = {"max_norm": max_norm, "grad_scale": scale}
+            if bucket.shape is None:
+                adamw_.adamw(batch, self.partials, *self.results, report=i == 0, **options)
+            else:
+                muon_.muon(batch, bucket.shape, self.results[0], dtype=self.iterated, **options)
 
     def _upload_hyper(self) -> None:
         """Bring self.hyper up to date; a tensor lr is copied by the device, also at a graph's replay."""
         lrs = [group["lr"] for group in self.groups]
         on_device = [isinstance(lr, Tensor) and lr.device == self.hyper.device for lr in lrs]
         rows = [
-            adamw_.hyper_row(0.0 if there else float(lr), g["betas"], g["eps"], g["weight_decay"])
-            for g, lr, there in zip(self.groups, lrs, on_device, strict=True)
+            _hyper_row(group, 0.0 if there else float(lr))
+            for group, lr, there in zip(self.groups, lrs, on_device, strict=True)
         ]
         if rows != self.rows:
             expect_before_capture("the last change of a hyper-parameter (but of an lr on the device)")
@@ -153,35 +204,41 @@ class TritonPlan:
                 row[0].copy_(lr)
 
 
+def _hyper_row(group: dict[str, Any], lr: float) -> list[float]:
+    if "momentum" in group:
+        return muon_.hyper_row(lr, group["momentum"], group["weight_decay"])
+    return adamw_.hyper_row(lr, group["betas"], group["eps"], group["weight_decay"])
+
+
 class _Table:
     """A bucket's batch, kept pointing at the gradients of the moment."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.addresses: list[int] = []  # the gradients' in self.current.table
-        self.current: adamw_.Batch | None = None
+        self.current: tensor_table.Batch | None = None
         self.spare: tuple[Tensor, Tensor] | None = None  # for the next capture, made before it
         self.captured: list[tuple[Tensor, Tensor]] = []  # read by the graphs at every replay
 
-    def batch(self, grads: list[Tensor]) -> adamw_.Batch:
+    def batch(self, grads: list[Tensor]) -> tensor_table.Batch:
         """The batch with these gradients; uploads their addresses where they have changed."""
         b, addresses = self.bucket, [g.data_ptr() for g in grads]
         if self.current is None:
-            self.current = adamw_.make_batch(
+            self.current = tensor_table.make_batch(
                 b.params, grads, b.masters, b.exp_avgs, b.exp_avg_sqs, b.steps, b.groups
             )
             self.host, self.addresses = self.current.table.cpu(), addresses
         if capturing():
             return self._captured_batch(self.current, addresses)
         if addresses != self.addresses:
-            self.host[:, adamw_.GRAD_COLUMN] = torch.tensor(addresses)
+            self.host[:, tensor_table.GRAD_COLUMN] = torch.tensor(addresses)
             _upload(self.host, self.current.table)
             self.addresses = addresses
         if self.spare is None:
             self.spare = _pinned(self.host), torch.empty_like(self.current.table)
         return self.current
 
-    def _captured_batch(self, current: adamw_.Batch, addresses: list[int]) -> adamw_.Batch:
+    def _captured_batch(self, current: tensor_table.Batch, addresses: list[int]) -> tensor_table.Batch:
         """A batch of the graph's own: its upload is part of the graph, so other steps cannot disturb it."""
         if self.spare is None:
             expect_before_capture("one step for every capture")
@@ -189,7 +246,7 @@ class _Table:
         source, table = self.spare
         self.captured.append(self.spare)
         self.spare = None
-        source[:, adamw_.GRAD_COLUMN] = torch.tensor(addresses)
+        source[:, tensor_table.GRAD_COLUMN] = torch.tensor(addresses)
         table.copy_(source, non_blocking=True)
         return replace(current, table=table)
 

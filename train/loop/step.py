@@ -52,10 +52,11 @@ class Step:
     def set_learning_rate(self, lr: float) -> None:
         """On a GPU into a tensor there, which a CUDA graph reads anew at every replay."""
         for group in self.optimizer.param_groups:
+            rate = lr * group.get("lr_factor", 1.0)  # Muon's has a peak of its own
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = lr
+                group["lr"] = rate
 
     def run(self, batch: StepBatch) -> Tensor:
         """The step at the learning rate that was set."""

@@ -1,0 +1,355 @@
+"""Muon over all matrices of one shape: momentum, orthogonalisation, weight decay, update in a few launches.
+
+Shape letters: n matrices (R, C), M = min(R, C), N = max(R, C), K chunks, T tiles along a Gram matrix.
+
+Of a wide X the Newton-Schulz iteration is
+
+    A = X X^T,  P = a I + b A + c A A,  X <- P X
+
+and X <- X P with A = X^T X of a tall one. A and P are symmetric: their kernel computes the tiles on and below
+the diagonal and stores each twice, which saves 1/2 of 2 M M N and of 2 M^3 FLOPs of an iteration; cuBLAS
+computes the last product. X, A and P are bf16, sums fp32. I belongs into P: with it P X rounds once.
+
+The first A also bounds the largest singular value of X, by its largest row sum: no pass over X normalises it,
+the first P is scaled instead. It is a sharper bound than the Frobenius norm and saves iterations.
+
+Bytes per bf16 parameter, besides the iterations: momentum and X 2 + 8 + 2, update 2 + 8 + 2, and the gradient
+once more for its norm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedgpt.kernels import tuning
+from fusedgpt.kernels.common import TRITON_DTYPES, block_size
+from fusedgpt.kernels.numerics import fp32_sums
+from fusedgpt.kernels.reference import NEWTON_SCHULZ, SMALLEST_SQUARE
+from fusedgpt.kernels.tensor_table import (
+    COLUMNS,
+    DECAY,
+    EXP_AVG,
+    GRAD,
+    MASTER,
+    PARAM,
+    ROW,
+    SIZE,
+    STEP_SIZE,
+    WEIGHT1,
+    Batch,
+    load,
+    load_from,
+    offsets,
+    store,
+    store_to,
+)
+
+_BLOCK = 1024  # elements at a time
+_PROGRAMS_PER_SM = 7
+_TILE, _TILE_K = 128, 64  # of a Gram matrix, and of the sum over the columns of X
+
+
+@triton.jit
+def _update_factor(norm_ptr, grad_scale_ptr, max_norm):
+    """What gradients are multiplied by: clipped, unscaled; not finite if the step is to be skipped."""
+    norm, grad_scale = tl.load(norm_ptr), tl.load(grad_scale_ptr)
+    clip = tl.where((max_norm > 0.0) & (norm > max_norm), max_norm / norm, 1.0) / grad_scale
+    return tl.where(norm < float("inf"), clip, float("nan"))
+
+
+@triton.jit
+def _momentum(
+    row_ptr,  # (8,) int64: a row of the table
+    scalars_ptr,  # (8,) fp32
+    x_ptr,
+    factor,
+    first,
+    size,
+    GRAD_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block's new momentum, and what it adds to the gradient (Nesterov) as a block of X."""
+    offs, offs_grad = offsets(32, BLOCK), offsets(GRAD_DTYPE.primitive_bitwidth, BLOCK)
+    offs_x = offsets(X_DTYPE.primitive_bitwidth, BLOCK)
+    left = size - first
+    mask = None if FULL else offs < left
+    grad = (
+        load(row_ptr + GRAD, first, offs_grad, None if FULL else offs_grad < left, GRAD_DTYPE, BLOCK) * factor
+    )
+    momentum = load(row_ptr + EXP_AVG, first, offs, mask, tl.float32, BLOCK)
+    weight = tl.load(scalars_ptr + WEIGHT1)
+    momentum += weight * (grad - momentum)
+    store(row_ptr + EXP_AVG, first, offs, mask, momentum, tl.float32, BLOCK)
+    x = momentum + weight * (grad - momentum)
+    store_to(x_ptr + first, offs_x, None if FULL else offs_x < left, x, X_DTYPE, BLOCK)
+
+
+@triton.jit
+def _update(
+    row_ptr,  # (8,) int64
+    scalars_ptr,  # (8,) fp32
+    x_ptr,
+    scale,
+    first,
+    size,
+    PARAM_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block's step along X. The master is rounded once, as by AdamW."""
+    offs, offs_param = offsets(32, BLOCK), offsets(PARAM_DTYPE.primitive_bitwidth, BLOCK)
+    offs_x = offsets(X_DTYPE.primitive_bitwidth, BLOCK)
+    left = size - first
+    mask = None if FULL else offs < left
+    x = load_from(x_ptr + first, offs_x, None if FULL else offs_x < left, X_DTYPE, BLOCK)
+    master = load(row_ptr + MASTER, first, offs, mask, tl.float32, BLOCK)
+    step = x * (tl.load(scalars_ptr + STEP_SIZE) * scale)
+    master -= master * tl.load(scalars_ptr + DECAY) + step
+    store(row_ptr + MASTER, first, offs, mask, master, tl.float32, BLOCK)
+    if PARAM_DTYPE.primitive_bitwidth == 16:
+        mask_param = None if FULL else offs_param < left
+        store(row_ptr + PARAM, first, offs_param, mask_param, master, PARAM_DTYPE, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def _elementwise_kernel(
+    table_ptr,  # (n, 8) int64, see tensor_table.py
+    chunks_ptr,  # (K, 2) int32
+    scalars_ptr,  # (n, 8) fp32
+    x_ptr,  # (n, R, C), written by the momentum, read by the update
+    norm_ptr,  # fp32 scalar
+    grad_scale_ptr,  # fp32 scalar
+    n_chunks,
+    max_norm,
+    scale,  # of the update
+    UPDATE: tl.constexpr,  # else the momentum
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Walks all chunks, as AdamW does; nothing is done in a step to be skipped."""
+    pid = tl.program_id(0)
+    factor = _update_factor(norm_ptr, grad_scale_ptr, max_norm)
+    for chunk in tl.range(pid, tl.where(factor == factor, n_chunks, 0), tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + 2 * chunk)
+        row_ptr, tensor_scalars_ptr = table_ptr + tensor * COLUMNS, scalars_ptr + tensor * COLUMNS
+        start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
+        size = tl.load(row_ptr + SIZE)
+        matrix_ptr = x_ptr + tensor * size
+        addresses = tl.load(row_ptr + PARAM) | tl.load(row_ptr + GRAD) | tl.load(row_ptr + MASTER)
+        aligned = (addresses | tl.load(row_ptr + EXP_AVG) | matrix_ptr.to(tl.int64)) % 16 == 0
+        for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
+            if aligned & (first + BLOCK <= size):
+                full_ptr = tl.multiple_of(matrix_ptr, 16)
+                if UPDATE:
+                    _update(
+                        row_ptr, tensor_scalars_ptr, full_ptr, scale, first, size,
+                        PARAM_DTYPE, X_DTYPE, True, BLOCK,
+                    )  # fmt: skip
+                else:
+                    _momentum(
+                        row_ptr, tensor_scalars_ptr, full_ptr, factor, first, size,
+                        GRAD_DTYPE, X_DTYPE, True, BLOCK,
+                    )  # fmt: skip
+            else:
+                for part in tl.range(first, tl.minimum(first + BLOCK, size), ROW):
+                    if UPDATE:
+                        _update(
+                            row_ptr, tensor_scalars_ptr, matrix_ptr, scale, part, size,
+                            PARAM_DTYPE, X_DTYPE, False, ROW,
+                        )  # fmt: skip
+                    else:
+                        _momentum(
+                            row_ptr, tensor_scalars_ptr, matrix_ptr, factor, part, size,
+                            GRAD_DTYPE, X_DTYPE, False, ROW,
+                        )  # fmt: skip
+
+
+@triton.jit
+def _triangle(tile):
+    """(i, j), i >= j, of the tiles on and below the diagonal, numbered row by row."""
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # exact up to 2^20 tiles
+    return i, tile - i * (i + 1) // 2
+
+
+@triton.jit
+def _tile_of_product(x_ptr, stride_m, stride_n, i, j, M, N, TILE: tl.constexpr, TILE_K: tl.constexpr):
+    """Tile (i, j) of X X^T for X (M, N), fp32."""
+    offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    offs_k = tl.arange(0, TILE_K)
+    i_ptrs = x_ptr + offs_i[:, None].to(tl.int64) * stride_m + offs_k[None, :] * stride_n
+    j_ptrs = x_ptr + offs_j[None, :].to(tl.int64) * stride_m + offs_k[:, None] * stride_n
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    for k in tl.range(0, N, TILE_K):
+        left = N - k
+        x_i = tl.load(i_ptrs, mask=(offs_i[:, None] < M) & (offs_k[None, :] < left), other=0.0)
+        x_j = tl.load(j_ptrs, mask=(offs_j[None, :] < M) & (offs_k[:, None] < left), other=0.0)
+        acc = tl.dot(x_i, x_j, acc, input_precision="ieee")
+        i_ptrs += TILE_K * stride_n
+        j_ptrs += TILE_K * stride_n
+    return acc
+
+
+@triton.jit
+def _store_twice(out_ptr, value, i, j, M, TILE: tl.constexpr):
+    """Tile (i, j) of a symmetric (M, M), and (j, i)."""
+    offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    value = value.to(out_ptr.dtype.element_ty)
+    mask = (offs_i[:, None] < M) & (offs_j[None, :] < M)
+    tl.store(out_ptr + offs_i[:, None] * M + offs_j[None, :], value, mask=mask)
+    if i != j:
+        mask = (offs_j[:, None] < M) & (offs_i[None, :] < M)
+        tl.store(out_ptr + offs_j[:, None] * M + offs_i[None, :], tl.trans(value), mask=mask)
+
+
+@triton.jit
+def _gram_kernel(
+    x_ptr,  # (n, M, N), any strides
+    gram_ptr,  # (n, M, M), written
+    row_sums_ptr,  # (n, T, M) fp32, written if not None: of |A| along rows, a tile's columns at a time
+    stride_x,
+    stride_m,
+    stride_n,
+    M,
+    N,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """A = X X^T."""
+    i, j = _triangle(tl.program_id(0))
+    matrix = tl.program_id(1).to(tl.int64)
+    gram = _tile_of_product(x_ptr + matrix * stride_x, stride_m, stride_n, i, j, M, N, TILE, TILE_K)
+    _store_twice(gram_ptr + matrix * M * M, gram, i, j, M, TILE)
+    if row_sums_ptr is not None:
+        row_sums_ptr += matrix * tl.cdiv(M, TILE) * M
+        offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+        tl.store(row_sums_ptr + j * M + offs_i, tl.sum(tl.abs(gram), axis=1), mask=offs_i < M)
+        if i != j:
+            tl.store(row_sums_ptr + i * M + offs_j, tl.sum(tl.abs(gram), axis=0), mask=offs_j < M)
+
+
+@triton.jit
+def _polynomial_kernel(
+    gram_ptr,  # (n, M, M)
+    p_ptr,  # (n, M, M), written
+    square_ptr,  # (n,) fp32 or None: X is still to be divided by its root
+    a,
+    b,
+    c,
+    M,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """P = a I + b A + c A A of symmetric A; divided as X is to be."""
+    i, j = _triangle(tl.program_id(0))
+    matrix = tl.program_id(1).to(tl.int64) * M * M
+    product = _tile_of_product(gram_ptr + matrix, M, 1, i, j, M, M, TILE, TILE_K)
+    offs_i, offs_j = i * TILE + tl.arange(0, TILE)[:, None], j * TILE + tl.arange(0, TILE)[None, :]
+    mask = (offs_i < M) & (offs_j < M)
+    gram = tl.load(gram_ptr + matrix + offs_i * M + offs_j, mask=mask, other=0.0).to(tl.float32)
+    if square_ptr is not None:
+        inverse = 1.0 / tl.load(square_ptr + tl.program_id(1))
+        product, gram = product * inverse * inverse, gram * inverse
+    p = tl.where(offs_i == offs_j, a, 0.0) + b * gram + c * product
+    if square_ptr is not None:
+        p *= tl.sqrt(inverse)
+    _store_twice(p_ptr + matrix, p, i, j, M, TILE)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """x (n, R, C) with singular values near 1, bf16, fp16 or fp32; see reference.orthogonalise."""
+    n, R, C = x.shape
+    tall, M = R > C, min(R, C)
+    tile = min(_TILE, block_size(M))
+    T = triton.cdiv(M, tile)
+    grid, options = (T * (T + 1) // 2, n), {"TILE": tile, "TILE_K": min(_TILE_K, tile), "num_warps": 8}
+    gram, p = x.new_empty(n, M, M), x.new_empty(n, M, M)
+    row_sums = torch.empty(n, T, M, dtype=torch.float32, device=x.device)
+    square = None
+    with torch.cuda.device_of(x), fp32_sums():
+        for i, coefficients in enumerate(NEWTON_SCHULZ):
+            wide = x.mT if tall else x
+            _gram_kernel[grid](
+                wide,
+                gram,
+                row_sums if i == 0 else None,
+                *wide.stride(),
+                M,
+                max(R, C),
+                **options,
+                num_stages=3,
+            )
+            square = row_sums.sum(1).amax(1).clamp_(min=SMALLEST_SQUARE) if i == 0 else None
+            _polynomial_kernel[grid](gram, p, square, *coefficients, M, **options, num_stages=3)
+            x = torch.bmm(x, p) if tall else torch.bmm(p, x)
+    return x
+
+
+def hyper_row(lr: float, momentum: float, weight_decay: float) -> list[float]:
+    """A parameter group's row of adamw.grad_norm's hyper, lr first."""
+    return [lr, -math.inf, -math.inf, 1.0 - momentum, 0.0, 0.0, weight_decay, 0.0]
+
+
+def muon(
+    batch: Batch,
+    shape: tuple[int, int],
+    norm: Tensor,
+    *,
+    max_norm: float = 0.0,
+    grad_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """One Muon step, after adamw.grad_norm on the same batch: its matrices all have this shape (R, C).
+
+    The batch's exp_avgs hold the momentum, its exp_avg_sqs count for nothing. norm: fp32 scalar, that of all
+    gradients, as adamw.adamw writes it: where it is not finite, all stays as it is. max_norm and grad_scale
+    are adamw.adamw's; dtype: that of the iteration.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; see reference.muon.
+    """
+    R, C = shape
+    x = torch.empty(len(batch.table), R, C, dtype=dtype, device=norm.device)
+    _elementwise(batch, x, norm, max_norm, grad_scale, 0.0, update=False)
+    _elementwise(batch, orthogonalise(x), norm, max_norm, grad_scale, math.sqrt(max(1.0, R / C)), update=True)
+
+
+def _elementwise(
+    batch: Batch,
+    x: Tensor,
+    norm: Tensor,
+    max_norm: float,
+    grad_scale: Tensor | None,
+    scale: float,
+    *,
+    update: bool,
+) -> None:
+    n_chunks = len(batch.chunks)
+    programs = tuning.multiprocessor_count(x.device) * _PROGRAMS_PER_SM
+    with torch.cuda.device_of(x):
+        _elementwise_kernel[(max(1, min(n_chunks, programs)),)](
+            batch.table,
+            batch.chunks,
+            batch.scalars,
+            x,
+            norm,
+            torch.ones_like(norm) if grad_scale is None else grad_scale,
+            n_chunks,
+            float(max_norm),
+            scale,
+            UPDATE=update,
+            PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
+            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
+            X_DTYPE=TRITON_DTYPES[x.dtype],
+            CHUNK=batch.chunk_size,
+            BLOCK=_BLOCK,
+            num_warps=_BLOCK // 256,
+        )
