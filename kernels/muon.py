@@ -6,12 +6,16 @@ Of a wide X the Newton-Schulz iteration is
 
     A = X X^T,  P = a I + b A + c A A,  X <- P X
 
-and X <- X P with A = X^T X of a tall one. A and P are symmetric: their kernel computes the tiles on and below
-the diagonal and stores each twice, which saves 1/2 of 2 M M N and of 2 M^3 FLOPs of an iteration; cuBLAS
-computes the last product. X, A and P are bf16, sums fp32. I belongs into P: with it P X rounds once.
+and X <- X P with A = X^T X of a tall one. Where N >= 2 M, X is multiplied only once:
+
+    A = X X^T first, then A <- P A P,  Q <- P Q,  at the end X <- Q X
+
+All but X are symmetric, as polynomials in A: kernels compute the tiles on and below the diagonal and store
+each twice, which halves the FLOPs; cuBLAS computes P X. Everything is bf16, sums fp32. I belongs into P: with
+it P X rounds once.
 
 The first A also bounds the largest singular value of X, by its largest row sum: no pass over X normalises it,
-the first P is scaled instead. It is a sharper bound than the Frobenius norm and saves iterations.
+A and P are scaled instead. It is a sharper bound than the Frobenius norm and saves iterations.
 
 Bytes per bf16 parameter, besides the iterations: momentum and X 2 + 8 + 2, update 2 + 8 + 2, and the gradient
 once more for its norm.
@@ -29,7 +33,7 @@ from torch import Tensor
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import TRITON_DTYPES, block_size
 from fusedgpt.kernels.numerics import fp32_sums
-from fusedgpt.kernels.reference import NEWTON_SCHULZ, SMALLEST_SQUARE
+from fusedgpt.kernels.reference import NEWTON_SCHULZ, SMALLEST_SQUARE, takes_products
 from fusedgpt.kernels.tensor_table import (
     COLUMNS,
     DECAY,
@@ -120,7 +124,7 @@ def _update(
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
-def _elementwise_kernel(
+def _muon_kernel(
     table_ptr,  # (n, 8) int64, see tensor_table.py
     chunks_ptr,  # (K, 2) int32
     scalars_ptr,  # (n, 8) fp32
@@ -183,20 +187,20 @@ def _triangle(tile):
 
 
 @triton.jit
-def _tile_of_product(x_ptr, stride_m, stride_n, i, j, M, N, TILE: tl.constexpr, TILE_K: tl.constexpr):
-    """Tile (i, j) of X X^T for X (M, N), fp32."""
+def _tile_of_product(x_ptr, y_ptr, stride_m, stride_n, i, j, M, N, TILE: tl.constexpr, TILE_K: tl.constexpr):
+    """Tile (i, j) of X Y^T for X and Y (M, N) of the same strides, fp32."""
     offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     offs_k = tl.arange(0, TILE_K)
-    i_ptrs = x_ptr + offs_i[:, None].to(tl.int64) * stride_m + offs_k[None, :] * stride_n
-    j_ptrs = x_ptr + offs_j[None, :].to(tl.int64) * stride_m + offs_k[:, None] * stride_n
+    x_ptrs = x_ptr + offs_i[:, None].to(tl.int64) * stride_m + offs_k[None, :] * stride_n
+    y_ptrs = y_ptr + offs_j[None, :].to(tl.int64) * stride_m + offs_k[:, None] * stride_n
     acc = tl.zeros((TILE, TILE), tl.float32)
     for k in tl.range(0, N, TILE_K):
         left = N - k
-        x_i = tl.load(i_ptrs, mask=(offs_i[:, None] < M) & (offs_k[None, :] < left), other=0.0)
-        x_j = tl.load(j_ptrs, mask=(offs_j[None, :] < M) & (offs_k[:, None] < left), other=0.0)
-        acc = tl.dot(x_i, x_j, acc, input_precision="ieee")
-        i_ptrs += TILE_K * stride_n
-        j_ptrs += TILE_K * stride_n
+        x = tl.load(x_ptrs, mask=(offs_i[:, None] < M) & (offs_k[None, :] < left), other=0.0)
+        y = tl.load(y_ptrs, mask=(offs_j[None, :] < M) & (offs_k[:, None] < left), other=0.0)
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+        x_ptrs += TILE_K * stride_n
+        y_ptrs += TILE_K * stride_n
     return acc
 
 
@@ -213,10 +217,11 @@ def _store_twice(out_ptr, value, i, j, M, TILE: tl.constexpr):
 
 
 @triton.jit
-def _gram_kernel(
+def _symmetric_product_kernel(
     x_ptr,  # (n, M, N), any strides
-    gram_ptr,  # (n, M, M), written
-    row_sums_ptr,  # (n, T, M) fp32, written if not None: of |A| along rows, a tile's columns at a time
+    y_ptr,  # (n, M, N), the same strides
+    out_ptr,  # (n, M, M), written
+    row_sums_ptr,  # (n, T, M) fp32, written if not None: of |out| along rows, a tile's columns at a time
     stride_x,
     stride_m,
     stride_n,
@@ -225,24 +230,25 @@ def _gram_kernel(
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """A = X X^T."""
+    """X Y^T, which is symmetric."""
     i, j = _triangle(tl.program_id(0))
     matrix = tl.program_id(1).to(tl.int64)
-    gram = _tile_of_product(x_ptr + matrix * stride_x, stride_m, stride_n, i, j, M, N, TILE, TILE_K)
-    _store_twice(gram_ptr + matrix * M * M, gram, i, j, M, TILE)
+    first = matrix * stride_x
+    out = _tile_of_product(x_ptr + first, y_ptr + first, stride_m, stride_n, i, j, M, N, TILE, TILE_K)
+    _store_twice(out_ptr + matrix * M * M, out, i, j, M, TILE)
     if row_sums_ptr is not None:
         row_sums_ptr += matrix * tl.cdiv(M, TILE) * M
         offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
-        tl.store(row_sums_ptr + j * M + offs_i, tl.sum(tl.abs(gram), axis=1), mask=offs_i < M)
+        tl.store(row_sums_ptr + j * M + offs_i, tl.sum(tl.abs(out), axis=1), mask=offs_i < M)
         if i != j:
-            tl.store(row_sums_ptr + i * M + offs_j, tl.sum(tl.abs(gram), axis=0), mask=offs_j < M)
+            tl.store(row_sums_ptr + i * M + offs_j, tl.sum(tl.abs(out), axis=0), mask=offs_j < M)
 
 
 @triton.jit
 def _polynomial_kernel(
     gram_ptr,  # (n, M, M)
     p_ptr,  # (n, M, M), written
-    square_ptr,  # (n,) fp32 or None: X is still to be divided by its root
+    square_ptr,  # (n,) fp32 or None: P is divided by its root, because X should have been
     a,
     b,
     c,
@@ -250,49 +256,81 @@ def _polynomial_kernel(
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """P = a I + b A + c A A of symmetric A; divided as X is to be."""
+    """P = a I + b A + c A A of symmetric A."""
     i, j = _triangle(tl.program_id(0))
     matrix = tl.program_id(1).to(tl.int64) * M * M
-    product = _tile_of_product(gram_ptr + matrix, M, 1, i, j, M, M, TILE, TILE_K)
+    gram_ptr += matrix
+    product = _tile_of_product(gram_ptr, gram_ptr, M, 1, i, j, M, M, TILE, TILE_K)
     offs_i, offs_j = i * TILE + tl.arange(0, TILE)[:, None], j * TILE + tl.arange(0, TILE)[None, :]
     mask = (offs_i < M) & (offs_j < M)
-    gram = tl.load(gram_ptr + matrix + offs_i * M + offs_j, mask=mask, other=0.0).to(tl.float32)
-    if square_ptr is not None:
-        inverse = 1.0 / tl.load(square_ptr + tl.program_id(1))
-        product, gram = product * inverse * inverse, gram * inverse
+    gram = tl.load(gram_ptr + offs_i * M + offs_j, mask=mask, other=0.0).to(tl.float32)
     p = tl.where(offs_i == offs_j, a, 0.0) + b * gram + c * product
     if square_ptr is not None:
-        p *= tl.sqrt(inverse)
+        p /= tl.sqrt(tl.load(square_ptr + tl.program_id(1)))
     _store_twice(p_ptr + matrix, p, i, j, M, TILE)
+
+
+class _Iteration:
+    """The launches on matrices (n, M, M) of one shape and dtype."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, (self.n, *shape) = x, x.shape
+        self.tall, self.M = shape[0] > shape[1], min(shape)
+        tile = min(_TILE, block_size(self.M))
+        self.tiles = triton.cdiv(self.M, tile)
+        self.grid = (self.tiles * (self.tiles + 1) // 2, self.n)
+        self.options = {"TILE": tile, "TILE_K": min(_TILE_K, tile), "num_warps": 8, "num_stages": 3}
+
+    def product(self, x: Tensor, y: Tensor, row_sums: Tensor | None = None) -> Tensor:
+        """X Y^T of x and y (n, M, N), where it is symmetric."""
+        out = self.x.new_empty(self.n, self.M, self.M)
+        _symmetric_product_kernel[self.grid](
+            x, y, out, row_sums, *x.stride(), self.M, x.shape[2], **self.options
+        )
+        return out
+
+    def gram(self, row_sums: Tensor | None = None) -> Tensor:
+        """X X^T, or X^T X where that is smaller."""
+        x = self.x.mT if self.tall else self.x
+        return self.product(x, x, row_sums)
+
+    def bounded_gram(self) -> tuple[Tensor, Tensor]:
+        """(A / s, s), s (n,) fp32: no singular value of X is larger than its root."""
+        row_sums = torch.empty(self.n, self.tiles, self.M, dtype=torch.float32, device=self.x.device)
+        gram = self.gram(row_sums)
+        square = row_sums.sum(1).amax(1).clamp_(min=SMALLEST_SQUARE)
+        return gram.div_(square[:, None, None]), square
+
+    def polynomial(self, gram: Tensor, coefficients: tuple[float, ...], square: Tensor | None) -> Tensor:
+        """P (n, M, M), divided by the root of `square` (n,) if given."""
+        p = torch.empty_like(gram)
+        _polynomial_kernel[self.grid](gram, p, square, *coefficients, self.M, **self.options)
+        return p
+
+    def multiply(self, p: Tensor) -> None:
+        """X <- P X, or X P."""
+        self.x = torch.bmm(self.x, p) if self.tall else torch.bmm(p, self.x)
 
 
 def orthogonalise(x: Tensor) -> Tensor:
     """x (n, R, C) with singular values near 1, bf16, fp16 or fp32; see reference.orthogonalise."""
-    n, R, C = x.shape
-    tall, M = R > C, min(R, C)
-    tile = min(_TILE, block_size(M))
-    T = triton.cdiv(M, tile)
-    grid, options = (T * (T + 1) // 2, n), {"TILE": tile, "TILE_K": min(_TILE_K, tile), "num_warps": 8}
-    gram, p = x.new_empty(n, M, M), x.new_empty(n, M, M)
-    row_sums = torch.empty(n, T, M, dtype=torch.float32, device=x.device)
-    square = None
+    iteration = _Iteration(x)
     with torch.cuda.device_of(x), fp32_sums():
-        for i, coefficients in enumerate(NEWTON_SCHULZ):
-            wide = x.mT if tall else x
-            _gram_kernel[grid](
-                wide,
-                gram,
-                row_sums if i == 0 else None,
-                *wide.stride(),
-                M,
-                max(R, C),
-                **options,
-                num_stages=3,
-            )
-            square = row_sums.sum(1).amax(1).clamp_(min=SMALLEST_SQUARE) if i == 0 else None
-            _polynomial_kernel[grid](gram, p, square, *coefficients, M, **options, num_stages=3)
-            x = torch.bmm(x, p) if tall else torch.bmm(p, x)
-    return x
+        gram, square = iteration.bounded_gram()
+        if takes_products(iteration.M, max(x.shape[1:])):
+            product = None
+            for i, coefficients in enumerate(NEWTON_SCHULZ):
+                p = iteration.polynomial(gram, coefficients, None)
+                product = p if product is None else iteration.product(p, product)
+                if i < len(NEWTON_SCHULZ) - 1:
+                    gram = iteration.product(iteration.product(p, gram), p)
+            assert product is not None
+            iteration.multiply(product.div_(square.sqrt()[:, None, None]))
+        else:
+            for i, coefficients in enumerate(NEWTON_SCHULZ):
+                gram = iteration.gram() if i else gram
+                iteration.multiply(iteration.polynomial(gram, coefficients, None if i else square))
+    return iteration.x
 
 
 def hyper_row(lr: float, momentum: float, weight_decay: float) -> list[float]:
@@ -318,11 +356,11 @@ def muon(
     """
     R, C = shape
     x = torch.empty(len(batch.table), R, C, dtype=dtype, device=norm.device)
-    _elementwise(batch, x, norm, max_norm, grad_scale, 0.0, update=False)
-    _elementwise(batch, orthogonalise(x), norm, max_norm, grad_scale, math.sqrt(max(1.0, R / C)), update=True)
+    _walk(batch, x, norm, max_norm, grad_scale, 0.0, update=False)
+    _walk(batch, orthogonalise(x), norm, max_norm, grad_scale, math.sqrt(max(1.0, R / C)), update=True)
 
 
-def _elementwise(
+def _walk(
     batch: Batch,
     x: Tensor,
     norm: Tensor,
@@ -335,7 +373,7 @@ def _elementwise(
     n_chunks = len(batch.chunks)
     programs = tuning.multiprocessor_count(x.device) * _PROGRAMS_PER_SM
     with torch.cuda.device_of(x):
-        _elementwise_kernel[(max(1, min(n_chunks, programs)),)](
+        _muon_kernel[(max(1, min(n_chunks, programs)),)](
             batch.table,
             batch.chunks,
             batch.scalars,

@@ -55,6 +55,7 @@ OPS = (
     "bias_gelu",
     "linear_cross_entropy",
     "adamw",
+    "muon",
 )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read where the kernels are decorated: at import
 _LARGEST_HEAD = 128

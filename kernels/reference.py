@@ -271,23 +271,36 @@ SMALLEST_SQUARE = 1e-30  # of a singular value that is still scaled up
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """x (..., R, C) with singular values near 1: about U V^T where x is U S V^T; in x's dtype, at least fp32.
+    """x (..., R, C) with singular values near 1, about U V^T where x is U S V^T; computed in x's dtype.
 
     A bound of the largest singular value, the root of the largest row sum of |x x^T|, brings all below 1.
     Those above 0.01 of it end within 0.73 and 1.27; smaller ones grow about 80-fold. Zero stays zero.
     Source: Newton-Schulz iteration of Muon (Jordan et al. 2024) with the minimax polynomials of Polar Express
     (Amsel et al. 2025, arXiv:2505.16932, theorem 3.1).
     """
-    if x.shape[-2] > x.shape[-1]:
+    M, N = x.shape[-2:]
+    if M > N:
         return orthogonalise(x.mT).mT
-    x = at_least_fp32(x)
+    gram = x @ x.mT
+    square = gram.abs().sum(-1).amax(-1).clamp(min=SMALLEST_SQUARE)[..., None, None]
+    x, gram = x / square.sqrt(), gram / square
+    identity = torch.eye(M, dtype=x.dtype, device=x.device)
+    product = identity  # of all p so far
     for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        gram = x @ x.mT
-        if i == 0:
-            square = gram.abs().sum(-1).amax(-1).clamp(min=SMALLEST_SQUARE)[..., None, None]
-            x, gram = x / square.sqrt(), gram / square
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+        p = a * identity + b * gram + c * (gram @ gram)
+        last = i == len(NEWTON_SCHULZ) - 1
+        if takes_products(M, N):
+            product = p @ product if i else p
+            gram = gram if last else p @ gram @ p
+        else:
+            x = p @ x
+            gram = gram if last else x @ x.mT
+    return product @ x if takes_products(M, N) else x
+
+
+def takes_products(M: int, N: int) -> bool:
+    """Whether it is cheaper to multiply the polynomials, which commute, and x (M, N) only once."""
+    return N >= 2 * M
 
 
 def muon(
@@ -298,15 +311,17 @@ def muon(
     lr: float | Tensor,
     beta: float,
     weight_decay: float,
+    iterated: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(param, momentum) after one Muon step with Nesterov momentum; all of one shape.
 
+    iterated: dtype in which the step is orthogonalised; None: the momentum's.
     The step's root mean square is lr / sqrt(C), whatever the gradient's.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     wide, grad = param.to(momentum.dtype), grad.to(momentum.dtype)
     momentum = beta * momentum + (1.0 - beta) * grad
-    step = orthogonalise(beta * momentum + (1.0 - beta) * grad)
+    step = orthogonalise((beta * momentum + (1.0 - beta) * grad).to(iterated)).to(momentum.dtype)
     R, C = param.shape[-2:]
     wide = wide - lr * (math.sqrt(max(1.0, R / C)) * step + weight_decay * wide)
     return wide.to(param.dtype), momentum

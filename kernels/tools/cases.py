@@ -51,6 +51,8 @@ def cases(device: torch.device) -> list[Case]:
             linear_cross_entropy_case(1000, 384, 65, reduction="mean", label_smoothing=0.1, z_loss=1e-4),
             adamw_case(4096, 768),
             adamw_case(1000, 1023, max_norm=1.0),
+            muon_case(12, 768, 768),
+            muon_case(2, 1000, 333),
         ]
     return [
         dropout_case(3, 1024),
@@ -65,6 +67,8 @@ def cases(device: torch.device) -> list[Case]:
         linear_cross_entropy_case(9, 16, 300, reduction="mean", label_smoothing=0.1, z_loss=1e-3),
         adamw_case(9, 200),
         adamw_case(3, 1023, max_norm=1.0),
+        muon_case(2, 40, 97),
+        muon_case(2, 150, 33),
     ]
 
 
@@ -199,6 +203,49 @@ def adamw_case(N: int, C: int, *, max_norm: float = 0.0) -> Case:
         ours=ours,
         reference=expected,
         fp32_inputs=frozenset({"exp_avg", "exp_avg_sq"}),
+    )
+
+
+def muon_case(n: int, R: int, C: int) -> Case:
+    """A step of kernels.muon on parameters (n, R, C): weight decay, fp32 momentum and master.
+
+    The iteration is in bf16, which the interpreter miscomputes: there in the parameters' dtype.
+    """
+    options: dict[str, Any] = {"lr": 3.0, "weight_decay": 0.1}
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        return _randn(generator, param=(n, R, C), grad=(n, R, C), momentum=(n, R, C))
+
+    def iterated(grad: Tensor) -> torch.dtype:
+        return torch.bfloat16 if grad.is_cuda else grad.dtype
+
+    def ours(**inputs: Tensor) -> tuple[Tensor, ...]:
+        from fusedgpt.kernels import adamw, muon, tensor_table  # where there is Triton
+
+        x = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+        param, grad, momentum, master = (
+            list(tensor) for tensor in (x["param"], x["grad"], x["momentum"], x["param"].float())
+        )
+        norm, hyper = torch.ones((), device=x["grad"].device), muon.hyper_row(momentum=0.95, **options)
+        tensors = (param, grad, master, momentum, momentum, [norm] * n)
+        batch = tensor_table.make_batch(*tensors, [0] * n)
+        rows = torch.tensor([hyper], dtype=torch.float64, device=norm.device)
+        adamw.grad_norm(batch, rows, torch.empty(adamw.PARTIALS, device=norm.device))
+        muon.muon(batch, (R, C), norm, dtype=iterated(x["grad"]))
+        return x["param"], x["momentum"]
+
+    def expected(param: Tensor, grad: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
+        wide = grad.dtype == torch.float64
+        state = (param.detach(), grad.detach(), momentum.detach())
+        return reference.muon(*state, beta=0.95, iterated=None if wide else iterated(grad), **options)
+
+    return Case(
+        op="muon",
+        shape=f"{n} of ({R}, {C})",
+        inputs=inputs,
+        ours=ours,
+        reference=expected,
+        fp32_inputs=frozenset({"momentum"}),
     )
 
 

@@ -107,6 +107,8 @@ def _trips(launch: Compiled, code: Code, grid: int) -> list[tuple[float, float]]
         return [tile for n in heads for tile in tiles for _ in range(n)]
     if code.hot is None:
         return [(0, 0)]
+    if "TILE_K" in a:
+        return [(ceil(a.get("N", a["M"]) / a["TILE_K"]), 0)]
     if "ROWS" in a:
         return [(ceil(a["N"] / a["ROWS"] / launch.grid[0]), 0)]
     # Both passes over a row of logits read it, the second from the L2 cache: as many bytes as memory moves.
@@ -128,6 +130,8 @@ def _tiles_below(start: int, T: int, M: int, N: int) -> tuple[int, int]:
 
 def _flops(launch: Compiled) -> int:
     a = launch.arguments
+    if "TILE_K" in a:
+        return int(prod(launch.grid) * 2 * a["TILE"] ** 2 * a.get("N", a["M"]))
     products = next((n for name, n in _PRODUCTS.items() if launch.kernel == f"_attention_{name}_kernel"), 0)
     if not products:
         return 0
@@ -143,8 +147,11 @@ def _executed(code: Code, full: float, masked: float) -> float:
 
 
 def _tile_bytes(launch: Compiled) -> int:
-    """Bytes that a block of attention reads in an iteration, nearly always from the L2 cache; others 0."""
+    """Bytes that a block of matrix products reads in an iteration, mostly from the L2 cache; else 0."""
     a = launch.arguments
+    if "TILE_K" in a:
+        x = next(getattr(x, "base", x) for x in a.values() if isinstance(getattr(x, "base", x), Tensor))
+        return int(2 * a["TILE"] * a["TILE_K"] * x.element_size())
     if not _flops(launch):
         return 0
     q = getattr(a["q"], "base", a["q"])
@@ -153,8 +160,14 @@ def _tile_bytes(launch: Compiled) -> int:
 
 
 def _bytes(launch: Compiled) -> int:
-    """Of every tensor argument once, twice for logits that become their gradient; AdamW's are in a table."""
+    """Of every tensor argument once, twice for logits that become their gradient; optimizers have tables."""
     a = launch.arguments
+    if launch.kernel == "_muon_kernel":  # X, master or momentum, and what is in the model's dtype
+        kind = a["PARAM_DTYPE"] if a["UPDATE"] else a["GRAD_DTYPE"]
+        there = kind.primitive_bitwidth // 8
+        return int(
+            getattr(a["x_ptr"], "base", a["x_ptr"]).numel() * (2 + 8 + (there % 4 if a["UPDATE"] else there))
+        )
     if launch.kernel in ("_adamw_kernel", "_grad_norm_kernel"):
         grad, param = (
             a[name].primitive_bitwidth // 8 if name in a else 0 for name in ("GRAD_DTYPE", "PARAM_DTYPE")

@@ -152,6 +152,35 @@ def test_linear_cross_entropy_counts_only_real_targets_and_columns(reduction: st
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (90, 30), (30, 90)])
+def test_orthogonalised_singular_values_lie_near_1(shape: tuple[int, int]) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -3, 30, dtype=torch.float64)
+    u, vh = u[:, :30], vh[:30]
+    x = u * values @ vh
+    bound = (x @ x.T if shape[0] <= shape[1] else x.T @ x).abs().sum(1).max().sqrt()
+    now = (u.T @ reference.orthogonalise(x) @ vh.T).diagonal()  # the singular vectors stay
+    assert (now - 1).abs()[values > 0.01 * bound].max() < 0.27
+    torch.testing.assert_close(u * now @ vh, reference.orthogonalise(x))
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_muon_is_torchs_but_for_the_iteration(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "orthogonalise", torch.sign)
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda x, *_: torch.sign(x))
+    options = {"lr": 0.1, "weight_decay": 0.3}
+    theirs = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = torch.optim.Muon([theirs], momentum=0.9, **options)
+    param, momentum = theirs.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    for _ in range(3):
+        theirs.grad = torch.randn(shape, dtype=torch.float64)
+        param, momentum = reference.muon(param, theirs.grad, momentum, beta=0.9, **options)
+        optimizer.step()
+        torch.testing.assert_close(param, theirs.detach())
+
+
 def test_gradcheck() -> None:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)

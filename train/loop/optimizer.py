@@ -61,6 +61,11 @@ def _muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     return [{"params": single, **shared}, {"params": stacked, "matrices": 3, **shared}]
 
 
+def is_muon(group: dict[str, Any]) -> bool:
+    """Whether Muon steps this group of parameters."""
+    return "momentum" in group
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW of a whole model: a launch for the gradient norm, one for clip, check and update. Nothing waits.
 
@@ -120,7 +125,7 @@ class AdamW(torch.optim.Optimizer):
         _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._drop_plan()
-        for p in self.param_groups[-1]["params"] if "momentum" in param_group else ():
+        for p in self.param_groups[-1]["params"] if is_muon(param_group) else ():
             n = param_group.get("matrices", 1)
             if p.ndim != 2 or len(p) % n:
                 raise ValueError(
@@ -206,7 +211,7 @@ class AdamW(torch.optim.Optimizer):
         for n, (i, p, grad) in enumerate(present):
             ranks, group = process_groups(p), self.param_groups[group_of[i]]
             matrices = group.get("matrices", 1)
-            shape = (len(p) // matrices, p.shape[1]) if "momentum" in group else None
+            shape = (len(p) // matrices, p.shape[1]) if is_muon(group) else None
             key = (p.dtype, grad.dtype, shape, *ranks, *(() if triton else [group_of[i]]))
             bucket = buckets.setdefault(key, Bucket(process_groups=list(ranks.values()), shape=shape))
             state = self._state_of(p, _MOMENTS if shape is None else _MUON_MOMENTS)

@@ -15,7 +15,7 @@ from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.loop.batches import Cursor
 from fusedgpt.train.loop.distributed import named_parameters, whole
-from fusedgpt.train.loop.optimizer import AdamW
+from fusedgpt.train.loop.optimizer import AdamW, is_muon
 from fusedgpt.train.loop.precision import LossScale
 from fusedgpt.train.loop.validation import ValidationState
 from fusedgpt.train.run.checkpoint import Checkpoint, CheckpointError
@@ -85,9 +85,13 @@ class Training:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the size of a snapshot: parameters, masters of 16-bit ones, two moments, the best weights."""
-        sizes = ((p.numel(), p.element_size()) for p in self.model.parameters())
-        return sum(n * (size + (12 if size >= 4 else 16)) for n, size in sizes)
+        """About the size of a snapshot: parameters, masters of 16-bit ones, moments, the best weights."""
+        total = 0
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                copies = 2 + (p.element_size() < 4) + (not is_muon(group))  # master, moments, best
+                total += p.numel() * (p.element_size() + 4 * copies)
+        return total
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load what snapshot() copied, in any precision. Raises CheckpointError if it does not fit."""
@@ -178,6 +182,12 @@ class Training:
         if len(state) not in (0, len(wanted)):
             raise CheckpointError(f"optimizer state of {len(state)} parameters, but there are {len(wanted)}")
         groups = self.optimizer.state_dict()["param_groups"]
+        kinds = {key.rpartition(".")[2] for key in tensors}
+        then, now = (
+            "muon" if muon else "adamw" for muon in ("momentum_buffer" in kinds, any(map(is_muon, groups)))
+        )
+        if kinds and then != now:
+            raise CheckpointError(f"it was trained with --optimizer {then}, not {now}")
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

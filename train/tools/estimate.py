@@ -249,11 +249,27 @@ def estimate(
     peak = peak_flops(device_name) if dtype.itemsize == 2 else 0.0
     accumulates = windows > train.batch_size
     extra = workspace_bytes(device_name)
-    return [_row(mode, shapes, windows * max_length, accumulates, peak, extra) for mode in CHECKPOINTING]
+    muon = _muon_bytes(shapes) if train.optimizer == "muon" else (0, 0)
+    tokens = windows * max_length
+    return [_row(mode, shapes, tokens, accumulates, peak, extra, *muon) for mode in CHECKPOINTING]
+
+
+def _muon_bytes(shapes: Shapes) -> tuple[int, int]:
+    """(what Muon's one moment saves, what the largest batch of its matrices takes in a step)."""
+    block = shapes.config.n_layer * shapes.config.n_embd**2  # elements of an output projection in every block
+    batch = 16 * block * 2 if shapes.on_gpu else 40 * block * 4  # X, P X, A, P; all that plain PyTorch copies
+    return 4 * 12 * block, batch
 
 
 def _row(
-    checkpointing: str, shapes: Shapes, tokens: int, accumulates: bool, peak: float, workspaces: int
+    checkpointing: str,
+    shapes: Shapes,
+    tokens: int,
+    accumulates: bool,
+    peak: float,
+    workspaces: int,
+    muon_saves: int,
+    muon_step: int,
 ) -> Row:
     config, w = shapes.config, shapes.weight_dtype.itemsize
     embedding = config.padded_vocab_size * config.n_embd
@@ -261,6 +277,7 @@ def _row(
     matrices = config.parameter_counts()[0] + embedding - config.vocab_size * config.n_embd - vectors
     gradients = matrices * (4 if accumulates else w) + vectors * 4  # sums over micro-batches are fp32
     optimizer = matrices * (8 if w == 4 else 12) + vectors * 8  # two moments, low precision's fp32 masters
+    optimizer -= muon_saves
     kept, recomputed = shapes.kept(checkpointing), shapes.recomputed(checkpointing)
     entering = kept + max(shapes.loss(), recomputed + shapes.passing() + embedding * w)
     entering += gradients if accumulates else 0
@@ -274,7 +291,11 @@ def _row(
         optimizer=optimizer,
         activations=kept,
         loss=shapes.loss(),
-        total=matrices * w + vectors * 4 + optimizer + max(entering, leaving) + workspaces,
+        total=matrices * w
+        + vectors * 4
+        + optimizer
+        + max(entering, leaving, gradients + muon_step)
+        + workspaces,
         flops_per_token=flops,
         recomputed_flops_per_token=again,
         seconds_per_step=tokens * (flops + again) / (REACHED * peak) if peak else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 
 from torch import Tensor
 
@@ -94,18 +94,18 @@ def _torch_seconds(op: TorchOp) -> float:
     moved = sum(x.numel() * x.element_size() for x in {id(x): x for x in _tensors(op)}.values())
     seconds = moved / _GPU.bandwidth
     if "mm" in op.name:
-        M, N = op.outputs[0].shape[-2:]
+        *batch, M, N = op.outputs[0].shape
         K = next(  # an output may be among the inputs
             left.shape[-1]
             for left, right in pairwise(x for x in op.inputs if x.ndim >= 2)
             if left.shape[-1] == right.shape[-2] and (left.shape[-2], right.shape[-1]) == (M, N)
         )
-        seconds = max(seconds, _product_seconds(M, K, N))
+        seconds = max(seconds, _product_seconds(M, K, N, prod(batch)))
     return seconds + LAUNCH
 
 
-def _product_seconds(M: int, K: int, N: int) -> float:
-    """(M, K) times (K, N) in waves of tiles; K in as many parts, up to 8, as are fastest."""
-    tiles = ceil(M / _TILE[0]) * ceil(N / _TILE[1])
+def _product_seconds(M: int, K: int, N: int, batch: int) -> float:
+    """(M, K) times (K, N), `batch` times, in waves of tiles; K in as many parts, up to 8, as are fastest."""
+    tiles = batch * ceil(M / _TILE[0]) * ceil(N / _TILE[1])
     waves = min(ceil(tiles * parts / _GPU.multiprocessors) / parts for parts in range(1, 9))
     return waves * 2 * _TILE[0] * _TILE[1] * K / (_GPU.flops / _GPU.multiprocessors)

@@ -172,6 +172,8 @@ def cases(full: bool) -> list[Case]:
         _training("gpt2 bf16, label smoothing, z-loss", label_smoothing=0.1, z_loss=1e-4),
         _training("gpt2 bf16, deterministic", deterministic=True),
         _training("gpt2 bf16, CUDA graph", cuda_graphs="on"),
+        _training("gpt2 bf16, Muon", optimizer="muon"),
+        _training("12M bf16, CUDA graph, Muon", "12M", optimizer="muon", cuda_graphs="on"),
         _training("12M bf16, CUDA graph, 2 micro-batches", "12M", cuda_graphs="on", batch_tokens=1 << 14),
         _training("12M fp16, CUDA graph", "12M", cuda_graphs="on", precision="fp16"),
         _training("12M fp32", "12M", precision="fp32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from fusedgpt.kernels import reference
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop import optimizer_plan
@@ -516,3 +518,93 @@ def _compare_sharded_with_whole(rank: int) -> None:
 
 def test_sharded_parameters_share_one_norm() -> None:
     run_ranks(2, _sharded_run)
+
+
+# Muon
+
+
+def muon_config(**settings: Any) -> TrainConfig:
+    return TrainConfig(optimizer="muon", learning_rate=1e-2, muon_learning_rate=3e-2, **settings)
+
+
+def test_muon_takes_the_matrices_of_the_blocks(tiny_gpt: GPT) -> None:
+    optimizer = build_optimizer(tiny_gpt, muon_config(weight_decay=0.3))
+    names = {p: name for name, p in tiny_gpt.named_parameters()}
+    of_groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    assert sorted(itertools.chain(*of_groups)) == sorted(names.values())
+    assert of_groups[0] == ["wte.weight", "wpe.weight"]
+    assert all("bias" in name or "ln_" in name for name in of_groups[1])
+    assert {name.split(".", 2)[2] for name in of_groups[2]} == {
+        "attn.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    }
+    assert {name.split(".", 2)[2] for name in of_groups[3]} == {"attn.c_attn.weight"}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0, 0.3, 0.3]
+    assert [group.get("lr_factor") for group in optimizer.param_groups] == [None, None, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(("max_norm", "scale"), [(0.0, None), (0.01, 4096.0)])
+def test_a_step_is_adamws_and_muons(
+    tiny_gpt: GPT, max_norm: float, scale: float | None, backend: str
+) -> None:
+    """Queries, keys and values are orthogonalised apart; all gradients share one norm."""
+    grad_scale = None if scale is None else torch.tensor(scale, device=DEVICE)
+    plain = copy.deepcopy(tiny_gpt.to(DEVICE))
+    optimizer = build_optimizer(tiny_gpt, muon_config(weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2 * group.get("lr_factor", 1.0)
+    by_muon = {n for n, p in plain.named_parameters() if is_matrix(n) and n.startswith("h.")}
+    rest = [(n, p) for n, p in plain.named_parameters() if n not in by_muon]
+    theirs = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 * is_matrix(n)} for n, p in rest], lr=1e-2, fused=True
+    )
+    momenta = {n: torch.zeros_like(p) for n, p in plain.named_parameters()}
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FUSEDGPT_KERNELS", "auto")
+            tiny_gpt(IDS, IDS.flip(1)).backward()
+        for ours, expected in zip(tiny_gpt.parameters(), plain.parameters(), strict=True):
+            assert ours.grad is not None
+            expected.grad = ours.grad.clone()
+            ours.grad *= scale or 1.0
+        optimizer.step(max_norm=max_norm, grad_scale=grad_scale)
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or 1e9)
+        torch.testing.assert_close(optimizer.grad_norm, expected_norm)
+        theirs.step()
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                if name in by_muon:
+                    parts = 3 if "c_attn" in name else 1
+                    state = (x.view(parts, -1, p.shape[1]) for x in (p, p.grad, momenta[name]))
+                    new, momentum = reference.muon(*state, lr=3e-2, beta=0.95, weight_decay=0.1)
+                    p.copy_(new.view_as(p))
+                    momenta[name] = momentum.view_as(p)
+        optimizer.zero_grad()
+    for (name, ours), expected in zip(tiny_gpt.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, msg=name)
+        assert set(optimizer.state[ours]) == (
+            {"momentum_buffer"} if name in by_muon else {"step", "exp_avg", "exp_avg_sq"}
+        )
+
+
+def test_muon_skips_what_is_not_finite(tiny_gpt: GPT, backend: str) -> None:
+    optimizer = build_optimizer(tiny_gpt.to(DEVICE), muon_config())
+    for step in range(3):
+        set_gradients(list(tiny_gpt.parameters()), step)
+        if step == 1:
+            before = copy.deepcopy(flat([list(tiny_gpt.parameters()), optimizer.state_dict()]))
+            tiny_gpt.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
+        optimizer.step(max_norm=1.0)
+        if step == 1:
+            after = flat([list(tiny_gpt.parameters()), optimizer.state_dict()])
+            assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    for shape, matrices in (((4,), 1), ((4, 3), 3), ((2, 2, 2), 1)):
+        groups = [{"params": parameters(shape), "momentum": 0.9, "matrices": matrices}]
+        with pytest.raises(ValueError, match=f"Muon: expected {matrices} matrices of one shape"):
+            AdamW(groups)
+    with pytest.raises(ValueError, match="momentum: expected"):
+        AdamW([{"params": parameters((4, 4)), "momentum": 1.0}])
