@@ -140,6 +140,10 @@ def choose_parallel(config: TrainConfig, model: GPT, max_length: int, world: Wor
         kind = world.from_first(lambda: "ddp" if _fits(config, model, max_length) else "fsdp")
     if kind == "fsdp" and config.compile == "model":
         raise InputError("FSDP gathers block by block: use --compile block")
+    if kind == "fsdp" and config.optimizer == "muon":
+        raise InputError(
+            "FSDP shards the matrices that Muon needs whole: use --parallel ddp, or --optimizer adamw"
+        )
     return (DataParallel if kind == "ddp" else FullyShardedDataParallel)(world, config, max_length)
 
 

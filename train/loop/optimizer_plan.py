@@ -29,9 +29,7 @@ class Bucket:
     process_groups: list[Any]  # over which the squared norm is summed
     shape: tuple[int, int] | None = None  # of Muon's matrices; None: AdamW
     groups: list[int] = field(default_factory=list)  # index of each one's parameter group
-    grads: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (index in a step's gradients, matrices in it)
+    grads: list[tuple[int, int]] = field(default_factory=list)  # (index in a step's, matrices in it)
     params: list[Tensor] = field(default_factory=list)  # from here on the local shards
     masters: list[Tensor] = field(default_factory=list)  # what is updated: the parameters themselves if fp32
     exp_avgs: list[Tensor] = field(default_factory=list)  # Muon: the momentum
