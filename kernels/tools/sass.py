@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -120,13 +122,18 @@ def read(compiled: Any) -> Code:
     stored to global memory, then the fewest instructions: full tiles need no mask. A loop inside it, and
     polling a barrier, is no part of it.
     """
-    cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
-    command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-hex", cubin]
-    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    cubin = Path(next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin")))
+    kept = cubin.with_suffix(".sass")  # in Triton's cache: nvdisasm takes a third of a second
+    if not kept.exists():
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-hex", "-ndf", cubin]
+        written = cubin.with_suffix(f".{os.getpid()}")
+        written.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+        written.replace(kept)
+    return parse(kept.read_text())
 
 
 def parse(text: str) -> Code:
-    """The code in the output of `nvdisasm -c -hex`."""
+    """The code in the output of `nvdisasm -c -hex -ndf`."""
     instructions, labels = _instructions(text)
     successors = _successors(instructions, labels)
     loops = _loops(successors)
