@@ -82,6 +82,7 @@ def test_the_whole_suite_runs_and_reports_within_three_minutes(tmp_path: Path) -
         "bias_gelu",
         "linear_cross_entropy",
         "adamw",
+        "muon",
         "dropout",
     }
     train = {(row["name"], row["contender"]): row for row in found if row["suite"] == "train"}
