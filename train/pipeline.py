@@ -149,8 +149,8 @@ def train_on_files(
     unusable text, OSError where output_dir cannot be written, and what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
-    if world.size > 1 and any(Source(inputs=(path,)).read_once for path in paths):
-        raise InputError("--data: several ranks cannot share standard input or a pipe, give a file")
+    if world.size > 1:
+        Source(inputs=tuple(paths)).check_rereadable("every rank reads the text")
     with ExitStack() as stack:
         files = stack.enter_context(kept(paths))
         dataset, tokenizer = load_data(files, config, monitor.note)

@@ -180,6 +180,8 @@ def eval_model(
     from fusedgpt.train.tools.evaluate import evaluate_text, evaluate_tokens
 
     world = join()
+    if world.size > 1:
+        Source(inputs=tuple(data)).check_rereadable("every rank reads the text")
     gpt, tokenizer = load_folder(model)
     where = resolve_device(world.device(device))
     dtype = resolve_precision(precision, where)

@@ -60,7 +60,7 @@ ALONE = World()
 
 def among_several() -> bool:
     """Whether a launcher such as torchrun started several processes like this."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def join() -> World:

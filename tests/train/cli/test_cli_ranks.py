@@ -101,6 +101,7 @@ def broken_disk() -> None:
             "FSDP gathers block by block: use --compile block",
         ),
         (["--no-such-option"], None, "No such option"),
+        (["--data", "-"], None, "- can be read only once, but every rank reads the text"),
         ([], other_text, "the ranks differ in training text: rank 1 has another, rank 0 has "),
         ([], broken_disk, "rank 1: the disk is broken"),
     ],

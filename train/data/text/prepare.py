@@ -88,7 +88,7 @@ class _Progress:
 def _choose_tokenizer(name: str, vocab_size: int | None, source: Source, progress: _Progress) -> Tokenizer:
     if vocab_size is None and name != "char":
         return build_tokenizer(name)
-    source.check_rereadable()
+    source.check_rereadable("this tokenizer needs two passes over the text")
 
     def pieces(title: str, cut: Cut) -> Iterator[Piece]:
         for piece in progress.begin(title, cut):

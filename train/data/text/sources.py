@@ -82,11 +82,10 @@ class Source:
         pipes = (p for p in self.inputs if p.exists() and not (p.is_file() or p.is_dir()))
         return _STANDARD_INPUT if _STANDARD_INPUT in self.inputs else next(pipes, None)
 
-    def check_rereadable(self) -> None:
+    def check_rereadable(self, why: str) -> None:
         """Raises DataError where one cannot be read twice."""
         if (path := self.read_once) is not None:
-            what = f"{path} can be read only once, but this tokenizer needs two passes over the text"
-            raise DataError(f"{what}: write it to a file first")
+            raise DataError(f"{path} can be read only once, but {why}: write it to a file first")
 
 
 def no_text(paths: Sequence[Path]) -> DataError:

@@ -81,7 +81,7 @@ def load_data(
 def _choose_tokenizer(name: str, source: Source) -> Tokenizer:
     if name != "char":
         return build_tokenizer(name)
-    source.check_rereadable()
+    source.check_rereadable("this tokenizer needs two passes over the text")
     found = characters(replace(source, cut="anywhere"))
     if not found:
         raise no_text(source.inputs)
