@@ -24,6 +24,7 @@ once more for its norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from torch import Tensor
 from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import TRITON_DTYPES, block_size
 from fusedgpt.kernels.numerics import fp32_sums
-from fusedgpt.kernels.reference import NEWTON_SCHULZ, SMALLEST_SQUARE, takes_products
+from fusedgpt.kernels.reference import NEWTON_SCHULZ, SMALLEST_SQUARE, muon_scale, takes_products
 from fusedgpt.kernels.tensor_table import (
     COLUMNS,
     DECAY,
@@ -346,18 +347,20 @@ def muon(
     max_norm: float = 0.0,
     grad_scale: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    orthogonalised: Callable[[Tensor], Tensor] = orthogonalise,
+    scale: float | None = None,
 ) -> None:
     """One Muon step, after adamw.grad_norm on the same batch: its matrices all have this shape (R, C).
 
     The batch's exp_avgs hold the momentum, its exp_avg_sqs count for nothing. norm: fp32 scalar, that of all
     gradients, as adamw.adamw writes it: where it is not finite, all stays as it is. max_norm and grad_scale
-    are adamw.adamw's; dtype: that of the iteration.
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; see reference.muon.
+    are adamw.adamw's; dtype: that of the iteration; orthogonalised and scale: reference.muon's.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
-    R, C = shape
-    x = torch.empty(len(batch.table), R, C, dtype=dtype, device=norm.device)
+    x = torch.empty(len(batch.table), *shape, dtype=dtype, device=norm.device)
+    scale = muon_scale(*shape) if scale is None else scale
     _walk(batch, x, norm, max_norm, grad_scale, 0.0, update=False)
-    _walk(batch, orthogonalise(x), norm, max_norm, grad_scale, math.sqrt(max(1.0, R / C)), update=True)
+    _walk(batch, orthogonalised(x), norm, max_norm, grad_scale, scale, update=True)
 
 
 def _walk(

@@ -8,6 +8,7 @@ rounded once at the end; fp32 and fp64 inputs are computed as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -303,6 +304,11 @@ def takes_products(M: int, N: int) -> bool:
     return N >= 2 * M
 
 
+def muon_scale(R: int, C: int) -> float:
+    """The largest factor by which a step of an (R, C) matrix stretches anything, per learning rate."""
+    return math.sqrt(max(1.0, R / C))
+
+
 def muon(
     param: Tensor,  # (..., R, C)
     grad: Tensor,
@@ -311,17 +317,18 @@ def muon(
     lr: float | Tensor,
     beta: float,
     weight_decay: float,
-    iterated: torch.dtype | None = None,
+    orthogonalised: Callable[[Tensor], Tensor] = orthogonalise,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(param, momentum) after one Muon step with Nesterov momentum; all of one shape.
 
-    iterated: dtype in which the step is orthogonalised; None: the momentum's.
+    scale: of the step, None for that of the shape; both it and `orthogonalised` are for parts of matrices.
     The step's root mean square is lr / sqrt(C), whatever the gradient's.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     wide, grad = param.to(momentum.dtype), grad.to(momentum.dtype)
     momentum = beta * momentum + (1.0 - beta) * grad
-    step = orthogonalise((beta * momentum + (1.0 - beta) * grad).to(iterated)).to(momentum.dtype)
-    R, C = param.shape[-2:]
-    wide = wide - lr * (math.sqrt(max(1.0, R / C)) * step + weight_decay * wide)
+    step = orthogonalised(beta * momentum + (1.0 - beta) * grad)
+    scale = muon_scale(*param.shape[-2:]) if scale is None else scale
+    wide = wide - lr * (scale * step + weight_decay * wide)
     return wide.to(param.dtype), momentum

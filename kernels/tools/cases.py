@@ -235,9 +235,12 @@ def muon_case(n: int, R: int, C: int) -> Case:
         return x["param"], x["momentum"]
 
     def expected(param: Tensor, grad: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
-        wide = grad.dtype == torch.float64
+        def orthogonalised(x: Tensor) -> Tensor:
+            dtype = grad.dtype if grad.dtype == torch.float64 else iterated(grad)
+            return reference.orthogonalise(x.to(dtype)).to(x.dtype)
+
         state = (param.detach(), grad.detach(), momentum.detach())
-        return reference.muon(*state, beta=0.95, iterated=None if wide else iterated(grad), **options)
+        return reference.muon(*state, beta=0.95, orthogonalised=orthogonalised, **options)
 
     return Case(
         op="muon",

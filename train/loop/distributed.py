@@ -19,8 +19,8 @@ from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.loop.optimizer import AdamW
-from fusedgpt.train.loop.optimizer_plan import is_sharded
 from fusedgpt.train.loop.precision import cast_parameters
+from fusedgpt.train.loop.sharding import is_sharded
 from fusedgpt.train.run.checkpoint import Checkpoint
 from fusedgpt.train.run.world import World
 from fusedgpt.train.tools.estimate import CHECKPOINTING, estimate
@@ -140,10 +140,6 @@ def choose_parallel(config: TrainConfig, model: GPT, max_length: int, world: Wor
         kind = world.from_first(lambda: "ddp" if _fits(config, model, max_length) else "fsdp")
     if kind == "fsdp" and config.compile == "model":
         raise InputError("FSDP gathers block by block: use --compile block")
-    if kind == "fsdp" and config.optimizer == "muon":
-        raise InputError(
-            "FSDP shards the matrices that Muon needs whole: use --parallel ddp, or --optimizer adamw"
-        )
     return (DataParallel if kind == "ddp" else FullyShardedDataParallel)(world, config, max_length)
 
 

@@ -9,17 +9,9 @@ from torch import Tensor, nn
 
 from fusedgpt.kernels import ops
 from fusedgpt.train.config import TrainConfig
-from fusedgpt.train.loop.optimizer_plan import (
-    Bucket,
-    TorchPlan,
-    TritonPlan,
-    expect_before_capture,
-    local,
-    process_groups,
-    split,
-)
+from fusedgpt.train.loop.optimizer_plan import MOMENTS, Bucket, TorchPlan, TritonPlan, expect_before_capture
+from fusedgpt.train.loop.sharding import local, process_groups
 
-_MOMENTS, _MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -117,7 +109,6 @@ class AdamW(torch.optim.Optimizer):
         self.accumulates = True  # whether fp32_accumulation takes a new gradient
         self.grad_norm, self.skipped = torch.zeros(()), torch.zeros(())
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
-        self._no_step = torch.zeros(())  # of Muon's parameters
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -205,26 +196,19 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"params: expected all on one device, got {sorted(map(str, devices))}")
         for device in devices:  # if it has moved
             self.grad_norm, self.skipped = self.grad_norm.to(device), self.skipped.to(device)
-            self.skipped_steps, self._no_step = self.skipped_steps.to(device), self._no_step.to(device)
+            self.skipped_steps = self.skipped_steps.to(device)
         triton = {ops.backend("adamw", p.device, p.dtype) for _, p, _ in present} == {"triton"}
         buckets: dict[tuple[object, ...], Bucket] = {}
         for n, (i, p, grad) in enumerate(present):
             ranks, group = process_groups(p), self.param_groups[group_of[i]]
             matrices = group.get("matrices", 1)
             shape = (len(p) // matrices, p.shape[1]) if is_muon(group) else None
-            key = (p.dtype, grad.dtype, shape, *ranks, *(() if triton else [group_of[i]]))
-            bucket = buckets.setdefault(key, Bucket(process_groups=list(ranks.values()), shape=shape))
-            state = self._state_of(p, _MOMENTS if shape is None else _MUON_MOMENTS)
-            first, second = (state[name] for name in (_MOMENTS if shape is None else 2 * _MUON_MOMENTS))
-            bucket.grads.append((n, matrices))
-            bucket.groups += [group_of[i]] * matrices
-            bucket.steps += [state.get("step", self._no_step)] * matrices
-            bucket.params += split(local(p).detach(), matrices)
-            bucket.masters += (
-                split(local(state["master"]), matrices) if "master" in state else bucket.params[-matrices:]
-            )
-            bucket.exp_avgs += split(local(first), matrices)
-            bucket.exp_avg_sqs += split(local(second), matrices)
+            shards = p if ranks and shape else None
+            key = (p.dtype, grad.dtype, shape, shards is not None and len(p), *ranks)
+            key += () if triton else (group_of[i],)
+            made = Bucket(process_groups=list(ranks.values()), shape=shape, shards=shards)
+            state = self._state_of(p, MOMENTS[:2] if shape is None else MOMENTS[2:])
+            buckets.setdefault(key, made).add(n, group_of[i], p, state, matrices if shards is None else 1)
         kind = TritonPlan if triton else TorchPlan
         results = (self.grad_norm, self.skipped, self.skipped_steps)
         return kind(list(buckets.values()), self.param_groups, results)
@@ -233,7 +217,7 @@ class AdamW(torch.optim.Optimizer):
         """p's state: made, or loaded and now in the dtype and on the device of a step."""
         state: dict[str, Tensor] = self.state[p]
         wide = torch.promote_types(p.dtype, torch.float32)
-        if moments == _MOMENTS:
+        if moments == MOMENTS[:2]:
             state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=p.device)
         for name in moments:
             x = state[name] if name in state else torch.zeros_like(p, dtype=wide)

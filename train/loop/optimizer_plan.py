@@ -5,13 +5,16 @@ A plan holds what stays the same from step to step, so that a step costs the CPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedgpt.kernels import ops, reference
+from fusedgpt.train.loop.sharding import local, on_whole_matrices
 
 if ops.HAS_TRITON:
     from fusedgpt.kernels import adamw as adamw_
@@ -19,15 +22,20 @@ if ops.HAS_TRITON:
     from fusedgpt.kernels import tensor_table
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # in a parameter's state; Muon's is the last
+
+
 @dataclass(kw_only=True)
 class Bucket:
     """What is stepped together: one dtype of parameters, one of gradients, one sharding.
 
-    Muon's buckets hold matrices of one shape; a parameter whose rows are several matrices gives each of them.
+    Muon's buckets hold matrices of one shape; a parameter whose rows are several matrices gives each of them,
+    but a sharded one stays as it is.
     """
 
     process_groups: list[Any]  # over which the squared norm is summed
     shape: tuple[int, int] | None = None  # of Muon's matrices; None: AdamW
+    shards: Any = None  # one of Muon's parameters if they are sharded
     groups: list[int] = field(default_factory=list)  # index of each one's parameter group
     grads: list[tuple[int, int]] = field(default_factory=list)  # (index in a step's, matrices in it)
     params: list[Tensor] = field(default_factory=list)  # from here on the local shards
@@ -35,6 +43,23 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)  # Muon: the momentum
     exp_avg_sqs: list[Tensor] = field(default_factory=list)  # Muon: the momentum again, not used
     steps: list[Tensor] = field(default_factory=list)
+
+    def add(self, index: int, group: int, p: Tensor, state: dict[str, Tensor], matrices: int) -> None:
+        """A parameter, whose gradient has this index in a step's; its rows are so many matrices."""
+        moments = [state[name] for name in MOMENTS if name in state]  # Muon: one
+        mine = local(p).detach()
+        self.grads.append((index, matrices))
+        self.groups += [group] * matrices
+        self.params += split(mine, matrices)
+        self.masters += split(local(state["master"]) if "master" in state else mine, matrices)
+        self.exp_avgs += split(local(moments[0]), matrices)
+        self.exp_avg_sqs += split(local(moments[-1]), matrices)
+        self.steps += [state.get("step", torch.zeros((), device=mine.device))] * matrices
+
+    def orthogonalise(self, function: Orthogonalise, x: Tensor) -> Tensor:
+        """`function` of Muon's matrices; x (n, rows, C): matrices, or this rank's rows of parameters."""
+        assert self.shape is not None
+        return function(x) if self.shards is None else on_whole_matrices(function, x, self.shards, self.shape)
 
     def of(self, grads: list[Tensor]) -> list[Tensor]:
         """This bucket's of the gradients of a step."""
@@ -46,6 +71,7 @@ def split(x: Tensor, n: int) -> tuple[Tensor, ...]:
     return (x,) if n == 1 else x.chunk(n)
 
 
+Orthogonalise = Callable[[Tensor], Tensor]
 Results = tuple[Tensor, Tensor, Tensor]  # AdamW's grad_norm, skipped and skipped_steps: written by a step
 
 
@@ -122,6 +148,7 @@ class TorchPlan:
     def _muon(
         self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
     ) -> None:
+        assert bucket.shape is not None
         group = self.groups[bucket.groups[0]]
         grad, momentum, master = (torch.stack(x) for x in (grads, bucket.exp_avgs, bucket.masters))
         if divisor is not None:
@@ -133,6 +160,8 @@ class TorchPlan:
             lr=group["lr"],
             beta=group["momentum"],
             weight_decay=group["weight_decay"],
+            orthogonalised=partial(bucket.orthogonalise, reference.orthogonalise),
+            scale=reference.muon_scale(*bucket.shape),
         )
         for values, before, tensors in zip(
             new, (master, momentum), (bucket.masters, bucket.exp_avgs), strict=True
@@ -183,7 +212,15 @@ class TritonPlan:
             if bucket.shape is None:
                 adamw_.adamw(batch, self.partials, *self.results, report=i == 0, **options)
             else:
-                muon_.muon(batch, bucket.shape, self.results[0], dtype=self.iterated, **options)
+                muon_.muon(
+                    batch,
+                    (len(bucket.params[0]), bucket.shape[1]),
+                    self.results[0],
+                    dtype=self.iterated,
+                    orthogonalised=partial(bucket.orthogonalise, muon_.orthogonalise),
+                    scale=reference.muon_scale(*bucket.shape),
+                    **options,
+                )
 
     def _upload_hyper(self) -> None:
         """Bring self.hyper up to date; a tensor lr is copied by the device, also at a graph's replay."""
@@ -257,25 +294,6 @@ def _pinned(x: Tensor) -> Tensor:
 def _upload(source: Tensor, target: Tensor) -> None:
     """Copy without waiting: the pinned copy's memory is not used again before the GPU has read it."""
     target.copy_(_pinned(source), non_blocking=True)
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; x itself if it is none."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor, without importing that: it takes most of a second."""
-    return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
-
-
-def process_groups(p: Tensor) -> dict[str, Any]:
-    """Name -> process group, for each dimension of the mesh over which p is sharded."""
-    if not is_sharded(p):
-        return {}
-    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]  # type: ignore[attr-defined]
-    groups = [p.device_mesh.get_group(i) for i in sharded]  # type: ignore[attr-defined]
-    return {group.group_name: group for group in groups}
 
 
 def capturing() -> bool:

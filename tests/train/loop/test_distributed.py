@@ -18,7 +18,7 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import Cursor, StepBatch
-from fusedgpt.train.loop.distributed import DataParallel, FullyShardedDataParallel, OneProcess
+from fusedgpt.train.loop.distributed import DataParallel, FullyShardedDataParallel, OneProcess, whole
 from fusedgpt.train.loop.execution import compile_each_block, executed
 from fusedgpt.train.loop.optimizer import AdamW, build_optimizer
 from fusedgpt.train.loop.step import Step
@@ -127,12 +127,12 @@ def restored(world: World, run_dir: str, parallel: str) -> dict[str, Tensor]:
 
 def test_a_checkpoint_is_the_same_bytes_however_many_ranks_hold_it(tmp_path: Path) -> None:
     train_tiny(tmp_path / "run", steps=9)
-    (whole,) = run_ranks(1, restored, str(tmp_path / "run"), "auto")
-    assert any(name.startswith("optimizer/") for name in whole)
+    (alone,) = run_ranks(1, restored, str(tmp_path / "run"), "auto")
+    assert any(name.startswith("optimizer/") for name in alone)
     for parallel in KINDS:
         first, second = run_ranks(2, restored, str(tmp_path / "run"), parallel)
-        assert first.keys() == whole.keys()
-        assert all(torch.equal(first[name], whole[name]) for name in whole), parallel
+        assert first.keys() == alone.keys()
+        assert all(torch.equal(first[name], alone[name]) for name in alone), parallel
         assert all(name.startswith("left/") for name in second)
 
 
@@ -210,6 +210,14 @@ def recomputed(world: World, checkpointing: str, dtype: torch.dtype) -> list[tup
     return [(world.sum(r[:1].clone()).item(), r[1].item()) for r in results]
 
 
+def trained_by_muon(world: World, kind: str) -> list[Tensor]:
+    """All parameters after three steps."""
+    step, model, _ = step_of(world, kind, torch.float32, optimizer="muon")
+    for i in range(3):
+        step(batch_of(world, i), 1e-3)
+    return [whole(p.detach()) for p in model.parameters()]
+
+
 def on_two(world: World) -> dict[str, Any]:
     """All that one step does on two ranks, in one launch."""
     found: dict[str, Any] = {
@@ -217,6 +225,7 @@ def on_two(world: World) -> dict[str, Any]:
     }
     found["recomputed"] = {how: recomputed(world, *how) for how in RECOMPUTED}
     for kind in KINDS:
+        found[f"{kind} muon"] = trained_by_muon(world, kind)
         step, model, _ = step_of(world, kind, torch.float32)
         compile_each_block(model, backend="eager")
         before = [p.detach().clone() for p in model.parameters()]
@@ -264,6 +273,14 @@ def test_sharded_blocks_that_are_recomputed(two: list[dict[str, Any]], how: tupl
     for found in two:
         for ours, theirs in zip(found["recomputed"][how], recomputed(ALONE, *how), strict=True):
             assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_trains_as_on_one(two: list[dict[str, Any]], kind: str) -> None:
+    """FSDP's ranks have parts of matrices, which are orthogonalised whole."""
+    for found in two:
+        for ours, expected in zip(found[f"{kind} muon"], trained_by_muon(ALONE, kind), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
