@@ -41,7 +41,6 @@ GRAPH_TESTS = [
     ROOT / "tests" / name
     for name in (
         "train/loop/test_execution.py",
-        "train/loop/test_training_kernels.py",
         "train/loop/test_sampling.py",
         "model/test_decode.py",
     )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,29 @@ def test_the_sets_name_parts_and_fit_the_time_they_are_for() -> None:
         assert ("--compile-only" in command) or command[-2:] == ["--steps", "0"]
     kernels = [[*part.commands] for part in parts.values() if part.name.startswith("kernels")]
     assert all(sum("test_bench" in word for word in command) == 1 for part in kernels for command in part)
+
+
+def test_consan_and_the_sanitizer_look_at_every_op_and_their_finding_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$5 $8 $PYTORCH_NO_CUDA_MEMORY_CACHING: 1 error"; exit "$2"\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    parts = {part.name: part for part in gpu_check.all_parts(Path(), gpu=True)}
+    consan, sanitized = parts["consan"], parts["sanitizer"]
+    assert consan.environment == {"TRITON_INSTRUMENTATION_MODE": "consan"}
+    checks = [command[-4:] for command in consan.commands]
+    assert {tuple(command[:3]) for command in checks} == {
+        ("-m", "benchmarks.report.gpu_check", "--small-check")
+    }
+    assert "attention" in [op for *_, op in checks]
+    assert [(command[4], command[-4:]) for command in sanitized.commands] == [
+        (tool, command) for tool in ("memcheck", "racecheck") for command in checks
+    ]
+    one = replace(sanitized, commands=sanitized.commands[:1])
+    outcome = runner.run_part(one, tmp_path, 10)
+    assert (outcome["verdict"], outcome["line"]) == ("FAIL", f"{sys.executable} --small-check 1: 1 error")
 
 
 def test_the_gpu_tests_are_those_of_a_process_for_every_slice_of_a_file() -> None:

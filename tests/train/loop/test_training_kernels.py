@@ -15,7 +15,7 @@ from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import Cursor, StepBatch
 from fusedgpt.train.loop.optimizer import build_optimizer
 from fusedgpt.train.loop.precision import cast_parameters
-from fusedgpt.train.loop.step import Step
+from fusedgpt.train.loop.step import GraphedStep, Step
 
 
 def losses(backend: str, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -53,13 +53,14 @@ def byte_losses(
     cast_parameters(model, torch.bfloat16)
     config = TrainConfig(learning_rate=1e-3)
     forward = partial(model, dtype=torch.bfloat16)
-    step = Step(forward, build_optimizer(model, config), config)
+    step = GraphedStep(Step(forward, build_optimizer(model, config), config), note=print)  # as in training
     generator = torch.Generator().manual_seed(0)
     history = []
     for _ in range(2000):
         starts = torch.randint(len(text) - 257, (32, 1), generator=generator)
         windows = text[starts + torch.arange(257)].to(device)
-        history.append(step(StepBatch.collect([(windows[:, :-1], windows[:, 1:])], Cursor()), 1e-3)[0])
+        batch = StepBatch.collect([(windows[:, :-1], windows[:, 1:])], Cursor())
+        history.append(step(batch, 1e-3)[0].clone())
     return torch.stack(history)
 
 
