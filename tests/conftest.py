@@ -40,7 +40,25 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def prepared_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter a quarter faster: it prepares the language once, not for each call of a function."""
+    from triton.runtime import interpreter
+
+    prepare, prepared = interpreter._patch_lang, {}
+
+    def prepare_once(fn: Any) -> Any:
+        if fn.__module__ not in prepared:
+            prepared[fn.__module__] = prepare(fn)
+        return interpreter._LangPatchScope()  # that restores nothing
+
+    monkeypatch.setattr(interpreter, "_patch_lang", prepare_once)
+    yield
+    for scope in reversed(prepared.values()):
+        scope.restore()
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch, prepared_interpreter: None) -> Iterator[None]:
     """The seam insists on Triton, and memory that is not written is NaN: a kernel that skips some fails."""
     monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
     before = torch.are_deterministic_algorithms_enabled()

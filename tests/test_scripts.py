@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").iterdir())
@@ -44,3 +47,21 @@ def test_shakespeare_scripts_ask_for_their_file(name: str) -> None:
     done = subprocess.run([ROOT / "scripts" / name], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+def test_the_workflow_runs_the_oldest_and_the_newest_that_the_package_allows() -> None:
+    allowed = " ".join(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
+    oldest, newest = (row["packages"] for row in job["strategy"]["matrix"]["include"])
+    for package in ("torch", "triton"):
+        found = re.search(rf"{package}>=(\d+\.\d+),<(\d+)\.(\d+)", allowed)
+        assert found
+        first, major, beyond = found.groups()
+        assert f"{package}=={first}.0" in oldest
+        assert f"{package}=={major}.{int(beyond) - 1}." in newest
+    tested = (ROOT / "scripts" / "test_versions").read_text()
+    assert oldest in tested
+    assert newest in tested
+    for step in job["steps"]:
+        subprocess.run(["bash", "-n", "-c", step.get("run", "")], check=True)
+    assert job["steps"][-1]["run"] == "scripts/test"
