@@ -13,8 +13,9 @@ and where they apply
     captured                 whether a kernel was timed as a CUDA graph, see clock.py
     peak_mb, predicted_mb    memory, and what `fusedgpt train --estimate` predicts
     train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see workloads/jobs.py
+    curve                                          of a training, see workloads/optimizers.py
 `stamp` adds the machine, its clocks, the versions and the commit.
-Suites: ceilings, kernels, train, everyday, jobs.
+Suites: ceilings, kernels, train, everyday, jobs, optimizers.
 """
 
 from __future__ import annotations
