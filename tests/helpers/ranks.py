@@ -74,7 +74,7 @@ def command(size: int, arguments: Sequence[Any], folder: Path, **options: Any) -
     """(exit code, standard output, standard error) of each rank of `fusedgpt ARGUMENTS` in `folder`."""
     processes, _store = launch(size, arguments, folder, **options)
     for process in processes:
-        process.join(120)
+        process.join(300)
     return [
         (process.exitcode, (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text())
         for rank, process in enumerate(processes)

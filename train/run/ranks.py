@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +30,9 @@ TIMEOUT = 50.0  # seconds: within a minute of a rank's death or hang the others 
 _JOINING = timedelta(minutes=10)  # until all ranks have reached the store
 _HEARTBEAT = 2.0  # seconds
 _LONGEST_POLL = 0.1
+_GLOO = re.compile(
+    "gloo|Application timeout|Timed out waiting|Connection closed"
+)  # it has no errors of its own
 _FIRST_TO_SPEAK = 0.5  # seconds for rank 0 to report an error that all ranks have
 
 
@@ -197,9 +201,10 @@ def join_ranks() -> Ranks:
 
 def explain_lost(error: Exception) -> str:
     """What to say of an error of torch.distributed; empty for others."""
-    if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
+    if not isinstance(error, torch.distributed.DistError) and not _GLOO.search(str(error)):
         return ""
-    return f"another rank is gone or hangs: {str(error).splitlines()[0]}"
+    first = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
+    return f"another rank is gone or hangs: {first.split('. ')[0]}"
 
 
 def leave(message: str, code: int) -> NoReturn:

@@ -143,8 +143,8 @@ def wait_for_a_save(folder: Path) -> None:
 
 
 def impatient() -> None:
-    """Every rank gives the others three seconds."""
-    ranks_.TIMEOUT = 3.0
+    """Every rank gives the others a few seconds."""
+    ranks_.TIMEOUT = 6.0
 
 
 def test_a_stop_of_one_rank_is_all_ranks_stop(text: Path) -> None:
@@ -171,9 +171,10 @@ def test_the_others_end_when_a_rank_is_gone(text: Path, number: signal.Signals) 
     processes, _store = launch(2, ["train", "--data", text, *LONG], text.parent, faulty=faulty)
     wait_for_a_save(text.parent)
     os.kill(processes[0].pid, number)
-    processes[1].join(20)
+    processes[1].join(60)
     assert processes[1].exitcode == 1
-    assert "rank 1: another rank is gone or hangs" in (text.parent / "err1").read_text()
+    said = (text.parent / "err1").read_text()
+    assert re.search("rank 1: (another rank is gone or hangs|rank 0 has shown no sign of life)", said), said
     processes[0].kill()
     processes[0].join()
 
@@ -204,7 +205,7 @@ def test_torchrun_restarts_a_run_and_it_goes_on(text: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 12

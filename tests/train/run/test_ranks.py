@@ -105,7 +105,13 @@ def test_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_an_error_says_of_other_ranks() -> None:
-    gone = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3")
-    assert "another rank is gone or hangs: [gloo" in explain_lost(gone)
+    gone = (
+        "[/third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3. This is ..."
+    )
+    assert explain_lost(RuntimeError(gone)) == (
+        "another rank is gone or hangs: Connection closed by peer [127.0.0.1]:3"
+    )
+    timeout = "Application timeout caused pair closure"  # what gloo says of a rank that hangs
+    assert explain_lost(RuntimeError(timeout)) == f"another rank is gone or hangs: {timeout}"
     assert "another rank is gone" in explain_lost(torch.distributed.DistBackendError("NCCL error"))
     assert explain_lost(RuntimeError("shapes differ")) == ""
