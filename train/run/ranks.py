@@ -56,7 +56,7 @@ class Ranks(World):
         self._store, self._meetings, self._gatherings = store, 0, 0
         self._asked: tuple[Tensor, torch.distributed.Work] | None = None
         self._beats, self._heard = [0] * size, [0.0] * size  # each rank's heartbeats, and when they changed
-        clone = store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
+        clone = store.clone()  # type: ignore[attr-defined, unused-ignore]  # a store serves one thread
         threading.Thread(target=self._show_life, args=(clone,), name="heartbeat", daemon=True).start()
 
     def device(self, name: str) -> str:
