@@ -1,7 +1,7 @@
 """Template texts for `fusedgpt create`: one grammar per domain, steered by the words of the prompt.
 
-The grammars are the TOML files in templates/. A rule is a list of alternatives, a bank a list of rows whose
-fields are separated by ";". Alternatives, rows and fields are templates:
+The grammars are the TOML files in templates/, NAME.ja.toml for Japanese texts. A rule is a list of
+alternatives, a bank a list of rows whose fields are separated by ";". All of them are templates:
 
     {name}                          a rule, a bank (its first field) or a bound row
     {x=bank}                        binds a row to x for the rest of the sample; expands to nothing
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Set
 from random import Random
 
 from fusedgpt.kernels.errors import InputError
+from fusedgpt.train.data.synthetic.japanese import choose_language, japanese_names, japanese_topics
 from fusedgpt.train.data.synthetic.parts import (
     Agree,
     Alternative,
@@ -40,9 +41,9 @@ from fusedgpt.train.data.synthetic.words import (
     normalise,
     plural,
     proper_names,
-    read_templates,
     singular_of,
     stem,
+    templates_of,
     words_of,
 )
 
@@ -82,15 +83,16 @@ _NUMBER = re.compile(r"\{(\d+)\.\.(\d+)(?:/(\d+))?(?: ([^{}]+))?\}")
 class Grammar:
     """The compiled templates of a domain."""
 
-    def __init__(self, domain: str) -> None:
-        sources = [read_templates("shared"), read_templates(domain)]
+    def __init__(self, domain: str, language: str = "en") -> None:
+        own = templates_of(domain, language)
+        sources = [templates_of("shared", language), own]
         rules = {name: rule for source in sources for name, rule in source.get("rules", {}).items()}
         banks = {name: bank for source in sources for name, bank in source.get("banks", {}).items()}
         # The bank "topic" is filled with subjects of the prompt that no template knows.
         self.choices = {name: Choice([], True) for name in [*rules, *banks, "topic"]}
         # Which nouns of a prompt become topics: those "unknown" to the tags; "all", ranked like tagged rows;
         # or all as an "aside", ranked after the rows with the tags of the prompt.
-        self.topics: str = read_templates(domain).get("topics", "unknown")
+        self.topics: str = own.get("topics", "unknown")
         for name, rule in rules.items():
             self.choices[name].alternatives += [self._alternative(text.strip(), None) for text in rule]
         for name, bank in banks.items():
@@ -237,22 +239,26 @@ def steered_grammar(prompt: str, domain: str | None = None) -> Choice:
     domain = domain or choose_domain(prompt)
     if domain not in DOMAINS:
         raise InputError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
-    excluded = _excluded(prompt, read_templates(domain).get("excludes", {}))
-    root = _steered(prompt, domain, excluded)
+    language = choose_language(prompt)
+    excluded = _excluded(prompt, templates_of(domain, language).get("excludes", {}))
+    root = _steered(prompt, domain, language, excluded)
     # If a prompt excludes everything, its exclusions are ignored.
-    return root if root.allowed else _steered(prompt, domain, frozenset())
+    return root if root.allowed else _steered(prompt, domain, language, frozenset())
 
 
-def _steered(prompt: str, domain: str, excluded: frozenset[str]) -> Choice:
+def _steered(prompt: str, domain: str, language: str, excluded: frozenset[str]) -> Choice:
     """The root of a domain's grammar, compiled and steered by the prompt."""
-    grammar = Grammar(domain)
-    for phrase, many in _topics(prompt, domain, grammar):
+    grammar = Grammar(domain, language)
+    wanted = frozenset([_ASIDE, *content_stems(prompt), *japanese_names(prompt, grammar.known)]) - excluded
+    topics = japanese_topics(prompt) if language == "ja" else _topics(prompt, domain, grammar)
+    for phrase, many in topics:
         stems = frozenset(stem(word) for word in WORD.findall(phrase)) - {"the"}
         known = stem(phrase.split()[-1]) in grammar.known
         if not stems & excluded and not (known and grammar.topics == "unknown"):
             grammar.add_topic(phrase, {_ASIDE} if grammar.topics == "aside" else stems, many)
+            wanted |= stems if language == "ja" else frozenset()
     root = grammar.choices["root"]
-    root.steer(frozenset([_ASIDE, *content_stems(prompt)]) - excluded, excluded)
+    root.steer(wanted, excluded)
     return root
 
 

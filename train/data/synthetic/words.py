@@ -21,6 +21,11 @@ def read_templates(name: str) -> dict[str, Any]:
     return tomllib.loads((_TEMPLATES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def templates_of(name: str, language: str) -> dict[str, Any]:
+    """The templates of a domain, or those "shared" by all, in a language: "en" or "ja"."""
+    return read_templates(name if language == "en" else f"{name}.{language}")
+
+
 @lru_cache
 def words_of(key: str) -> frozenset[str]:
     """A word list of shared.toml: "stop", "about", "adjectives", ..."""

@@ -79,7 +79,7 @@ def test_hostile_prompts(prompt: str) -> None:
 
 def test_a_prompt_that_rules_out_everything_is_answered_all_the_same() -> None:
     prompt = "no dish, no sweet, no recipe, no advice, no memory"
-    assert not generate._steered(prompt, "cooking", generate._excluded(prompt, {})).allowed
+    assert not generate._steered(prompt, "cooking", "en", generate._excluded(prompt, {})).allowed
     assert len(set(draw(prompt, "cooking", n=5))) == 5
 
 
