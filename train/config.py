@@ -56,7 +56,7 @@ _sampling = partial(_setting, panel="Sampling")
 class ModelConfig(_Frozen):
     """A preset, and what deviates from it."""
 
-    preset: Literal["12M", "33M", "117M", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = _setting(
+    preset: Literal["3M", "12M", "33M", "117M", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = _setting(
         "12M", "Model size."
     )
     n_layer: int | None = _model(None, "Number of transformer blocks.", unset="the preset's")
@@ -94,7 +94,9 @@ class ModelConfig(_Frozen):
 class DataConfig(_Frozen):
     """How text becomes training windows, and how much text `create` generates."""
 
-    tokenizer: str = _setting("gpt2", "Tokenizer: gpt2, char, byte, or the path of a tokenizer.json.")
+    tokenizer: str = _setting(
+        "gpt2", "Tokenizer: gpt2, char, byte, the path of a tokenizer.json; for create also auto."
+    )
     max_length: int | None = _data(None, "Tokens per training window.", unset="the context length", ge=1)
     packing: bool = _data(False, "Pack whole documents into windows instead of cutting them.")
     document_masks: bool = _data(False, "Let tokens attend only within their own document.")
@@ -103,8 +105,12 @@ class DataConfig(_Frozen):
     errors: Literal["strict", "replace", "ignore"] = _files(
         "strict", "Bytes that are not UTF-8: refuse the file, replace them by U+FFFD, or skip them."
     )
-    raw_tokens: int | None = _texts(None, "GPT-2 tokens of text to generate.", unset="by preset", ge=1)
-    refined_tokens: int | None = _texts(None, "GPT-2 tokens of text to keep.", unset="by preset", ge=1)
+    raw_tokens: int | None = _texts(
+        None, "GPT-2 tokens of text to generate.", unset="by preset and source", ge=1
+    )
+    refined_tokens: int | None = _texts(
+        None, "GPT-2 tokens of text to keep.", unset="by preset and source", ge=1
+    )
 
 
 class TrainConfig(_Frozen):
@@ -282,11 +288,6 @@ def windows_per_step(config: TrainConfig, max_length: int) -> int:
 
 Sections = dict[str, dict[str, Any]]
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-# Defaults of a command that differ from the settings' own.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "create": {"learning_rate": 6e-4, "keep_last": 0, "max_length": 128},
-    "chat": {"repetition_penalty": 1.1},
-}
 
 
 def settings_of(command: str) -> dict[str, FieldInfo]:
@@ -332,25 +333,15 @@ def build_config(
         raise ConfigError(explain(error)) from None
 
 
-def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
-    """The configuration of `create`, whose short texts need short windows and a higher learning rate.
-
-    Arguments and errors are build_config's.
-    """
-    layers = list(layers)
-    shape = build_config(options, DEFAULTS["create"] | {"max_length": 1}, layers=layers).model.gpt_config(1)
-    max_length = min(DEFAULTS["create"]["max_length"], shape.block_size)
-    return build_config(options, DEFAULTS["create"] | {"max_length": max_length}, layers=layers)
-
-
 def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
     """Make init_from absolute, so that a resume finds it, and use its tokenizer if none is given."""
     if options.get("preset"):
         raise ConfigError("--init-from sets the shape of the model: leave out --preset")
     folder = Path(merged["model"]["init_from"]).expanduser().resolve()
     merged["model"]["init_from"] = str(folder)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        merged["data"].setdefault("tokenizer", str(folder))
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if has_tokenizer and merged["data"].get("tokenizer", "auto") == "auto":
+        merged["data"]["tokenizer"] = str(folder)
 
 
 def _by_section(options: Mapping[str, Any]) -> Sections:

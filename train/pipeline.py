@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,13 +22,16 @@ from fusedgpt.model.generate import sample_texts
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.initialise import init_from
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, well_formed
-from fusedgpt.train.config import ConfigError, RunConfig, create_config
+from fusedgpt.train.config import ConfigError, RunConfig
 from fusedgpt.train.data.synthetic.collect import collect
 from fusedgpt.train.data.synthetic.grammar import choose_domain
+from fusedgpt.train.data.synthetic.japanese import choose_language
 from fusedgpt.train.data.synthetic.task import Bar, Task, no_bar
 from fusedgpt.train.data.text.sources import Piece, Source
+from fusedgpt.train.data.text.tokenizer_training import fitting_tokenizer
 from fusedgpt.train.data.tokens.dataset import TokenDataset
 from fusedgpt.train.data.tokens.load import is_token_set, kept, load_data, tokenise
+from fusedgpt.train.defaults import create_config, text_tokens
 from fusedgpt.train.loop.precision import resolve_device
 from fusedgpt.train.loop.sampling import Sampler
 from fusedgpt.train.loop.trainer import TrainingSummary, count_steps, train
@@ -40,12 +43,11 @@ from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.run.world import ALONE, World
 from fusedgpt.train.tools import scaling
 from fusedgpt.train.tools.estimate import estimate, table
+from fusedgpt.train.tools.quality import Quality, judge
 
 GENERATION_METHODS = ("template", "ollama", "openai")
-TEST_PROMPTS = ("", "The", "Today")
+TEST_PROMPTS = {"en": ("", "The", "Today"), "ja": ("", "今日は")}
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
-# GPT-2 tokens to generate and to keep, by preset; larger presets take the last.
-_TOKEN_TARGETS = {"12M": (30_000, 15_000), "33M": (50_000, 25_000), "117M": (100_000, 50_000)}
 _DATA_DIR = ".data"  # in the output directory: what a language model wrote and graded, kept for a restart
 
 
@@ -60,11 +62,12 @@ class TrainingResult:
     run_path: Path
     summary: TrainingSummary
     samples: dict[str, str]  # test prompt -> prompt and continuation
+    quality: dict[str, Any] | None = None  # Quality.as_dict, of `create` with templates
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         paths = {"model_path": str(self.model_path), "run_path": str(self.run_path)}
-        return {**paths, **self.summary.as_dict(), "samples": self.samples}
+        return {**paths, **self.summary.as_dict(), "samples": self.samples, "quality": self.quality}
 
 
 def run_full_pipeline(
@@ -105,7 +108,12 @@ def run_full_pipeline(
         monitor.note(f"domain: {domain}")
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
         texts, provenance = world.from_first(lambda: _texts_of_run(run, task, config, output_dir / _DATA_DIR))
-        tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *TEST_PROMPTS]))
+        prompts = TEST_PROMPTS[choose_language(prompt)]
+        if config.data.tokenizer == "auto":
+            tokenizer = fitting_tokenizer(texts)
+        else:
+            tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *prompts]))
+        monitor.note(f"tokenizer: {tokenizer.vocab_size:,} ids")
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
         if world.first:
             write_file(run.path / TEXTS, dataset_json)
@@ -113,8 +121,21 @@ def run_full_pipeline(
         model = _new_model(config, tokenizer, monitor)
         files = {TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
         folder = output_dir / domain
+        by_templates = config.llm.data_source == "template"
         return _train_and_save(
-            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, files, world
+            model,
+            tokenizer,
+            dataset,
+            config,
+            run,
+            monitor,
+            profile,
+            folder,
+            provenance,
+            files,
+            world,
+            test_prompts=prompts,
+            judged=(lambda: judge(model, tokenizer, task, texts)) if by_templates else None,
         )
 
 
@@ -126,8 +147,7 @@ def _texts_of_run(
     if run.resumed is not None and kept.is_file():
         provenance = json.loads(kept.read_text(encoding="utf-8"))
         return provenance.pop("samples"), provenance
-    raw, refined = _TOKEN_TARGETS.get(config.model.preset, _TOKEN_TARGETS["117M"])
-    raw, refined = config.data.raw_tokens or raw, config.data.refined_tokens or refined
+    raw, refined = text_tokens(config, choose_language(task.prompt))
     texts, made = collect(task, config.llm, raw_tokens=raw, refined_tokens=refined, work_dir=work_dir)
     return texts, {"prompt": task.prompt, "domain": task.domain, **made}
 
@@ -195,6 +215,9 @@ def _train_and_save(
     provenance: dict[str, Any],  # for generation_info.json
     files: dict[str, str],  # further files for the model folder: name -> text
     world: World,
+    *,
+    test_prompts: Sequence[str] = TEST_PROMPTS["en"],
+    judged: Callable[[], Quality] | None = None,  # after training
 ) -> TrainingResult:
     settings = {
         f"{section}.{name}": value
@@ -214,10 +237,23 @@ def _train_and_save(
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
     begun = {**provenance, "created": started.isoformat(timespec="seconds")}
     result = world.from_first(
-        lambda: _save(model, tokenizer, dataset, config, run, monitor, folder, begun, files, summary)
+        lambda: _save(
+            model,
+            tokenizer,
+            dataset,
+            config,
+            run,
+            monitor,
+            folder,
+            begun,
+            files,
+            summary,
+            test_prompts,
+            judged,
+        )
     )
     paths = {name: Path(result[name]) for name in ("model_path", "run_path")}
-    return TrainingResult(**paths, summary=summary, samples=result["samples"])
+    return TrainingResult(**paths, summary=summary, samples=result["samples"], quality=result["quality"])
 
 
 def _save(
@@ -231,11 +267,14 @@ def _save(
     begun: dict[str, Any],  # of generation_info.json
     files: dict[str, str],
     summary: TrainingSummary,
+    test_prompts: Sequence[str],
+    judged: Callable[[], Quality] | None,
 ) -> dict[str, Any]:
     """Write the model folder and end the run; the result as TrainingResult.as_dict."""
     total, without_embeddings = model.config.parameter_counts()
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model
-        samples = _test_samples(model, tokenizer, config.train.seed, stop)
+        samples = _test_samples(model, tokenizer, test_prompts, config.train.seed, stop)
+        quality = judged().as_dict() if judged is not None and not stop.requested() else None
         info = {
             **begun,
             "config": config.model_dump(),
@@ -243,6 +282,7 @@ def _save(
             "tokens": {"train": len(dataset.train), "validation": len(dataset.val)},
             "training": summary.as_dict(),
             "samples": samples,
+            **({} if quality is None else {"quality": quality}),
             "versions": versions(),
         }
         generation_info = to_json(info, ensure_ascii=False, indent=2) + "\n"
@@ -250,7 +290,9 @@ def _save(
         name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
         with run.model_not_lost():
             path = save_folder(model, tokenizer, folder.parent, name, extra=files)
-        made = TrainingResult(model_path=path, run_path=run.path, summary=summary, samples=samples)
+        made = TrainingResult(
+            model_path=path, run_path=run.path, summary=summary, samples=samples, quality=quality
+        )
         result = made.as_dict()
         for problem in run.finish(result):
             monitor.note(problem)
@@ -259,10 +301,12 @@ def _save(
     return result
 
 
-def _test_samples(model: GPT, tokenizer: Tokenizer, seed: int, stop: StopSignals) -> dict[str, str]:
+def _test_samples(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], seed: int, stop: StopSignals
+) -> dict[str, str]:
     """Continuations of the test prompts, by prompt, until a signal comes."""
     samples: dict[str, str] = {}
-    for prompt in TEST_PROMPTS:
+    for prompt in prompts:
         try:
             tokenizer.encode(prompt)
         except ValueError:  # a character vocabulary may lack a letter

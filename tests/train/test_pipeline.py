@@ -23,12 +23,13 @@ from fusedgpt.model.gpt import GPT
 from fusedgpt.model.hf_config import list_folders
 from fusedgpt.model.tokenizer import byte_tokenizer, gpt2_tokenizer
 from fusedgpt.train import pipeline
-from fusedgpt.train.config import ConfigError, RunConfig, build_config
+from fusedgpt.train.config import RunConfig, build_config
 from fusedgpt.train.data.synthetic import collect
 from fusedgpt.train.data.synthetic.collect import generate_texts
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
 from fusedgpt.train.report.metrics import read_metrics
+from fusedgpt.train.tools import quality
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
 FILES = {
@@ -46,21 +47,14 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run directories are made where one stands."""
+    """Run directories are made where one stands. The report at the end of `create` is a short one."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr(quality, "_SAMPLED", 10)
+    monkeypatch.setattr(quality, "_FRESH", 10)
 
 
 def tiny(**changes: object) -> RunConfig:
     return create_config({**TINY, "raw_tokens": 3000, "refined_tokens": 1500, **changes})
-
-
-def test_create_has_short_windows_that_fit_the_context() -> None:
-    assert create_config({}).max_length == 128
-    assert create_config({"block_size": 64}).max_length == 64
-    assert create_config({"block_size": 64, "max_length": 32}).max_length == 32
-    assert create_config({"block_size": None}).train.learning_rate == 6e-4
-    with pytest.raises(ConfigError, match="block_size"):
-        create_config({"block_size": 0})
 
 
 def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
@@ -80,6 +74,9 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
     assert info["domain"] == "poetry"
     assert info["generation_method"] == "template"
     assert info["training"]["val_loss"] == result.summary.val_loss
+    assert result.quality is not None
+    assert info["quality"] == result.quality
+    assert (info["quality"]["sampled"], len(info["quality"]["samples"])) == (10, 8)
     texts = dataset["samples"]
     assert (result.model_path / "dataset.txt").read_text() == "\n\n".join(texts) + "\n"
     kept = sum(map(len, gpt2_tokenizer().encode_batch(texts)))
@@ -320,3 +317,25 @@ def test_a_data_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
     assert info["data"] == [str(tmp_path / "caf\ufffd.txt")]
     again = train_on_files([file], tiny(steps=3, tokenizer="byte", keep_last=1), tmp_path, resume=run)
     assert again.summary.steps == 3
+
+
+@pytest.mark.parametrize("prompt", ["recipes", "料理のレシピ"])
+def test_transformers_and_gguf_say_what_sample_says(tmp_path: Path, prompt: str) -> None:
+    """With the vocabulary that `create` trains by default."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fusedgpt.model.export import export_gguf
+    from fusedgpt.model.generate import sample_texts
+
+    path = run_full_pipeline(prompt, tiny(steps=6), tmp_path).model_path
+    (gpt, tokenizer), text = load_folder(path), "今日は" if prompt != "recipes" else "Today we make"
+    ours = sample_texts(gpt, tokenizer, text, max_new_tokens=16, temperature=0.0)[0]
+    export_gguf(gpt, tokenizer, tmp_path / "m.gguf")
+    shape = {"config": AutoConfig.from_pretrained(path)}  # which transformers does not read from GGUF
+    for folder, options in ((path, {}), (tmp_path, {"gguf_file": "m.gguf"})):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, **options, **(shape if options else {}))
+        ids_of = AutoTokenizer.from_pretrained(folder, **options)
+        ids = ids_of(text, return_tensors="pt").input_ids
+        assert ids[0].tolist() == tokenizer.encode(text)
+        new = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0]
+        assert ids_of.decode(new, skip_special_tokens=True) == ours

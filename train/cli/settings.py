@@ -25,7 +25,8 @@ class SettingsCommand(TyperCommand):
     def _settings(self) -> list[Any]:
         from pydantic import create_model
 
-        from fusedgpt.train.config import DEFAULTS, panel_of, settings_of
+        from fusedgpt.train.config import panel_of, settings_of
+        from fusedgpt.train.defaults import DEFAULTS
 
         options: dict[str, Any] = {}
         command = self.name or ""

@@ -66,7 +66,8 @@ def create(
 ) -> None:
     """Create a GPT from a prompt: generate texts, refine them, train, test, save a model folder."""
     spin_briefly(_SPINS)
-    from fusedgpt.train.config import ConfigError, create_config
+    from fusedgpt.train.config import ConfigError
+    from fusedgpt.train.defaults import create_config
 
     world = join()
     this = {"command": "create", "prompt": prompt}
@@ -172,13 +173,17 @@ def _finished_is_fine(resume: str | None, as_json: bool) -> Iterator[None]:
 
 def _report(result: dict[str, Any], as_json: bool) -> None:
     """The outcome, for a person or a program; result: as TrainingResult.as_dict."""
-    from fusedgpt.train.report.model_card import loss_text
+    from fusedgpt.train.report.model_card import loss_text, quality_text
 
     if as_json:
         print_json(result)
         return
     for prompt, text in result["samples"].items():
         typer.echo(f"--- sample for {prompt!r}\n{printable(text).rstrip()}\n")
+    if quality := result.get("quality"):
+        for i, text in enumerate(quality["samples"], 1):
+            typer.echo(f"--- text {i} of {len(quality['samples'])}\n{printable(text).strip()}\n")
+        typer.echo(quality_text(quality))
     typer.echo(
         f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tok/s, "
         f"loss {result['final_loss']:.4f}, validation loss {loss_text(result['best_val_loss'])}"

@@ -13,6 +13,13 @@ def loss_text(loss: float | None) -> str:
     return "none held out" if loss is None else f"{loss:.4f} nats per token"
 
 
+def quality_text(quality: dict[str, Any]) -> str:
+    """What `create` found at the end, in words; quality: as Quality.as_dict."""
+    bits, well_formed = quality["bits_per_byte"], round(quality["well_formed"] * quality["sampled"])
+    unseen = "" if bits is None else f"{bits:.3f} bits per byte of unseen text, "
+    return f"{unseen}{well_formed} of {quality['sampled']} sampled texts well formed"
+
+
 def model_card(info: dict[str, Any], config: RunConfig) -> str:
     """The text of README.md; info: the content of generation_info.json."""
     training, tokens, parameters = info["training"], info["tokens"], info["parameters"]
@@ -32,7 +39,7 @@ Trained {beginning} on {_source(info)}.
 | parameters | {parameters["total"]:,}, {parameters["without_embeddings"]:,} of them outside the embeddings |
 | training | {tokens["train"]:,} tokens, {training["steps"]:,} steps |
 | validation loss | {loss_text(training["best_val_loss"])} |
-| window | {config.max_length} tokens; positions past it were never trained |
+{_quality_row(info)}| window | {config.max_length} tokens; positions past it were never trained |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,6 +49,10 @@ ids = tokenizer("The", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True, temperature=0.8, top_k=40)[0]))
 ```
 """
+
+
+def _quality_row(info: dict[str, Any]) -> str:
+    return f"| quality | {quality_text(info['quality'])} |\n" if "quality" in info else ""
 
 
 def _source(info: dict[str, Any]) -> str:

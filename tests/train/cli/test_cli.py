@@ -117,7 +117,7 @@ def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
     assert again.stdout == done.stdout
     assert "beta2 = 0.95" in again.stdout
     assert "learning_rate = 0.001" in again.stdout
-    assert "max_length = 128" in fusedgpt("create", "poems", "--print-config").stdout
+    assert "max_length = 256" in fusedgpt("create", "poems", "--print-config").stdout
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -140,7 +140,10 @@ def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
     small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
     done = fusedgpt("create", "料理のレシピ", "--output-dir", tmp_path, *small)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--- sample for") == 3
+    assert done.stdout.count("--- sample for '") == 2
+    assert "--- sample for '今日は'" in done.stdout
+    assert done.stdout.count("--- text ") == 8
+    assert re.search(r"bits per byte of unseen text, \d+ of 100 sampled texts well formed", done.stdout)
     folder = Path(done.stdout.split("model folder: ")[1].strip())
     assert folder.name.startswith("cooking_")
     assert "domain: cooking" in done.stderr
@@ -198,7 +201,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             1,
             "training tokens, too few for one window of 512",
         ),
-        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '12M', '33M', "),
+        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '3M', '12M', '33M', "),
         ("train --data {root}/book.txt --schedule cosin", 2, "'cosin' is not one of 'constant', 'linear', "),
         ("train --data {root}/book.txt --set train.schedule=x", 2, "schedule: Input should be 'constant', "),
         ("train --data {root}/book.txt --raw-tokens 9", 2, "No such option: --raw-tokens"),
@@ -407,12 +410,13 @@ def test_every_setting_has_a_flag_in_a_panel(command: str, monkeypatch: pytest.M
     )
     assert first == [*(["--data"] if command == "train" else []), *common.split(), "--help"]
     assert "<auto|bf16|fp16|fp32>" in text
-    assert text.count("[default: auto]") == 4 + (command == "create")  # each once, timeouts included
+    # each once; of create also the tokenizer's and the timeouts'
+    assert text.count("[default: auto]") == 5 + 2 * (command == "create")
 
 
 def test_help_shows_the_defaults_of_create() -> None:
     text = fusedgpt("create", "--help").stdout
-    assert "[default: 0.0006]" in text
+    assert "[default: 0.002]" in text
     assert "[default: 0.0003]" not in text
     assert "--raw-tokens" in text
     assert "--raw-tokens" not in fusedgpt("train", "--help").stdout

@@ -25,7 +25,7 @@ class Checker:
         if any(state.end == len(text) for state in ends):
             return None
         furthest = reader.furthest
-        end = max((state.end for state in ends), default=0)
+        end = max((state.end for state in ends), default=-1)
         if end >= furthest.end:
             return f"after {_end(text, end)!r} the text should end, but {_start(text[end:])!r} follows"
         return _describe(text, furthest)

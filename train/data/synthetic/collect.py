@@ -41,6 +41,8 @@ def collect(
 ) -> tuple[list[str], dict[str, Any]]:
     """Generate and refine: the texts to train on, and their part of generation_info.json.
 
+    Where all texts of templates are to be kept, they stay as they are: distinct and well formed.
+
     A language model's samples and grades are saved in work_dir/FINGERPRINT as they come in; a later call for
     the same task and model continues from there. Raises LLMError if the server fails and config.fallback is
     "none".
@@ -48,12 +50,14 @@ def collect(
     started = time.monotonic()
     folder = work_dir / config.fingerprint(task.prompt, task.domain, task.seed)
     texts, made = make_texts(task, config, raw_tokens, folder / "samples.jsonl")
+    info = {"generation_method": config.data_source, "samples_generated": len(texts), "generation": made}
+    if config.data_source == "template" and raw_tokens <= refined_tokens:
+        return texts, {**info, "refinement": {"kept": len(texts), "dropped": {}, "grader": "none"}}
     if "fallback" in made:  # the server has just failed
         config = config.model_copy(update={"refine_model": HEURISTICS})
     spent = time.monotonic() - started
     kept, refined = refine_texts(texts, task, config, refined_tokens, folder / "grades.jsonl", spent)
-    info = {"generation_method": config.data_source, "samples_generated": len(texts)}
-    return kept, {**info, "generation": made, "refinement": refined}
+    return kept, {**info, "refinement": refined}
 
 
 def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tuple[list[str], dict[str, Any]]:

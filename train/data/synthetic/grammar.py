@@ -19,6 +19,7 @@ Alternatives of a rule and rows of a bank are drawn without replacement in a sam
 
 import re
 from collections.abc import Iterator, Set
+from functools import lru_cache
 from random import Random
 
 from fusedgpt.kernels.errors import InputError
@@ -234,6 +235,7 @@ def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -
     return _stream(root, Random(seed_text))
 
 
+@lru_cache(maxsize=4)
 def steered_grammar(prompt: str, domain: str | None = None) -> Choice:
     """The rule from which the texts for a prompt are written. Domain and errors are generate_samples's."""
     domain = domain or choose_domain(prompt)

@@ -155,6 +155,8 @@ class Reader:
         """The end of `words`, if they stand at `start`."""
         if self.text.startswith(words, start):
             return start + len(words)
+        if start + len(words) < self.furthest.end and not self.capitals:
+            return None
         same = 0
         for place, (found, wanted) in enumerate(
             zip(self.text[start : start + len(words)], words, strict=False), start

@@ -25,7 +25,8 @@ _MIN_SCORE = 0.45
 _SHINGLE, _BANDS, _ROWS = 3, 10, 3
 _NEAR = 0.75
 _BUCKET, _COMPARE = 48, 6  # texts of a bucket that are considered; texts compared in full
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_CJK = r"\u3041-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:'[^\W_]+)*")  # each letter of Japanese, which has no spaces
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fusedgpt.kernels.errors import InputError
-from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer
+from fusedgpt.model.tokenizer import END_OF_TEXT, MAX_VOCAB_SIZE, Tokenizer, gpt2_tokenizer
 from fusedgpt.model.tokenizer_json import CustomTokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
 
 _SMALLEST_VOCAB = 257  # every byte, and end-of-text
 _MAX_CHARACTERS = 1 << 28  # more hardly improve a vocabulary, and word counts take memory
+# For text that is made: an id for so many bytes, in powers of two. More text has more words worth an id.
+_BYTES_PER_ID = 1_300
+_FITTING_SIZES = [1 << n for n in range(9, 14)]  # beyond them, GPT-2's
+_LEARNED_BYTES = 2_000_000  # enough for so few ids
 # The time to train grows with the square of a word's length, and text without spaces is a single word.
 _LONG_WORD = r"\S{256}|\s{256}"
+
+
+def fitting_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE whose size fits the amount of text, 512 to 8,192 ids; GPT-2's for more text."""
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    sizes = [size for size in _FITTING_SIZES if size * 1.5 > n_bytes / _BYTES_PER_ID]
+    if not sizes:
+        return gpt2_tokenizer()
+    n_learned = max(1, len(texts) * _LEARNED_BYTES // max(n_bytes, _LEARNED_BYTES))
+    return train_tokenizer((Piece(text, True) for text in texts[:n_learned]), sizes[0])
 
 
 def train_tokenizer(

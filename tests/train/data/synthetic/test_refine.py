@@ -157,3 +157,12 @@ def test_near_linear_on_one_frame() -> None:
     start = time.process_time()
     run(samples)
     assert time.process_time() - start < 8.0
+
+
+def test_japanese_has_words_although_it_has_no_spaces() -> None:
+    prompt = "詩を書くGPT"
+    texts = [text for text, _ in zip(generate_samples(prompt), range(60), strict=False)]
+    kept, report = run(texts, prompt)
+    assert "too short" not in report.dropped
+    assert len(kept) > 40
+    assert run(["海の詩"], prompt)[1].dropped == {"too short": 1}

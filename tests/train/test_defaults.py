@@ -1,0 +1,72 @@
+"""What `create` does where nothing is said."""
+
+from pathlib import Path
+
+import pytest
+
+from fusedgpt.train.config import ConfigError, build_config, read_toml
+from fusedgpt.train.defaults import create_config, text_tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_create_has_windows_that_fit_the_context() -> None:
+    assert create_config({}).max_length == 256
+    assert create_config({"block_size": 64}).max_length == 64
+    assert create_config({"block_size": 64, "max_length": 32}).max_length == 32
+    with pytest.raises(ConfigError, match="block_size"):
+        create_config({"block_size": 0})
+
+
+def test_the_learning_rate_falls_with_the_size() -> None:
+    rates = [create_config({"preset": size}).train.learning_rate for size in ("3M", "12M", "33M", "gpt2")]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == 4
+    assert create_config({"preset": "33M", "learning_rate": 5e-3}).train.learning_rate == 5e-3
+    assert create_config({"block_size": None}) == create_config({})
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"steps": 100}, (100 * 4 * 256, 100 * 4 * 256)),
+        ({"steps": 100, "batch_size": 2, "max_length": 64}, (12_800, 12_800)),
+        ({"steps": 100, "batch_tokens": 4096}, (409_600, 409_600)),
+        ({"steps": 10**6}, (5_000_000, 5_000_000)),
+        ({"epochs": 4}, (250_000, 250_000)),
+        ({"refined_tokens": 900}, (900, 900)),
+        ({"raw_tokens": 3000, "refined_tokens": 900}, (3000, 900)),
+        ({"data_source": "ollama", "gen_model": "a"}, (30_000, 15_000)),
+        ({"data_source": "ollama", "gen_model": "a", "preset": "33M"}, (50_000, 25_000)),
+        ({"data_source": "ollama", "gen_model": "a", "preset": "gpt2"}, (100_000, 50_000)),
+    ],
+)
+def test_templates_write_what_training_reads(options: dict[str, object], tokens: tuple[int, int]) -> None:
+    assert text_tokens(create_config(options)) == tokens
+
+
+def test_japanese_has_twice_as_many_gpt2_tokens() -> None:
+    assert text_tokens(create_config({"steps": 10}), "ja") == (20_480, 20_480)
+    assert text_tokens(create_config({"steps": 10, "refined_tokens": 900}), "ja") == (900, 900)
+
+
+def test_a_language_models_text_is_read_until_held_out_text_says_stop() -> None:
+    templates, model = create_config({}), create_config({"data_source": "ollama", "gen_model": "a"})
+    assert (templates.train.epochs, templates.train.patience) == (1, None)
+    assert (model.train.epochs, model.train.patience, model.data.val_fraction) == (20, 3, 0.1)
+    assert create_config({"data_source": "ollama", "gen_model": "a", "epochs": 2}).train.epochs == 2
+
+
+def test_the_original_job_is_one_option() -> None:
+    config = create_config({}, [read_toml(ROOT / "docs" / "original.toml")])
+    assert config == build_config(
+        {
+            "raw_tokens": 30_000,
+            "refined_tokens": 15_000,
+            "max_length": 128,
+            "learning_rate": 3e-4,
+            "keep_last": 0,
+            "dropout": 0.1,
+        }
+    )
+    assert text_tokens(config) == (30_000, 15_000)

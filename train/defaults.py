@@ -1,0 +1,77 @@
+"""Defaults of commands: those of `create` follow the source of the texts and the size of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fusedgpt.train.config import RunConfig, Sections, build_config, windows_per_step
+
+# Where they differ from the settings' own.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "create": {
+        "preset": "3M",
+        "tokenizer": "auto",
+        "max_length": 256,
+        "val_fraction": 0.01,
+        "epochs": 1,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "dropout": 0.0,
+        "weight_decay": 0.1,
+        "beta2": 0.99,
+        "keep_last": 0,
+    },
+    "chat": {"repetition_penalty": 1.1},
+}
+
+
+class _Size(NamedTuple):
+    learning_rate: float  # docs/experiments.md, "Three minutes of create"
+    read_tokens: int  # that training reads where templates write the text
+    raw_tokens: int  # GPT-2 tokens that a language model writes, and how many of them are kept
+    refined_tokens: int
+
+
+_SIZES = {
+    "3M": _Size(2e-3, 1_000_000, 30_000, 15_000),
+    "12M": _Size(1e-3, 1_000_000, 30_000, 15_000),
+    "33M": _Size(6e-4, 1_000_000, 50_000, 25_000),
+}
+_LARGER = _Size(4e-4, 2_000_000, 100_000, 50_000)
+_MOST_TOKENS = 5_000_000  # of templates; longer runs read them again
+
+# A language model's text is dear: it is read many times, and held-out text says when to stop.
+_FROM_LANGUAGE_MODEL = {"epochs": 20, "patience": 3, "val_fraction": 0.1, "dropout": 0.1}
+
+
+def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
+    """The configuration of `create`. Arguments and errors are build_config's."""
+    layers = list(layers)
+    defaults = DEFAULTS["create"] | {"max_length": 1}
+    given = build_config(options, defaults, layers=layers)
+    defaults["max_length"] = min(DEFAULTS["create"]["max_length"], given.model.gpt_config(1).block_size)
+    defaults["learning_rate"] = _size(given).learning_rate
+    if given.llm.data_source != "template":
+        defaults |= _FROM_LANGUAGE_MODEL
+    return build_config(options, defaults, layers=layers)
+
+
+def text_tokens(config: RunConfig, language: str = "en") -> tuple[int, int]:
+    """GPT-2 tokens of text to generate and to keep.
+
+    Templates write as much as training reads in one of its epochs. GPT-2's tokenizer makes twice as many
+    tokens of Japanese as one that was trained on it.
+    """
+    size, train = _size(config), config.train
+    if config.llm.data_source == "template":
+        per_step = windows_per_step(train, config.max_length) * config.max_length
+        read = train.steps * per_step if train.steps else size.read_tokens // train.epochs
+        wanted = min(read, _MOST_TOKENS) * (2 if language == "ja" else 1)
+        kept = config.data.refined_tokens or wanted
+        return config.data.raw_tokens or kept, kept
+    return config.data.raw_tokens or size.raw_tokens, config.data.refined_tokens or size.refined_tokens
+
+
+def _size(config: RunConfig) -> _Size:
+    return _SIZES.get(config.model.preset, _LARGER)
