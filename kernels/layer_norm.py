@@ -296,6 +296,7 @@ def layer_norm_bwd(
     P = min(triton.cdiv(N, blocks["ROWS"]), programs)
     partial = list(z.new_empty((3 if has_x_bias else 2, P, C), dtype=torch.float32))
     partials = (*partial, *[None] * (3 - len(partial)))
+    wide = z.element_size() == 4  # 8 warps fill the grid's share; Triton 3.6 would spill to fit 16
     with torch.cuda.device_of(z):
         _layer_norm_bwd_kernel[(P,)](
             dy,
@@ -310,6 +311,7 @@ def layer_norm_bwd(
             N=N,
             **dropout_arguments(p, seed, offset),
             **blocks,
+            maxnreg=255 if wide else None,
         )
         _sum_partials_kernel[(triton.cdiv(C, BLOCK_C), len(partial))](
             *partials,
