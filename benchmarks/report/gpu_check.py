@@ -77,7 +77,7 @@ def all_parts(
     tests = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests/train/loop").glob("test_*.py")]
     return [
         *on_any,
-        Part(name="graphs", seconds=25, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
+        Part(name="graphs", seconds=35, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, peer=peer, text=text),
         Part(name="gpu_tests", seconds=80, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
