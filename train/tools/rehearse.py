@@ -43,8 +43,8 @@ _MEANT = {  # where the host has to wait, for what
     ("model/generate.py in continue_ids", "tensor on the GPU"),  # the prompt
     ("model/generate.py in _read", "synchronize"),
     ("train/loop/validation.py in evaluate", "a value is read"),
-    ("train/run/training_state.py in _on_host", "copy to the host"),
-    ("train/run/training_state.py in Training._copy_in", "copy from the host"),
+    ("train/run/training_state.py in Training._on_host", "copy to the host"),
+    ("train/run/training_state.py in _copy", "copy from the host"),
 }
 
 
