@@ -232,7 +232,8 @@ def test_kills_at_random_moments_leave_a_run_that_goes_on(text: Path, ranks: int
         now = max(saved(text.parent), default=0)
         assert now >= last  # nothing that was saved is lost
         last = now
-    print(f"{ranks} ranks: the slowest end took {slowest:.1f} s, {last} steps")
+        print(f"{ranks} ranks: {time.monotonic() - killed:.1f} s to the end, step {last} saved")
+    assert slowest < 60
     ((code, _, err),) = command(
         1, ["train", "--data", text, *LONG, "--batch-size", 4, "--steps", last + 1], text.parent
     )
