@@ -16,7 +16,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "val_fraction": 0.01,
         "epochs": 1,
         "batch_size": 4,
-        "learning_rate": 2e-3,
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "schedule": "linear",
+        "min_learning_rate": 0.0,
         "dropout": 0.0,
         "weight_decay": 0.1,
         "beta2": 0.99,
@@ -27,33 +30,43 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class _Size(NamedTuple):
-    learning_rate: float  # docs/experiments.md, "Three minutes of create"
+    learning_rate: float  # of AdamW
     read_tokens: int  # that training reads where templates write the text
     raw_tokens: int  # GPT-2 tokens that a language model writes, and how many of them are kept
     refined_tokens: int
 
 
 _SIZES = {
-    "3M": _Size(2e-3, 1_000_000, 30_000, 15_000),
-    "12M": _Size(1e-3, 1_000_000, 30_000, 15_000),
-    "33M": _Size(6e-4, 1_000_000, 50_000, 25_000),
+    "3M": _Size(2e-3, 600_000, 30_000, 15_000),
+    "12M": _Size(1e-3, 600_000, 30_000, 15_000),
+    "33M": _Size(6e-4, 600_000, 50_000, 25_000),
 }
-_LARGER = _Size(4e-4, 2_000_000, 100_000, 50_000)
+_LARGER = _Size(4e-4, 1_000_000, 100_000, 50_000)
+_MUON_RATE = 2  # beside Muon, the embeddings take so many times the rate that suits all weights
 _MOST_TOKENS = 5_000_000  # of templates; longer runs read them again
 
 # A language model's text is dear: it is read many times, and held-out text says when to stop.
-_FROM_LANGUAGE_MODEL = {"epochs": 20, "patience": 3, "val_fraction": 0.1, "dropout": 0.1}
+_FROM_LANGUAGE_MODEL: dict[str, Any] = {
+    "epochs": 20,
+    "patience": 3,
+    "val_fraction": 0.1,
+    "dropout": 0.1,
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "min_learning_rate": None,
+}
 
 
 def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
     """The configuration of `create`. Arguments and errors are build_config's."""
     layers = list(layers)
     defaults = DEFAULTS["create"] | {"max_length": 1}
+    if build_config(options, defaults, layers=layers).llm.data_source != "template":
+        defaults |= _FROM_LANGUAGE_MODEL
     given = build_config(options, defaults, layers=layers)
     defaults["max_length"] = min(DEFAULTS["create"]["max_length"], given.model.gpt_config(1).block_size)
-    defaults["learning_rate"] = _size(given).learning_rate
-    if given.llm.data_source != "template":
-        defaults |= _FROM_LANGUAGE_MODEL
+    muon = given.train.optimizer == "muon"
+    defaults["learning_rate"] = _size(given).learning_rate * (_MUON_RATE if muon else 1)
     return build_config(options, defaults, layers=layers)
 
 

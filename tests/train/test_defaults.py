@@ -22,6 +22,7 @@ def test_the_learning_rate_falls_with_the_size() -> None:
     rates = [create_config({"preset": size}).train.learning_rate for size in ("3M", "12M", "33M", "gpt2")]
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == 4
+    assert create_config({"optimizer": "adamw"}).train.learning_rate == rates[0] / 2
     assert create_config({"preset": "33M", "learning_rate": 5e-3}).train.learning_rate == 5e-3
     assert create_config({"block_size": None}) == create_config({})
 
@@ -33,7 +34,7 @@ def test_the_learning_rate_falls_with_the_size() -> None:
         ({"steps": 100, "batch_size": 2, "max_length": 64}, (12_800, 12_800)),
         ({"steps": 100, "batch_tokens": 4096}, (409_600, 409_600)),
         ({"steps": 10**6}, (5_000_000, 5_000_000)),
-        ({"epochs": 4}, (250_000, 250_000)),
+        ({"epochs": 4}, (150_000, 150_000)),
         ({"refined_tokens": 900}, (900, 900)),
         ({"raw_tokens": 3000, "refined_tokens": 900}, (3000, 900)),
         ({"data_source": "ollama", "gen_model": "a"}, (30_000, 15_000)),
@@ -54,6 +55,8 @@ def test_a_language_models_text_is_read_until_held_out_text_says_stop() -> None:
     templates, model = create_config({}), create_config({"data_source": "ollama", "gen_model": "a"})
     assert (templates.train.epochs, templates.train.patience) == (1, None)
     assert (model.train.epochs, model.train.patience, model.data.val_fraction) == (20, 3, 0.1)
+    assert (templates.train.optimizer, model.train.optimizer) == ("muon", "adamw")
+    assert (templates.train.learning_rate, model.train.learning_rate) == (4e-3, 2e-3)
     assert create_config({"data_source": "ollama", "gen_model": "a", "epochs": 2}).train.epochs == 2
 
 
@@ -65,6 +68,7 @@ def test_the_original_job_is_one_option() -> None:
             "refined_tokens": 15_000,
             "max_length": 128,
             "learning_rate": 3e-4,
+            "min_learning_rate": 3e-5,
             "keep_last": 0,
             "dropout": 0.1,
         }

@@ -416,7 +416,7 @@ def test_every_setting_has_a_flag_in_a_panel(command: str, monkeypatch: pytest.M
 
 def test_help_shows_the_defaults_of_create() -> None:
     text = fusedgpt("create", "--help").stdout
-    assert "[default: 0.002]" in text
+    assert "[default: 0.004]" in text
     assert "[default: 0.0003]" not in text
     assert "--raw-tokens" in text
     assert "--raw-tokens" not in fusedgpt("train", "--help").stdout
