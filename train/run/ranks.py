@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from fusedgpt.kernels.errors import InputError, UserError
 from fusedgpt.train.run.world import World
 
-TIMEOUT = 50.0  # seconds: within a minute of a rank's death or hang the others have ended
+TIMEOUT = 40.0  # seconds: within a minute of a rank's death or hang the others have ended
 _JOINING = timedelta(minutes=10)  # until all ranks have reached the store
 _HEARTBEAT = 2.0  # seconds
 _LONGEST_POLL = 0.1
@@ -188,6 +188,7 @@ def join_ranks() -> Ranks:
     store = PrefixStore(f"fusedgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     _joined = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
     _joined.meet()  # to import all of this takes some ranks longer than others
+    store.set_timeout(timedelta(seconds=TIMEOUT))  # gloo waits in it for ranks that may have died since
     on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
