@@ -207,14 +207,16 @@ def _tile_of_product(x_ptr, y_ptr, stride_m, stride_n, i, j, M, N, TILE: tl.cons
 
 @triton.jit
 def _store_twice(out_ptr, value, i, j, M, TILE: tl.constexpr):
-    """Tile (i, j) of a symmetric (M, M), and (j, i)."""
+    """Tile (i, j), i >= j, of a symmetric (M, M), and (j, i); on the diagonal its lower half, twice.
+
+    Exactly symmetric: else the rounding errors of products with transposes do not commute, and add up.
+    """
     offs_i, offs_j = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     value = value.to(out_ptr.dtype.element_ty)
-    mask = (offs_i[:, None] < M) & (offs_j[None, :] < M)
-    tl.store(out_ptr + offs_i[:, None] * M + offs_j[None, :], value, mask=mask)
-    if i != j:
-        mask = (offs_j[:, None] < M) & (offs_i[None, :] < M)
-        tl.store(out_ptr + offs_j[:, None] * M + offs_i[None, :], tl.trans(value), mask=mask)
+    lower = (offs_i[:, None] < M) & (offs_j[None, :] <= offs_i[:, None])
+    tl.store(out_ptr + offs_i[:, None] * M + offs_j[None, :], value, mask=lower)
+    upper = (offs_i[None, :] < M) & (offs_j[:, None] < offs_i[None, :])
+    tl.store(out_ptr + offs_j[:, None] * M + offs_i[None, :], tl.trans(value), mask=upper)
 
 
 @triton.jit

@@ -58,4 +58,4 @@ def test_muon(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> No
     step = (ours if contender == "ours" else torchs)(made)
     label = f"{size} {str(dtype).removeprefix('torch.')}"
     work = {"flops": sum(map(flops, made)), "bytes_": (26 + 2 * 2) * sum(p.numel() for p in made)}
-    bench.run(CASE, contender, "step", label, nothing, lambda _: step(), {}, **work)
+    bench.run(CASE, contender, "step", label, [(nothing, lambda _: step())], [], **work)

@@ -685,7 +685,7 @@ GOOD_ENTRY = {"sha256": "0" * 64, "size": 3}
         (lambda p: (p / "manifest.json").write_bytes(b"9" * 60_000), "is not JSON: Exceeds the limit"),
         (lambda p: (p / "manifest.json").write_bytes(b"\xff"), "is not JSON"),
         (lambda p: (p / "manifest.json").write_bytes(b"[]"), "is not a JSON object"),
-        (manifest_with(format=2), "has format 2, this version reads 1"),
+        (manifest_with(format=3), "has format 3, this version reads 2"),
         (manifest_with(step="2"), "'step': Input should be a valid integer"),
         (manifest_with(step=True), "'step': Input should be a valid integer"),
         (manifest_with(step=-1), "'step': Input should be greater than or equal to 0"),

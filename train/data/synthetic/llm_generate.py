@@ -82,7 +82,8 @@ def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
     rng = Random(f"{seed}\n{number}")
     kind, length, style = (rng.choice(options) for options in (_KINDS[domain].split("; "), _LENGTHS, _STYLES))
     task = plain_text(prompt[:_PROMPT_CHARS]).strip() or "any texts"
-    sparks = " and ".join(rng.sample(_spark_words(prompt, domain), 2))
+    words = _spark_words(prompt, domain)
+    sparks = " and ".join(rng.sample(words, min(2, len(words)))) or "words that are rarely used"
     return (
         f"Write {_TEXTS_PER_REQUEST} texts from which a small language model will learn this task: {task}\n\n"
         f"Each text: {kind}, {length} words, {style}; it is complete and differs from the others in subject, "
