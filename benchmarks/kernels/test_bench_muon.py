@@ -52,7 +52,7 @@ def flops(p: nn.Parameter) -> float:
 
 @pytest.mark.parametrize("contender", ["ours", "torch"])
 @pytest.mark.parametrize("dtype", choose([torch.float32, torch.bfloat16], [torch.float32]), ids=str)
-@pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium", "gpt2-xl"], ["tiny", "12M"]))
+@pytest.mark.parametrize("size", choose(["gpt2", "gpt2-medium", "gpt2-xl"], ["tiny"]))
 def test_muon(contender: str, size: str, dtype: torch.dtype, bench: Bench) -> None:
     made = matrices(PRESETS.get(size, TINY), dtype)
     step = (ours if contender == "ours" else torchs)(made)
