@@ -257,7 +257,7 @@ def estimate(
 def _muon_bytes(shapes: Shapes) -> tuple[int, int]:
     """(what Muon's one moment saves, what the largest batch of its matrices takes in a step)."""
     block = shapes.config.n_layer * shapes.config.n_embd**2  # elements of an output projection in every block
-    batch = 16 * block * 2 if shapes.on_gpu else 35 * block * 4  # X, P X, A, P; what plain PyTorch was seen to take
+    batch = 16 * block * 2 if shapes.on_gpu else 35 * block * 4  # X, P X, A, P; seen of PyTorch
     return 4 * 12 * block, batch
 
 
