@@ -99,7 +99,7 @@ def ours(name: str, config: GPTConfig, batch: tuple[Tensor, Tensor], precision: 
         compile_each_block(model)
     train_step: Step | GraphedStep = Step(forward, build_optimizer(model, train_config), train_config)
     if captures and choose_cuda_graphs(train_config, model.wte.weight.device):
-        train_step = GraphedStep(train_step, note=print)
+        train_step = GraphedStep(train_step, model, note=print)
     step_batch = StepBatch.collect([batch], Cursor())
     return lambda: forward(*batch), lambda: train_step(step_batch, LEARNING_RATE), model
 

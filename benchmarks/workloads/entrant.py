@@ -63,7 +63,10 @@ def serve(pipe: Connection, contender: str, point: Point, began: float) -> None:
             loss, step, model = contenders.build(contender, point.config, batch, point.precision, point.peer)
             model.train(point.dropout == 0.0)  # the losses of the gate are without dropout
             first = gate(loss, step, began)
-            model.train()
+            if not model.training:
+                model.train()
+                for _ in range(GATE_STEPS):  # which compile what dropout adds, before others are timed
+                    step()
             pipe.send(first)
             while steps := pipe.recv():
                 times = contenders.step_times(step, steps)

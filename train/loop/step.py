@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.batches import StepBatch
@@ -18,7 +18,7 @@ from fusedgpt.train.loop.precision import LossScale
 
 Forward = Callable[..., Tensor]  # (idx, targets, documents=, label_smoothing=, z_loss=) -> mean loss
 DocumentIds = Callable[[Tensor], Tensor | None]  # inputs (B, T) -> what the model takes as `documents`
-_Shapes = tuple[torch.Size, ...]  # of all that a step reads
+_Kind = tuple[bool, tuple[torch.Size, ...]]  # of step: train mode or not, the shapes of all that it reads
 _EAGER_STEPS = 3  # before a capture: compiling, workspaces, the optimizer's tables
 
 
@@ -84,27 +84,27 @@ class Step:
 class GraphedStep:
     """A Step that is replayed as a CUDA graph: one launch where there were hundreds.
 
-    Each shape of batch runs eagerly a few times and is captured then. Learning rate, shares, loss scale,
-    dropout offset and step counts are tensors that a graph reads and writes. It keeps the memory of its step:
-    where a capture finds too little, `note` is told, and steps of that shape stay eager.
+    Each shape of batch, in each mode of the model, runs eagerly a few times and is captured then. Learning
+    rate, shares, loss scale, dropout offset and step counts are tensors that a graph reads and writes. It
+    keeps the memory of its step: where a capture finds too little, `note` is told, and such steps stay eager.
     """
 
-    def __init__(self, step: Step, note: Callable[[str], None]) -> None:
-        self.step, self.note = step, note
-        self.eager_steps: Counter[_Shapes] = Counter()
-        self.graphs: dict[_Shapes, _Graph] = {}
+    def __init__(self, step: Step, model: nn.Module, note: Callable[[str], None]) -> None:
+        self.step, self.model, self.note = step, model, note
+        self.eager_steps: Counter[_Kind] = Counter()
+        self.graphs: dict[_Kind, _Graph] = {}
         # Of eager steps and captures: cuBLAS keeps a workspace (32 MB on Hopper) for each stream it has seen.
         self.stream = torch.cuda.Stream()
 
     def __call__(self, batch: StepBatch, lr: float) -> Tensor:
         """As Step; the tensor returned is overwritten by the next call."""
         self.step.set_learning_rate(lr)
-        shapes = tuple(x.shape for x in _tensors(batch))
-        if self.eager_steps[shapes] == _EAGER_STEPS:
-            self._capture(shapes, batch)
-        if shapes in self.graphs:
-            return self.graphs[shapes].replay(batch)
-        self.eager_steps[shapes] += 1
+        kind = self.model.training, tuple(x.shape for x in _tensors(batch))
+        if self.eager_steps[kind] == _EAGER_STEPS:
+            self._capture(kind, batch)
+        if kind in self.graphs:
+            return self.graphs[kind].replay(batch)
+        self.eager_steps[kind] += 1
         return self._run_aside(batch)
 
     def _run_aside(self, batch: StepBatch) -> Tensor:
@@ -115,10 +115,10 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _capture(self, shapes: _Shapes, batch: StepBatch) -> None:
-        self.eager_steps[shapes] += 1  # whatever happens, only once
+    def _capture(self, kind: _Kind, batch: StepBatch) -> None:
+        self.eager_steps[kind] += 1  # whatever happens, only once
         try:
-            self.graphs[shapes] = _Graph(self.step, batch, self.stream)
+            self.graphs[kind] = _Graph(self.step, batch, self.stream)
         except torch.OutOfMemoryError:
             self.step.optimizer.zero_grad()  # those of the unfinished capture
             self.note("too little memory for a CUDA graph: each step launches its kernels one by one")

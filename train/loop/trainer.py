@@ -254,7 +254,7 @@ def _build_step(
     )
     if training.world.size > 1 and model.wte.weight.is_cuda:
         monitor.note("CUDA graphs are off: they cannot hold the communication between ranks")
-    return GraphedStep(step, monitor.note) if training.execution["cuda_graphs"] else step
+    return GraphedStep(step, model, monitor.note) if training.execution["cuda_graphs"] else step
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -78,8 +78,8 @@ class Record:
 
     launches counts Triton's kernels by name and torch's ops as "aten.NAME", one launch each, though some ops
     (sort, topk) make several. Faults: an op whose fake kernel promises other outputs than its body makes, a
-    kernel that does not compile, a CPU tensor among the GPU's, a forbidden call in a capture and, while
-    `watching`, each wait of the host.
+    kernel that does not compile, a CPU tensor among the GPU's, a forbidden call or a new kernel in a capture
+    and, while `watching`, each wait of the host.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -169,6 +169,8 @@ def _take_launch(record: Record, launch: Any) -> None:
     if isinstance(launch.result, Exception):
         record.fault(f"{launch.kernel} does not compile: {type(launch.result).__name__}: {launch.result}")
     else:
+        if record.capturing and launch.result.hash not in record.kernels:
+            record.fault(f"{launch.kernel} is compiled in the capture of a CUDA graph")
         where = _caller(sys._getframe())
         record.kernels.setdefault(launch.result.hash, (launch.result, where))
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
@@ -165,6 +165,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[list[float], float]] = []
         self.optimizer = Mock()
+        self.model = nn.Dropout()
 
     def __call__(self, batch: StepBatch, lr: float) -> Tensor:
         self.set_learning_rate(lr)
@@ -175,7 +176,8 @@ class Recorder:
 
     def run(self, batch: StepBatch) -> Tensor:
         self.batch = batch
-        self.seen.append(([*batch.shares.tolist(), batch.micro_batches[-1][0].sum().item()], self.lr))
+        seen = [*batch.shares.tolist(), batch.micro_batches[-1][0].sum().item(), self.model.training]
+        self.seen.append((seen, self.lr))
         return torch.zeros(3)
 
 
@@ -197,8 +199,16 @@ class Graphs:
         self.step.seen.pop()  # a capture computes nothing
         if self.short_of_memory:
             raise torch.OutOfMemoryError
-        batch = self.step.batch
-        graph.replay = lambda: self.events.append("replay") or self.step.run(batch)
+        batch, training = self.step.batch, self.step.model.training
+
+        def replay() -> None:
+            self.events.append("replay")
+            mode = self.step.model.training
+            self.step.model.train(training)  # as captured
+            self.step.run(batch)
+            self.step.model.train(mode)
+
+        graph.replay = replay
 
 
 def step_batches(*rows: int) -> list[StepBatch]:
@@ -214,7 +224,7 @@ def test_graphs_read_windows_shares_and_learning_rate_anew(
     """Three steps of each shape run eagerly, one is captured, then all replay."""
     step, wanted = Recorder(), Recorder()
     graphs = Graphs(step, monkeypatch)
-    graphed = GraphedStep(cast("Step", step), note=pytest.fail)
+    graphed = GraphedStep(cast("Step", step), step.model, note=pytest.fail)
     for i, batch in enumerate(step_batches(*rows)):
         graphed(batch, lr=float(i))
         wanted(batch, lr=float(i))
@@ -223,12 +233,26 @@ def test_graphs_read_windows_shares_and_learning_rate_anew(
     assert graphs.events.count("replay") == len(rows) - 3 * len(set(rows))
 
 
+def test_a_graph_is_of_the_mode_it_was_captured_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in another mode runs other kernels: they are compiled in eager steps, never in a capture."""
+    step, wanted = Recorder(), Recorder()
+    graphs = Graphs(step, monkeypatch)
+    graphed = GraphedStep(cast("Step", step), step.model, note=pytest.fail)
+    for i, batch in enumerate(step_batches(*[2] * 10)):
+        for recorder in (step, wanted):
+            recorder.model.train(i >= 5)
+        graphed(batch, lr=float(i))
+        wanted(batch, lr=float(i))
+    assert step.seen == wanted.seen
+    assert graphs.events == 2 * ["capture", "replay", "replay"]
+
+
 def test_too_little_memory_for_a_graph_leaves_the_steps_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of the unfinished capture are dropped; no step is lost or repeated, and one line says it."""
     step, wanted, notes = Recorder(), Recorder(), list[str]()
     graphs = Graphs(step, monkeypatch)
     graphs.short_of_memory = True
-    graphed = GraphedStep(cast("Step", step), notes.append)
+    graphed = GraphedStep(cast("Step", step), step.model, notes.append)
     for i, batch in enumerate(step_batches(*[2] * 7)):
         graphed(batch, lr=float(i))
         wanted(batch, lr=float(i))

@@ -53,7 +53,9 @@ def byte_losses(
     cast_parameters(model, torch.bfloat16)
     config = TrainConfig(learning_rate=1e-3)
     forward = partial(model, dtype=torch.bfloat16)
-    step = GraphedStep(Step(forward, build_optimizer(model, config), config), note=print)  # as in training
+    step = GraphedStep(
+        Step(forward, build_optimizer(model, config), config), model, note=print
+    )  # as in training
     generator = torch.Generator().manual_seed(0)
     history = []
     for _ in range(2000):

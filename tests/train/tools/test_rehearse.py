@@ -79,12 +79,19 @@ def read_loss(run, step, batch):
     return result
 
 
+def launch_something_new(run, step, batch):
+    if torch.cuda.is_current_stream_capturing():
+        tiled[(1,)](batch.shares.new_ones(64), N=64)
+    return run(step, batch)
+
+
 def count_on_the_host(forward, model, *args, **options):
     return forward(model, *args, **options) * torch.tensor(1.0)
 
 
 RUNS = {
     "host value in a captured step": planted(Step, "run", read_loss),
+    "kernel first seen in a capture": planted(Step, "run", launch_something_new),
     "CPU tensor in a step": planted(GPT, "forward", count_on_the_host),
     "CPU tensor for a kernel": on_gpu(lambda x: tiled[(1,)](x.new_ones(64, device="cpu"), N=64)),
     "strides": on_gpu(lambda x: tripled(x.T)),
@@ -170,6 +177,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
+        ("kernel first seen in a capture", "new: tiled is compiled in the capture of a CUDA graph"),
         ("CPU tensor in a step", "count_on_the_host: mul gets tensors of the GPU and of the CPU"),
         ("CPU tensor for a kernel", "tiled gets x_ptr on the CPU"),
         ("strides", "output 0 of planted::tripled is (torch.float32, (8, 64), (1, 8)), its fake kernel says"),
