@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgpt.kernels import tuning
 from fusedgpt.kernels.common import TRITON_DTYPES
 from fusedgpt.kernels.tensor_table import (
     COLUMNS,
@@ -243,23 +242,18 @@ def grad_norm(batch: Batch, hyper: Tensor, partials: Tensor) -> None:
 
     hyper: (G, 8) fp64, see hyper_row. The same bits every time.
     """
-    n_chunks = len(batch.chunks)
-    programs = tuning.multiprocessor_count(partials.device) * _NORM_PROGRAMS_PER_SM
-    with torch.cuda.device_of(partials):
-        _grad_norm_kernel[(max(1, min(n_chunks, programs, PARTIALS)),)](
-            batch.table,
-            batch.chunks,
-            hyper,
-            batch.scalars,
-            partials,
-            len(batch.table),
-            n_chunks,
-            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
-            CHUNK=batch.chunk_size,
-            BLOCK=_NORM_BLOCK,
-            PARTIALS=PARTIALS,
-            num_warps=8,
-        )
+    batch.launch(
+        _grad_norm_kernel,
+        _NORM_PROGRAMS_PER_SM,
+        most=PARTIALS,
+        hyper_ptr=hyper,
+        partials_ptr=partials,
+        n_tensors=len(batch.table),
+        GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
+        BLOCK=_NORM_BLOCK,
+        PARTIALS=PARTIALS,
+        num_warps=8,
+    )
 
 
 def adamw(
@@ -281,28 +275,22 @@ def adamw(
     Written if `report`: norm (fp32 scalar, before clipping), skipped (fp32 scalar, 1 or 0), which is added to
     skipped_steps (int64 scalar). Source: Loshchilov and Hutter 2019, algorithm 2.
     """
-    n_chunks = len(batch.chunks)
-    programs = tuning.multiprocessor_count(partials.device) * _PROGRAMS_PER_SM
-    with torch.cuda.device_of(partials):
-        _adamw_kernel[(max(1, min(n_chunks, programs)),)](
-            batch.table,
-            batch.chunks,
-            batch.scalars,
-            partials,
-            norm,
-            skipped,
-            skipped_steps,
-            torch.ones_like(norm) if grad_scale is None else grad_scale,
-            len(batch.table),
-            n_chunks,
-            partials.numel(),
-            float(max_norm),
-            int(report),
-            PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
-            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
-            CHUNK=batch.chunk_size,
-            BLOCK=_BLOCK,
-            PARTIALS=PARTIALS,
-            num_warps=_BLOCK // 256,  # a row each
-            maxnreg=_REGISTERS,
-        )
+    batch.launch(
+        _adamw_kernel,
+        _PROGRAMS_PER_SM,
+        partials_ptr=partials,
+        norm_ptr=norm,
+        skipped_ptr=skipped,
+        skipped_steps_ptr=skipped_steps,
+        grad_scale_ptr=torch.ones_like(norm) if grad_scale is None else grad_scale,
+        n_tensors=len(batch.table),
+        n_partials=partials.numel(),
+        max_norm=float(max_norm),
+        report=int(report),
+        PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
+        GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
+        BLOCK=_BLOCK,
+        PARTIALS=PARTIALS,
+        num_warps=_BLOCK // 256,  # a row each
+        maxnreg=_REGISTERS,
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedgpt.kernels.common import LOWEST, exp
 from fusedgpt.kernels.linear_cross_entropy import LossOptions
 
-_BLOCK_V = (256, 8192)  # fewest and most columns per iteration, 8 per thread: 1 to 32 warps
+_FEWEST_COLUMNS, _MOST_BYTES = 256, 1 << 14  # per iteration, 8 columns a thread; 32 KiB of fp32 spill
 
 
 @triton.jit
@@ -134,7 +134,8 @@ def cross_entropy(
     keeps between the two passes. 2048 threads have 32 registers each; the kernel fits.
     """
     S = logits.stride(0)
-    BLOCK_V = min(max(triton.next_power_of_2(S), _BLOCK_V[0]), _BLOCK_V[1])
+    most_columns = _MOST_BYTES // logits.element_size()
+    BLOCK_V = min(max(triton.next_power_of_2(S), _FEWEST_COLUMNS), most_columns)
     with torch.cuda.device_of(logits):
         _cross_entropy_kernel[(len(logits),)](
             logits,

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -68,60 +69,44 @@ def _update_factor(norm_ptr, grad_scale_ptr, max_norm):
 
 
 @triton.jit
-def _momentum(
+def _block(
     row_ptr,  # (8,) int64: a row of the table
     scalars_ptr,  # (8,) fp32
     x_ptr,
-    factor,
+    factor,  # of the step, or of the gradient
     first,
     size,
-    GRAD_DTYPE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block's new momentum, and what it adds to the gradient (Nesterov) as a block of X."""
-    offs, offs_grad = offsets(32, BLOCK), offsets(GRAD_DTYPE.primitive_bitwidth, BLOCK)
-    offs_x = offsets(X_DTYPE.primitive_bitwidth, BLOCK)
+    """One block's new momentum and its X (Nesterov), or with UPDATE its step along X.
+
+    The master is rounded once, as by AdamW.
+    """
+    offs, offs_x = offsets(32, BLOCK), offsets(X_DTYPE.primitive_bitwidth, BLOCK)
+    offs_own = offsets(DTYPE.primitive_bitwidth, BLOCK)  # of the parameter, or the gradient
     left = size - first
     mask = None if FULL else offs < left
-    grad = (
-        load(row_ptr + GRAD, first, offs_grad, None if FULL else offs_grad < left, GRAD_DTYPE, BLOCK) * factor
-    )
-    momentum = load(row_ptr + EXP_AVG, first, offs, mask, tl.float32, BLOCK)
-    weight = tl.load(scalars_ptr + WEIGHT1)
-    momentum += weight * (grad - momentum)
-    store(row_ptr + EXP_AVG, first, offs, mask, momentum, tl.float32, BLOCK)
-    x = momentum + weight * (grad - momentum)
-    store_to(x_ptr + first, offs_x, None if FULL else offs_x < left, x, X_DTYPE, BLOCK)
-
-
-@triton.jit
-def _update(
-    row_ptr,  # (8,) int64
-    scalars_ptr,  # (8,) fp32
-    x_ptr,
-    scale,
-    first,
-    size,
-    PARAM_DTYPE: tl.constexpr,
-    X_DTYPE: tl.constexpr,
-    FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block's step along X. The master is rounded once, as by AdamW."""
-    offs, offs_param = offsets(32, BLOCK), offsets(PARAM_DTYPE.primitive_bitwidth, BLOCK)
-    offs_x = offsets(X_DTYPE.primitive_bitwidth, BLOCK)
-    left = size - first
-    mask = None if FULL else offs < left
-    x = load_from(x_ptr + first, offs_x, None if FULL else offs_x < left, X_DTYPE, BLOCK)
-    master = load(row_ptr + MASTER, first, offs, mask, tl.float32, BLOCK)
-    step = x * (tl.load(scalars_ptr + STEP_SIZE) * scale)
-    master -= master * tl.load(scalars_ptr + DECAY) + step
-    store(row_ptr + MASTER, first, offs, mask, master, tl.float32, BLOCK)
-    if PARAM_DTYPE.primitive_bitwidth == 16:
-        mask_param = None if FULL else offs_param < left
-        store(row_ptr + PARAM, first, offs_param, mask_param, master, PARAM_DTYPE, BLOCK)
+    mask_x, mask_own = None if FULL else offs_x < left, None if FULL else offs_own < left
+    if UPDATE:
+        x = load_from(x_ptr + first, offs_x, mask_x, X_DTYPE, BLOCK)
+        master = load(row_ptr + MASTER, first, offs, mask, tl.float32, BLOCK)
+        step = x * (tl.load(scalars_ptr + STEP_SIZE) * factor)
+        master -= master * tl.load(scalars_ptr + DECAY) + step
+        store(row_ptr + MASTER, first, offs, mask, master, tl.float32, BLOCK)
+        if DTYPE.primitive_bitwidth == 16:
+            store(row_ptr + PARAM, first, offs_own, mask_own, master, DTYPE, BLOCK)
+    else:
+        grad = load(row_ptr + GRAD, first, offs_own, mask_own, DTYPE, BLOCK) * factor
+        momentum = load(row_ptr + EXP_AVG, first, offs, mask, tl.float32, BLOCK)
+        weight = tl.load(scalars_ptr + WEIGHT1)
+        momentum += weight * (grad - momentum)
+        store(row_ptr + EXP_AVG, first, offs, mask, momentum, tl.float32, BLOCK)
+        x = momentum + weight * (grad - momentum)
+        store_to(x_ptr + first, offs_x, mask_x, x, X_DTYPE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -136,16 +121,15 @@ def _muon_kernel(
     max_norm,
     scale,  # of the update
     UPDATE: tl.constexpr,  # else the momentum
-    PARAM_DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the parameters for an update, of the gradients for the momentum
     X_DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Walks all chunks, as AdamW does; nothing is done in a step to be skipped."""
-    pid = tl.program_id(0)
-    factor = _update_factor(norm_ptr, grad_scale_ptr, max_norm)
-    for chunk in tl.range(pid, tl.where(factor == factor, n_chunks, 0), tl.num_programs(0)):
+    clip = _update_factor(norm_ptr, grad_scale_ptr, max_norm)
+    factor = scale if UPDATE else clip
+    for chunk in tl.range(tl.program_id(0), tl.where(clip == clip, n_chunks, 0), tl.num_programs(0)):
         tensor = tl.load(chunks_ptr + 2 * chunk)
         row_ptr, tensor_scalars_ptr = table_ptr + tensor * COLUMNS, scalars_ptr + tensor * COLUMNS
         start = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * CHUNK
@@ -155,29 +139,16 @@ def _muon_kernel(
         aligned = (addresses | tl.load(row_ptr + EXP_AVG) | matrix_ptr.to(tl.int64)) % 16 == 0
         for first in tl.range(start, tl.minimum(start + CHUNK, size), BLOCK):
             if aligned & (first + BLOCK <= size):
-                full_ptr = tl.multiple_of(matrix_ptr, 16)
-                if UPDATE:
-                    _update(
-                        row_ptr, tensor_scalars_ptr, full_ptr, scale, first, size,
-                        PARAM_DTYPE, X_DTYPE, True, BLOCK,
-                    )  # fmt: skip
-                else:
-                    _momentum(
-                        row_ptr, tensor_scalars_ptr, full_ptr, factor, first, size,
-                        GRAD_DTYPE, X_DTYPE, True, BLOCK,
-                    )  # fmt: skip
+                _block(
+                    row_ptr, tensor_scalars_ptr, tl.multiple_of(matrix_ptr, 16), factor, first, size,
+                    UPDATE, DTYPE, X_DTYPE, True, BLOCK,
+                )  # fmt: skip
             else:
                 for part in tl.range(first, tl.minimum(first + BLOCK, size), ROW):
-                    if UPDATE:
-                        _update(
-                            row_ptr, tensor_scalars_ptr, matrix_ptr, scale, part, size,
-                            PARAM_DTYPE, X_DTYPE, False, ROW,
-                        )  # fmt: skip
-                    else:
-                        _momentum(
-                            row_ptr, tensor_scalars_ptr, matrix_ptr, factor, part, size,
-                            GRAD_DTYPE, X_DTYPE, False, ROW,
-                        )  # fmt: skip
+                    _block(
+                        row_ptr, tensor_scalars_ptr, matrix_ptr, factor, part, size,
+                        UPDATE, DTYPE, X_DTYPE, False, ROW,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -282,9 +253,8 @@ class _Iteration:
         tile = min(_TILE, block_size(self.M))
         self.tiles = triton.cdiv(self.M, tile)
         self.grid = (self.tiles * (self.tiles + 1) // 2, self.n)
-        blackwell = tuning.capability(x.device) >= (10, 0)  # where 64 spill in Triton 3.6
-        tile_k = min(_TILE_K // 2 if blackwell else _TILE_K, tile)
-        self.options = {"TILE": tile, "TILE_K": tile_k, "num_warps": 8, "num_stages": 3}
+        warps = 16 if tuning.capability(x.device) >= (10, 0) else 8  # where 8 spill in Triton 3.6
+        self.options = {"TILE": tile, "TILE_K": min(_TILE_K, tile), "num_warps": warps, "num_stages": 3}
 
     def product(self, x: Tensor, y: Tensor, row_sums: Tensor | None = None) -> Tensor:
         """X Y^T of x and y (n, M, N), where it is symmetric."""
@@ -362,39 +332,17 @@ def muon(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     x = torch.empty(len(batch.table), *shape, dtype=dtype, device=norm.device)
-    scale = muon_scale(*shape) if scale is None else scale
-    _walk(batch, x, norm, max_norm, grad_scale, 0.0, update=False)
-    _walk(batch, orthogonalised(x), norm, max_norm, grad_scale, scale, update=True)
-
-
-def _walk(
-    batch: Batch,
-    x: Tensor,
-    norm: Tensor,
-    max_norm: float,
-    grad_scale: Tensor | None,
-    scale: float,
-    *,
-    update: bool,
-) -> None:
-    n_chunks = len(batch.chunks)
-    programs = tuning.multiprocessor_count(x.device) * _PROGRAMS_PER_SM
-    with torch.cuda.device_of(x):
-        _muon_kernel[(max(1, min(n_chunks, programs)),)](
-            batch.table,
-            batch.chunks,
-            batch.scalars,
-            x,
-            norm,
-            torch.ones_like(norm) if grad_scale is None else grad_scale,
-            n_chunks,
-            float(max_norm),
-            scale,
-            UPDATE=update,
-            PARAM_DTYPE=TRITON_DTYPES[batch.param_dtype],
-            GRAD_DTYPE=TRITON_DTYPES[batch.grad_dtype],
-            X_DTYPE=TRITON_DTYPES[x.dtype],
-            CHUNK=batch.chunk_size,
-            BLOCK=_BLOCK,
-            num_warps=_BLOCK // 256,
-        )
+    walk = partial(
+        batch.launch,
+        _muon_kernel,
+        _PROGRAMS_PER_SM,
+        norm_ptr=norm,
+        grad_scale_ptr=torch.ones_like(norm) if grad_scale is None else grad_scale,
+        max_norm=float(max_norm),
+        scale=muon_scale(*shape) if scale is None else scale,
+        X_DTYPE=TRITON_DTYPES[dtype],
+        BLOCK=_BLOCK,
+        num_warps=_BLOCK // 256,
+    )
+    walk(x_ptr=x, UPDATE=False, DTYPE=TRITON_DTYPES[batch.grad_dtype])
+    walk(x_ptr=orthogonalised(x), UPDATE=True, DTYPE=TRITON_DTYPES[batch.param_dtype])

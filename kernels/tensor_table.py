@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fusedgpt.kernels import tuning
 
 GRAD_COLUMN = 1  # of Batch.table
 CHUNK_SIZE = 4096  # elements one program takes at a time: of 124M, the last round is 99% full
@@ -101,6 +104,22 @@ class Batch:
     scalars: Tensor  # (n, 8) fp32, from the first launch to the second
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
+
+    def launch(
+        self, kernel: Any, per_multiprocessor: int, *, most: int | None = None, **arguments: Any
+    ) -> None:
+        """Launch `kernel`: so many programs on each multiprocessor, `most` in all, walk over the chunks."""
+        n_chunks = len(self.chunks)
+        programs = tuning.multiprocessor_count(self.table.device) * per_multiprocessor
+        with torch.cuda.device_of(self.table):
+            kernel[(max(1, min(n_chunks, programs, most or programs)),)](
+                table_ptr=self.table,
+                chunks_ptr=self.chunks,
+                scalars_ptr=self.scalars,
+                n_chunks=n_chunks,
+                CHUNK=self.chunk_size,
+                **arguments,
+            )
 
 
 def make_batch(

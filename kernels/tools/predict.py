@@ -163,11 +163,8 @@ def _bytes(launch: Compiled) -> int:
     """Of every tensor argument once, twice for logits that become their gradient; optimizers have tables."""
     a = launch.arguments
     if launch.kernel == "_muon_kernel":  # X, master or momentum, and what is in the model's dtype
-        kind = a["PARAM_DTYPE"] if a["UPDATE"] else a["GRAD_DTYPE"]
-        there = kind.primitive_bitwidth // 8
-        return int(
-            getattr(a["x_ptr"], "base", a["x_ptr"]).numel() * (2 + 8 + (there % 4 if a["UPDATE"] else there))
-        )
+        there = a["DTYPE"].primitive_bitwidth // 8
+        return int(a["x_ptr"].numel() * (2 + 8 + (there % 4 if a["UPDATE"] else there)))
     if launch.kernel in ("_adamw_kernel", "_grad_norm_kernel"):
         grad, param = (
             a[name].primitive_bitwidth // 8 if name in a else 0 for name in ("GRAD_DTYPE", "PARAM_DTYPE")
