@@ -8,4 +8,10 @@ class UserError(Exception):
 
 
 class InputError(UserError, ValueError):
-    """An option, a file or a text that cannot be used."""
+    """A file or a text that cannot be used, or a setting."""
+
+
+class UsageError(InputError):
+    """A setting's value that cannot be used; settings are named as on the command line."""
+
+    exit_code = 2

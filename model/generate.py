@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.decode import Decoder
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import TextStream
@@ -168,15 +168,15 @@ def check_settings(
 ) -> None:
     """Raise ValueError for a setting of `generate` that is out of range."""
     if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+        raise UsageError(f"--max-new-tokens: expected 0 or more, got {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
-        raise InputError(f"temperature: expected 0 or more, got {temperature}")
+        raise UsageError(f"--temperature: expected 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k: expected 1 or more, got {top_k}")
+        raise UsageError(f"--top-k: expected 0 (all) or more, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise InputError(f"top_p: expected 0 < p <= 1, got {top_p}")
+        raise UsageError(f"--top-p: expected 0 < p <= 1, got {top_p}")
     if not 0.0 < repetition_penalty < float("inf"):
-        raise InputError(f"repetition_penalty: expected more than 0, got {repetition_penalty}")
+        raise UsageError(f"--repetition-penalty: expected more than 0, got {repetition_penalty}")
 
 
 def sample_texts(
@@ -222,7 +222,7 @@ def sample_batch(
 ) -> list[list[str]]:
     """`sample_texts` of each prompt; those that have the same number of tokens run as one batch."""
     if n_samples < 1:
-        raise InputError(f"n_samples: expected 1 or more, got {n_samples}")
+        raise UsageError(f"--n-samples: expected 1 or more, got {n_samples}")
     encode = tokenizer.encode_special if special_tokens else tokenizer.encode
     encoded = [encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
     texts: list[list[str]] = [[] for _ in prompts]

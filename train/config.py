@@ -15,16 +15,14 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.config import PRESETS, GPTConfig
 from fusedgpt.model.tokenizer import BUILT_IN
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 
 
-class ConfigError(InputError):
+class ConfigError(UsageError):
     """A setting that is unknown, out of range or in conflict with another."""
-
-    exit_code = 2  # of the command line
 
 
 class _Frozen(BaseModel):
@@ -80,7 +78,7 @@ class ModelConfig(_Frozen):
                 return fitted_config(Path(self.init_from), {**changed, "trained_length": trained_length})
             return GPTConfig(**{**PRESETS[self.preset].model_dump(), **changed, **known})
         except ValidationError as error:
-            raise ConfigError(explain(error)) from None
+            raise ConfigError(explain(error, "--")) from None
 
     @property
     def name(self) -> str:
@@ -177,7 +175,7 @@ class TrainConfig(_Frozen):
     def _check(self) -> Self:
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}"
+                f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
             )
         self.check_phases(self.steps)
         return self
@@ -268,12 +266,12 @@ class RunConfig(_Frozen):
     def _check(self) -> Self:
         block_size = self.model.gpt_config(1).block_size
         if self.max_length > block_size:
-            raise ValueError(f"max_length {self.max_length} is longer than block_size {block_size}")
+            raise ValueError(f"--max-length {self.max_length} is longer than --block-size {block_size}")
         batch_tokens = self.train.batch_tokens
         if batch_tokens is not None and batch_tokens < self.max_length:
-            raise ValueError(f"batch_tokens {batch_tokens} is less than one window of {self.max_length}")
+            raise ValueError(f"--batch-tokens {batch_tokens} is less than one window of {self.max_length}")
         if self.train.patience and not self.data.val_fraction:
-            raise ValueError("patience needs held-out text: set val_fraction above 0")
+            raise ValueError("--patience needs held-out text: set --val-fraction above 0")
         return self
 
     def to_toml(self) -> str:
@@ -330,7 +328,7 @@ def build_config(
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        raise ConfigError(explain(error, "--")) from None
 
 
 def _begin_from_folder(merged: Sections, options: Mapping[str, Any]) -> None:
@@ -392,11 +390,14 @@ def parse_set(assignment: str) -> Sections:
     return {section: {name: value}}
 
 
-def explain(error: ValidationError) -> str:
-    """pydantic's errors in one line, e.g. "batch_size: Input should be greater than 0 (got 0)"."""
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """pydantic's errors in one line, "batch_size: should be greater than 0, got 0". prefix: -- of options."""
     findings = []
     for e in error.errors():
-        where = f"{e['loc'][-1]}: " if e["loc"] and e["type"] != "value_error" else ""
-        got = "" if e["type"] == "value_error" else f" (got {e['input']!r})"
-        findings.append(where + e["msg"].removeprefix("Value error, ") + got)
+        if e["type"] == "value_error":
+            findings.append(e["msg"].removeprefix("Value error, "))
+        else:
+            name = next(str(part) for part in reversed(e["loc"]) if isinstance(part, str))
+            where = prefix + name.replace("_", "-") if prefix else name
+            findings.append(f"{where}: {e['msg'].removeprefix('Input ')}, got {e['input']!r}")
     return "; ".join(findings)

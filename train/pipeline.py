@@ -41,8 +41,7 @@ from fusedgpt.train.run.directory import TEXTS, Run, run_path, versions
 from fusedgpt.train.run.follower import opened_run
 from fusedgpt.train.run.signals import Stopped, StopSignals
 from fusedgpt.train.run.world import ALONE, World
-from fusedgpt.train.tools import scaling
-from fusedgpt.train.tools.estimate import estimate, table
+from fusedgpt.train.tools import estimate, scaling
 from fusedgpt.train.tools.quality import Quality, judge
 
 GENERATION_METHODS = ("template", "ollama", "openai")
@@ -328,8 +327,8 @@ def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:
     return plot_schedule(config.train, steps, png)
 
 
-def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> tuple[list[dict[str, str]], ...]:
-    """The tables of `train --estimate`: of one card, of several.
+def estimates(config: RunConfig, paths: Sequence[Path]) -> tuple[list[estimate.Row], list[scaling.Scaled]]:
+    """What `train --estimate` shows: a step on one card, on several.
 
     Raises ConfigError for a character vocabulary without text.
     """
@@ -344,4 +343,4 @@ def estimate_rows(config: RunConfig, paths: Sequence[Path]) -> tuple[list[dict[s
     card_bytes = math.inf
     if device.type == "cuda":
         card_bytes = scaling.USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory
-    return table(estimate(*step)), scaling.table(scaling.scale(*step, card_bytes=card_bytes))
+    return estimate.estimate(*step), scaling.scale(*step, card_bytes=card_bytes)

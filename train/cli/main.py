@@ -4,13 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from fusedgpt.kernels.errors import UserError
+from fusedgpt.kernels.errors import InputError, UserError
 from fusedgpt.train.cli import model, training
-from fusedgpt.train.cli.common import Debug, Json, OutputDir, print_json
+from fusedgpt.train.cli.common import Debug, Json, OutputDir, print_json, print_table
 from fusedgpt.train.cli.data import data
 from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
@@ -19,14 +19,34 @@ from fusedgpt.train.report.terminal import protect_streams
 from fusedgpt.train.run.world import among_several
 
 _INTERRUPTED = 130
+_MODELS_FOLDER = Path("models")
 _MAKE, _MODELS, _TOOLS = "Make a model", "Use a model", "Tools"
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Train small GPTs fast: from a prompt or from text to a model folder that other tools can open.",
 )
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        typer.echo(f"fusedgpt {metadata.version('fusedgpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 app.command(cls=SettingsCommand, rich_help_panel=_MAKE)(training.create)
@@ -40,17 +60,21 @@ app.command(rich_help_panel=_MODELS)(model.export)
 
 
 @app.command(name="list", rich_help_panel=_MODELS)
-def list_models(output_dir: OutputDir = Path("models"), as_json: Json = False, debug: Debug = False) -> None:
+def list_models(output_dir: OutputDir = _MODELS_FOLDER, as_json: Json = False, debug: Debug = False) -> None:
     """List the saved models, newest first."""
     from fusedgpt.model.hf_config import list_folders
 
+    if output_dir != _MODELS_FOLDER and not output_dir.is_dir():
+        raise InputError(
+            f"there is no folder {output_dir}; without --output-dir, models are in {_MODELS_FOLDER}/"
+        )
     rows = list_folders(output_dir)
     if as_json:
         print_json(rows)
     elif not rows:
         typer.echo(f"no models in {output_dir}")
-    for row in [] if as_json else rows:
-        typer.echo(f"{row['saved']}  {row['parameters']:>13,}  {row['name']}")
+    else:
+        print_table([{**row, "parameters": f"{row['parameters']:,}"} for row in rows])
 
 
 @app.command(rich_help_panel=_TOOLS)

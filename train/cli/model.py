@@ -137,11 +137,12 @@ def _load(ctx: typer.Context, folder: Path, device: str) -> tuple["GPT", "Tokeni
     from fusedgpt.model.generate import check_settings
     from fusedgpt.train.loop.precision import resolve_device
 
-    gpt, tokenizer = load_folder(folder)
     settings = all_settings(ctx)
     settings["top_k"] = settings["top_k"] or None
     check_settings(**{name: value for name, value in settings.items() if name != "seed"})
-    return store_for_decoding(gpt.to(resolve_device(device))), tokenizer, cast("Sampling", settings)
+    where = resolve_device(device)
+    gpt, tokenizer = load_folder(folder)
+    return store_for_decoding(gpt.to(where)), tokenizer, cast("Sampling", settings)
 
 
 def eval_model(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,7 @@ def create(
     if recorded and prompt not in (None, recorded["prompt"]):
         raise ConfigError(f"the run to resume was made for the prompt {recorded['prompt']!r}")
     prompt = recorded.get("prompt", prompt)
-    if prompt is None:
+    if prompt is None or not prompt.strip():
         raise ConfigError('no prompt: say what the GPT should write, fusedgpt create "PROMPT"')
     from fusedgpt.train.pipeline import run_full_pipeline
     from fusedgpt.train.report.progress import Monitor
@@ -143,11 +144,7 @@ def train(
     if plot_schedule is not None:
         typer.echo(pipeline.draw_schedule(resolved, data, plot_schedule))
     elif estimate:
-        one, several = pipeline.estimate_rows(resolved, data)
-        print_table(one)
-        if several:
-            typer.echo()
-            print_table(several)
+        _show_estimates(*pipeline.estimates(resolved, data), as_json=as_json)
     else:
         monitor = Monitor(quiet=quiet or not world.first)
         where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile, "world": world}
@@ -155,6 +152,19 @@ def train(
             result = pipeline.train_on_files(data, resolved, output_dir, monitor, **where)
             if world.first:
                 _report(result.as_dict(), as_json)
+
+
+def _show_estimates(one: list[Any], several: list[Any], *, as_json: bool) -> None:
+    """Rows of pipeline.estimates, for a person or a program."""
+    from fusedgpt.train.tools import estimate, scaling
+
+    if as_json:
+        print_json({"one_card": list(map(asdict, one)), "several_cards": list(map(asdict, several))})
+        return
+    print_table(estimate.table(one))
+    if several:
+        typer.echo()
+        print_table(scaling.table(several))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.tools.estimate import REACHED, flops_per_token, peak_flops
@@ -102,13 +102,13 @@ def choose_cuda_graphs(
 ) -> bool:
     """Whether to replay steps as a CUDA graph: "auto" on one GPU, unless profiled: a replay hides the ops.
 
-    Raises InputError for "on" without a GPU, or with several.
+    Raises UsageError for "on" without a GPU, or with several.
     """
     if config.cuda_graphs == "on" and ranks > 1:
-        raise InputError("--cuda-graphs on needs one process: leave it at auto under torchrun")
+        raise UsageError("--cuda-graphs on needs one process: leave it at auto under torchrun")
     on_gpu = device.type == "cuda"
     if config.cuda_graphs == "on" and not on_gpu:
-        raise InputError("--cuda-graphs on needs a CUDA device; leave it at auto")
+        raise UsageError("--cuda-graphs on needs a CUDA device; leave it at auto")
     return config.cuda_graphs == "on" or (
         config.cuda_graphs == "auto" and on_gpu and not profiled and ranks == 1
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.gpt import GPT
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,9 +36,11 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        listed = "Expected one of" in str(error)  # of all of torch's back ends
+        reason = "expected auto, cpu, cuda or cuda:N" if listed else str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: {reason}") from None
     if device.type == "mps":
-        raise InputError("device 'mps' has no float64, in which losses and norms are added up: use cpu")
+        raise UsageError("--device mps: it has no float64, in which losses and norms are added up: use cpu")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device

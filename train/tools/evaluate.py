@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import InputError, UsageError
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.data.text.sources import DataError, Piece
@@ -114,9 +114,9 @@ def _evaluate(
     window = model.config.window if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= window <= model.config.block_size:
-        raise InputError(f"--window: expected 1 to the model's {model.config.block_size}, got {window}")
+        raise UsageError(f"--window: expected 1 to the model's {model.config.block_size}, got {window}")
     if not 1 <= stride <= window:
-        raise InputError(f"--stride: expected 1 to the window of {window}, got {stride}")
+        raise UsageError(f"--stride: expected 1 to the window of {window}, got {stride}")
     counts = _Counts()
     start = time.perf_counter()
     windows = _windows(parts, eot_id, window, stride, counts)

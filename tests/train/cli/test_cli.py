@@ -118,6 +118,8 @@ def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
     assert "beta2 = 0.95" in again.stdout
     assert "learning_rate = 0.001" in again.stdout
     assert "max_length = 256" in fusedgpt("create", "poems", "--print-config").stdout
+    rows = json.loads(train(root, "--estimate", "--json").stdout)["one_card"]
+    assert [row["checkpointing"] for row in rows] == ["none", "selective", "full"]
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -166,8 +168,16 @@ def test_list_shows_what_is_there(root: Path, tmp_path: Path) -> None:
     rows = json.loads(fusedgpt("list", "--output-dir", root / "models", "--json").stdout)
     assert {row["name"] for row in rows} == {p.name for p in (root / "models").iterdir()}
     assert rows[0]["name"] in fusedgpt("list", "--output-dir", root / "models").stdout
-    empty = fusedgpt("list", "--output-dir", tmp_path / "none")
-    assert (empty.returncode, empty.stdout) == (0, f"no models in {tmp_path / 'none'}\n")
+    assert fusedgpt("list", "--output-dir", root / "models").stdout.split()[:2] == ["name", "path"]
+    assert fusedgpt("list", cwd=tmp_path).stdout == "no models in models\n"
+    absent = fusedgpt("list", "--output-dir", tmp_path / "none")
+    assert (absent.returncode, absent.stdout) == (1, "")
+    assert f"there is no folder {tmp_path / 'none'}" in absent.stderr
+
+
+def test_version_and_short_help() -> None:
+    assert re.fullmatch(r"fusedgpt \d+\.\d+\.\d+\n", fusedgpt("--version").stdout)
+    assert fusedgpt("list", "-h").stdout == fusedgpt("list", "--help").stdout
 
 
 def test_doctor_names_the_path_of_every_op() -> None:
@@ -203,13 +213,14 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ),
         ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '3M', '12M', '33M', "),
         ("train --data {root}/book.txt --schedule cosin", 2, "'cosin' is not one of 'constant', 'linear', "),
-        ("train --data {root}/book.txt --set train.schedule=x", 2, "schedule: Input should be 'constant', "),
+        ("train --data {root}/book.txt --set train.schedule=x", 2, "--schedule: should be 'constant', "),
         ("train --data {root}/book.txt --raw-tokens 9", 2, "No such option: --raw-tokens"),
         ("train --data {root}/book.txt --n-head 7", 2, "n_embd 384 is not a multiple of n_head 7"),
         ("train --data {root}/book.txt --tokenizer gtp2", 1, "no tokenizer 'gtp2': choose gpt2, char, byte"),
-        ("train --data {root}/book.txt --device cuda:9 --block-size 8", 1, "device 'cuda:9' cannot be used"),
+        ("train --data {root}/book.txt --device cuda:9 --block-size 8", 2, "--device cuda:9: "),
+        ("train --data {root}/book.txt --device foo", 2, "--device foo: expected auto, cpu, cuda or cuda:N"),
         ("train --data {root}/book.txt --output-dir {root}/book.txt", 1, "cannot write to {root}/book.txt"),
-        ("train --data {root}/book.txt --batch-size 0", 2, "batch_size: Input should be greater than"),
+        ("train --data {root}/book.txt --batch-size 0", 2, "--batch-size: should be greater than"),
         ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
         (
             "create poems --data-source ollama --llm-host http://127.0.0.1:9 --gen-model a",
@@ -217,13 +228,13 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             "no Ollama server answers at http://127.0.0.1:9",
         ),
         ("create poems --llm-host http://a:b@c", 2, "llm_host holds a user name or password"),
-        ("create poems --timeout-total 0", 2, "timeout_total: Input should be greater than 0"),
+        ("create poems --timeout-total 0", 2, "--timeout-total: should be greater than 0"),
         (
             "data refine {root}/absent.jsonl --output {root}/o.jsonl",
             1,
             "there is no file {root}/absent.jsonl",
         ),
-        ("create poems --epochs 0", 2, "epochs: Input should be greater than"),
+        ("create poems --epochs 0", 2, "--epochs: should be greater than"),
         ("create --run-dir {root}/new", 2, "no prompt: say what the GPT should write"),
         ("create poems --resume {root}/run", 2, "is a run of `fusedgpt train`, not of create"),
         ("train --data {root}/book.txt --set train.beat2=1", 2, "'beat2'; did you mean 'beta2'?"),
@@ -241,7 +252,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             1,
             "a step takes 999",
         ),
-        ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 1, "CUDA device"),
+        ("train --data {root}/book.txt --cuda-graphs on --tokenizer byte --max-length 9", 2, "CUDA device"),
         (
             "train --data {root}/book.txt --tokenizer byte --max-length 9 --warmup 100000",
             2,
@@ -252,7 +263,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
         ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
         ("sample {root}/absent", 1, "absent is no model folder"),
-        ("sample {root}/models/{model} --top-p 2", 1, "top_p: expected 0 < p <= 1, got 2.0"),
+        ("sample {root}/models/{model} --top-p 2", 2, "--top-p: expected 0 < p <= 1, got 2.0"),
     ],
 )
 def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str) -> None:

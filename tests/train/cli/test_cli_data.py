@@ -86,7 +86,7 @@ def test_the_fallback_leaves_the_models_texts_apart(tmp_path: Path) -> None:
             "generate x --output {tmp}/exists.jsonl",
             "exists.jsonl exists; remove it, or choose another --output",
         ),
-        ("generate x --output {tmp}/o.jsonl --llm-concurrency 0", "llm_concurrency: Input should be greater"),
+        ("generate x --output {tmp}/o.jsonl --llm-concurrency 0", "--llm-concurrency: should be greater"),
         (
             "generate x --output {tmp}/o.jsonl --llm-host ftp://x",
             "llm_host 'ftp://x' is not an http:// or https://",

@@ -284,11 +284,11 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("sample {root}/m --repetition-penalty 0", 1, "repetition_penalty: expected more than 0, got 0.0"),
+        ("sample {root}/m --repetition-penalty 0", 2, "--repetition-penalty: expected more than 0, got 0.0"),
         ("sample {root}/m --stop=", 1, "stop: an empty string would end every text at once"),
         ("sample {root}/chars --prompt z", 1, "the character 'z' (U+007A) is not in this vocabulary"),
-        ("sample {root}/m -n 0", 1, "n_samples: expected 1 or more, got 0"),
-        ("chat {root}/m --temperature -1", 1, "temperature: expected 0 or more, got -1.0"),
+        ("sample {root}/m -n 0", 2, "--n-samples: expected 1 or more, got 0"),
+        ("chat {root}/m --temperature -1", 2, "--temperature: expected 0 or more, got -1.0"),
         ("chat {root}/none", 1, "is no model folder"),
         ("eval {root}/m", 2, "Missing option '--data'"),
         ("eval {root}/m --data {root}/book.txt --precision fp8", 2, "'fp8' is not one of 'auto', 'bf16', "),
@@ -304,7 +304,7 @@ def test_chat_on_a_terminal_ends_cleanly(root: Path, end: bytes) -> None:
         ("eval {root}/m --data {root}/binary.txt", 1, "binary.txt is a binary file"),
         ("eval {root}/m --data {root}/latin.txt", 1, "latin.txt is not UTF-8 text (byte 3)"),
         ("eval {root}/m --data {root}/lines.jsonl", 1, "lines.jsonl"),
-        ("eval {root}/m --data {root}/book.txt --stride 33", 1, "--stride: expected 1 to the window of 32"),
+        ("eval {root}/m --data {root}/book.txt --stride 33", 2, "--stride: expected 1 to the window of 32"),
         ("eval {root}/chars --data {root}/book.txt", 1, "the character 'T'"),
         ("export {root}/m --to gguf --out {root}/book.txt", 1, "book.txt exists: remove it, or choose"),
         ("export {root}/m --to safetensors --out {root}/m", 1, "/m exists: remove it, or choose another"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer, char_tokenizer
 from fusedgpt.train.data.text.encode import all_cores, characters, chunked, encode_chunks, note_special_token
 from fusedgpt.train.data.text.sources import Cut, Errors, Piece, Source, no_text
@@ -40,11 +40,11 @@ def prepare(
     OSError if `out` cannot be written; then there is no `out`.
     """
     if not 0.0 <= val_fraction < 1.0:
-        raise InputError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
+        raise UsageError(f"--val-fraction: expected 0 <= fraction < 1, got {val_fraction}")
     workers = all_cores() if workers is None else workers
     for option, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
-            raise InputError(f"{option}: expected 1 or more, got {value}")
+            raise UsageError(f"{option}: expected 1 or more, got {value}")
     source = Source(inputs=tuple(inputs), text_field=text_field, errors=errors)
     progress = _Progress(report, source)
     with new_set_folder(out) as folder:

@@ -115,6 +115,9 @@ def load_token_sets(paths: Sequence[Path], config: RunConfig) -> tuple[TokenData
             raise DataError(
                 f"{folders[0]} and {path} were made with different tokenizers: prepare one of them again"
             )
+    wanted = config.data.tokenizer
+    if wanted in ("char", "byte") and wanted != tokenizer.kind:
+        raise DataError(f"--tokenizer {wanted}: {folders[0]} was made with another: leave it out")
     datasets = [_dataset(one, config) for one in opened]
     weights = [weight for weight in given if weight is not None]
     if 0 < len(weights) < len(given):

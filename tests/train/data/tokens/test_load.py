@@ -118,10 +118,10 @@ def test_nanogpt_characters(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"meta\.pkl is a pickle, which may run any code.*meta\.json"):
         load_token_sets([tmp_path], config())
     (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {}}))
-    dataset, tokenizer = load_token_sets([tmp_path], config())
+    dataset, tokenizer = load_token_sets([tmp_path], config(tokenizer="gpt2"))
     assert tokenizer.decode(dataset.train[:30].tolist()) == text[:30]
     (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2"}')
-    assert load_token_sets([tmp_path], config())[1].kind == "gpt2"
+    assert load_token_sets([tmp_path], config(tokenizer="gpt2"))[1].kind == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,8 @@ def test_sets_are_mixed_by_their_weights(tmp_path: Path) -> None:
     other = prepared(tmp_path, "other", vocab_size=300)
     with pytest.raises(DataError, match=r"one and .*other were made with different tokenizers"):
         load_token_sets([one, other], config())
+    with pytest.raises(DataError, match=r"--tokenizer char: .*one was made with another"):
+        load_token_sets([one], config(tokenizer="char"))
     with pytest.raises(DataError, match=r"one\.jsonl is text: only token sets can be mixed or weighted"):
         load_token_sets([one, tmp_path / "one.jsonl"], config())
 
@@ -231,7 +233,7 @@ def test_text_is_split_as_prepare_splits_it_whatever_the_seed(
     monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 3000)  # several, in processes of their own
     path = prepared(tmp_path, texts=texts, val_fraction=0.1, tokenizer=tokenizer)
     for packing in (False, True):
-        sets, _ = load_data([path], config(packing=packing))
+        sets, _ = load_data([path], config(tokenizer=tokenizer, packing=packing))
         for seed in (0, 1):
             settings = config(tokenizer=tokenizer, seed=seed, packing=packing)
             text, _ = load_data([tmp_path / "set.jsonl"], settings)
