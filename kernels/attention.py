@@ -31,146 +31,22 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedgpt.kernels import tuning
+from fusedgpt.kernels.attention_tiles import (
+    keep_tile,
+    key_ranges,
+    load_ids,
+    load_tile,
+    program_tile,
+    query_ranges,
+    store_tile,
+    visible_keys,
+)
 from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
 from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.reference import dropout_threshold
 from fusedgpt.kernels.tuning import Tile
 
 _GROUP_BYTES = 2**24  # K and V of the heads that run side by side, so that they stay in L2
-
-
-@triton.jit
-def _program_tile(B, H, T, heads, BLOCK: tl.constexpr, REVERSED: tl.constexpr):
-    """(b, h, index of the head in (B, H), first row) of this program's tile of BLOCK rows.
-
-    Groups of `heads` heads go one after the other, and within a group one tile of every head before the next
-    tile of any. REVERSED: the last rows of a head first, where they have the most keys.
-    """
-    n_tiles = tl.cdiv(T, BLOCK)
-    first_head = tl.program_id(0) // (heads * n_tiles) * heads
-    heads = tl.minimum(heads, B * H - first_head)
-    i = tl.program_id(0) - first_head * n_tiles
-    bh, tile = first_head + i % heads, i // heads
-    if REVERSED:
-        tile = n_tiles - 1 - tile
-    return bh // H, bh % H, bh, tile * BLOCK
-
-
-@triton.jit
-def _tile_ptrs(x_ptr, strides, b, h, start, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to rows start .. of one head and which of them exist: (BLOCK, BLOCK_D) each."""
-    offs_t, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    x_ptr += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
-    x_ptr += tl.cast(start, tl.int64) * strides[1]
-    mask = (offs_t < T - start)[:, None]
-    if D != BLOCK_D:
-        mask = mask & (offs_d < D)[None, :]
-    return x_ptr + offs_t[:, None] * strides[1] + offs_d[None, :] * strides[3], mask
-
-
-@triton.jit
-def _load_tile(x, strides, b, h, start, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start .. of one head of x (B, T, H, D): (BLOCK, BLOCK_D), zeros beyond T and D.
-
-    x: a pointer with its strides, or a descriptor with strides None.
-    """
-    if strides is None:
-        tile = x.load([b, h, start, 0]).reshape(BLOCK, BLOCK_D)
-    else:
-        ptrs, mask = _tile_ptrs(x, strides, b, h, start, T, D, BLOCK, BLOCK_D)
-        tile = tl.load(ptrs, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def _store_tile(
-    x_ptr, strides, b, h, start, tile, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    ptrs, mask = _tile_ptrs(x_ptr, strides, b, h, start, T, D, BLOCK, BLOCK_D)
-    tl.store(ptrs, tile.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _philox2x32(seed, counter):
-    """The two words of each Philox-2x32-7 block: reference.philox2x32."""
-    key = (seed ^ (seed >> 32)).to(tl.uint32)
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    for _ in tl.static_range(7):
-        product = c0.to(tl.uint64) * 0xD256D193
-        c0, c1 = (product >> 32).to(tl.uint32) ^ c1 ^ key, product.to(tl.uint32)
-        key += 0x9E3779B9
-    return c0, c1
-
-
-@triton.jit
-def _keep_tile(
-    seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """The dropout mask (BLOCK_M, BLOCK_N) of one tile of weights: reference.attention_dropout_mask.
-
-    A Philox block serves two queries and four keys that are 8 apart. One thread holds them of a tensor-core
-    accumulator, and half of them of its transpose: the mask is made in the registers where it is used.
-    """
-    rows = tl.cast(bh, tl.int64) * (tl.cdiv(T, 16) * 8) + start_m // 2 + tl.arange(0, BLOCK_M // 2)
-    row_blocks = offset + rows * (tl.cdiv(T, 32) * 8)
-    blocks = row_blocks[:, None] + (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    w0, w1 = _philox2x32(seed, blocks)
-    words = tl.join(w0, w1)
-    lanes = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))  # the byte on top
-    lanes = tl.reshape(lanes, (BLOCK_M // 16, 8, BLOCK_N // 32, 8, 2, 4))
-    lanes = tl.reshape(lanes.permute(0, 4, 1, 2, 5, 3), (BLOCK_M, BLOCK_N))
-    return lanes >= threshold.to(tl.uint32) << 24
-
-
-@triton.jit  # noqa: RET503  # Triton 3.6 does not compile a `return None`
-def _load_ids(ids_ptr, b, offs, T):
-    """The document ids of tokens `offs`; None without documents."""
-    if ids_ptr is not None:
-        return tl.load(ids_ptr + tl.cast(b, tl.int64) * T + tl.minimum(offs, T - 1))
-
-
-@triton.jit
-def _visible(offs_m, offs_n, ids_m, ids_n):
-    """Which keys the queries may see: (BLOCK_M, BLOCK_N)."""
-    visible = offs_m[:, None] >= offs_n[None, :]
-    if ids_m is not None:
-        visible = visible & (ids_m[:, None] == ids_n[None, :])
-    return visible
-
-
-@triton.jit
-def _key_ranges(spans_ptr, b, start_m, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, full, diagonal): keys from `begin` on are visited; `full` .. `diagonal` need no mask."""
-    begin, full, diagonal = 0, 0, start_m // BLOCK_N * BLOCK_N
-    if spans_ptr is not None:
-        spans_ptr += 4 * b * tl.cdiv(T, 64)
-        block, last_block = start_m // 64, tl.minimum(start_m + BLOCK_M - 1, T - 1) // 64
-        first = tl.load(spans_ptr + 4 * block)
-        for other in range(block + 1, last_block + 1):
-            first = tl.minimum(first, tl.load(spans_ptr + 4 * other))
-        same = tl.load(spans_ptr + 4 * last_block + 1)
-        begin = first * 64 // BLOCK_N * BLOCK_N
-        full = tl.cdiv(same * 64, BLOCK_N) * BLOCK_N
-        full = tl.where(same <= block, tl.minimum(full, diagonal), diagonal)
-    return begin, full, diagonal
-
-
-@triton.jit
-def _query_ranges(spans_ptr, b, start_n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(below, full_end, end): queries up to `end` are visited; `below` .. `full_end` need no mask."""
-    below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)  # the diagonal
-    full_end, end = T, T
-    if spans_ptr is not None:
-        spans_ptr += 4 * b * tl.cdiv(T, 64)
-        block, last_block = start_n // 64, tl.minimum(start_n + BLOCK_N - 1, T - 1) // 64
-        last = tl.load(spans_ptr + 4 * last_block + 3)
-        for other in range(block, last_block):
-            last = tl.maximum(last, tl.load(spans_ptr + 4 * other + 3))
-        same_end = (tl.load(spans_ptr + 4 * block + 2) + 1) * 64
-        end = tl.minimum((last + 1) * 64, T)
-        full_end = tl.where(same_end < T, same_end // BLOCK_M * BLOCK_M, T)
-        full_end = tl.where(same_end > last_block * 64, tl.maximum(full_end, below), below)
-    return below, full_end, end
 
 
 @triton.jit(do_not_specialize=["B", "heads", "threshold"])
@@ -203,33 +79,33 @@ def _attention_fwd_kernel(
     AHEAD: tl.constexpr,  # start the next full tile's product before this one's softmax
 ):
     qk_scale = scale * LOG2_E
-    b, h, bh, start_m = _program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
+    b, h, bh, start_m = program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
-    ids_m = _load_ids(ids_ptr, b, offs_m, T)
+    q_tile = load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    ids_m = load_ids(ids_ptr, b, offs_m, T)
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)  # in log2 units
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    first, full, diagonal = _key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
+    first, full, diagonal = key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
     for MASK in tl.static_range(2):
         begin = first if MASK else full
         end = tl.minimum(start_m + BLOCK_M, T) - (diagonal - full) if MASK else diagonal
         if AHEAD and not MASK:
-            k_tile = _load_tile(k, k_strides, b, h, begin, T, D, BLOCK_N, BLOCK_D)
+            k_tile = load_tile(k, k_strides, b, h, begin, T, D, BLOCK_N, BLOCK_D)
             next_s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         for start_n in range(begin, end, BLOCK_N):
             if MASK:
                 start_n += tl.where(start_n >= full, diagonal - full, 0)
             load_n = start_n + BLOCK_N if AHEAD and not MASK else start_n
-            k_tile = _load_tile(k, k_strides, b, h, load_n, T, D, BLOCK_N, BLOCK_D)
+            k_tile = load_tile(k, k_strides, b, h, load_n, T, D, BLOCK_N, BLOCK_D)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
             if AHEAD and not MASK:
                 s, next_s = next_s, s
             if MASK:
                 offs_n = start_n + tl.arange(0, BLOCK_N)
-                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
+                visible = visible_keys(offs_m, offs_n, ids_m, load_ids(ids_ptr, b, offs_n, T))
                 s = tl.where(visible, s * qk_scale, LOWEST)
                 new_max = tl.maximum(row_max, tl.max(s, 1))
                 p = tl.exp2(s - new_max[:, None])
@@ -239,15 +115,15 @@ def _attention_fwd_kernel(
             alpha = tl.exp2(row_max - new_max)  # 0 at the first visible key: what masked keys summed up goes
             row_sum = row_sum * alpha + tl.sum(p, 1)
             if seed_ptr is not None:
-                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                keep = keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, zero)  # keep_scale is applied once, at the end
-            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            v_tile = load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
             row_max = new_max
     out = acc / row_sum[:, None]
     if seed_ptr is not None:
         out = out * keep_scale
-    _store_tile(out_ptr, out_strides, b, h, start_m, out, T, D, BLOCK_M, BLOCK_D)
+    store_tile(out_ptr, out_strides, b, h, start_m, out, T, D, BLOCK_M, BLOCK_D)
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * T + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
 
 
@@ -285,44 +161,44 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
 ):
     qk_scale = scale * LOG2_E
-    b, h, bh, start_m = _program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
+    b, h, bh, start_m = program_tile(B, H, T, heads, BLOCK_M, REVERSED=True)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
-    dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
-    out_tile = _load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    q_tile = load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    dout_tile = load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    out_tile = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if seed_ptr is not None:  # keep_scale is taken out of dS and applied once, at the end
         delta = delta / keep_scale
     offs_row = tl.cast(bh, tl.int64) * T + offs_m
     tl.store(delta_ptr + offs_row, delta, mask=offs_m < T)
     lse = tl.load(lse_ptr + offs_row, mask=offs_m < T, other=float("inf"))
-    ids_m = _load_ids(ids_ptr, b, offs_m, T)
+    ids_m = load_ids(ids_ptr, b, offs_m, T)
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    first, full, diagonal = _key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
+    first, full, diagonal = key_ranges(spans_ptr, b, start_m, T, BLOCK_M, BLOCK_N)
     for MASK in tl.static_range(2):
         begin = first if MASK else full
         end = tl.minimum(start_m + BLOCK_M, T) - (diagonal - full) if MASK else diagonal
         for start_n in range(begin, end, BLOCK_N):
             if MASK:
                 start_n += tl.where(start_n >= full, diagonal - full, 0)
-            k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            k_tile = load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
             p = tl.exp2(tl.dot(q_tile, k_tile.T, input_precision="ieee") * qk_scale - lse[:, None])
             if MASK:
                 offs_n = start_n + tl.arange(0, BLOCK_N)
-                visible = _visible(offs_m, offs_n, ids_m, _load_ids(ids_ptr, b, offs_n, T))
+                visible = visible_keys(offs_m, offs_n, ids_m, load_ids(ids_ptr, b, offs_n, T))
                 p = tl.where(visible, p, 0.0)
-            v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+            v_tile = load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
             dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
             if seed_ptr is not None:
-                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                keep = keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp, 0.0)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     if seed_ptr is not None:
         scale *= keep_scale
-    _store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
+    store_tile(dq_ptr, dq_strides, b, h, start_m, dq * scale, T, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["B", "heads", "threshold"])
@@ -359,18 +235,18 @@ def _attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
 ):
     qk_scale = scale * LOG2_E
-    b, h, bh, start_n = _program_tile(B, H, T, heads, BLOCK_N, REVERSED=False)  # the first have most queries
+    b, h, bh, start_n = program_tile(B, H, T, heads, BLOCK_N, REVERSED=False)  # the first have most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k_tile = _load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
-    v_tile = _load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
-    ids_n = _load_ids(ids_ptr, b, offs_n, T)
+    k_tile = load_tile(k, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+    v_tile = load_tile(v, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+    ids_n = load_ids(ids_ptr, b, offs_n, T)
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     lse_ptr += tl.cast(bh, tl.int64) * T
     delta_ptr += tl.cast(bh, tl.int64) * T
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    below, full_end, last = _query_ranges(spans_ptr, b, start_n, T, BLOCK_M, BLOCK_N)
+    below, full_end, last = query_ranges(spans_ptr, b, start_n, T, BLOCK_M, BLOCK_N)
     for FULL in tl.static_range(2):
         begin = below if FULL else start_n // BLOCK_M * BLOCK_M
         end = full_end if FULL else last - (full_end - below)
@@ -378,16 +254,16 @@ def _attention_dkdv_kernel(
             if not FULL:
                 start_m += tl.where(start_m >= below, full_end - below, 0)
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            q_tile = _load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+            q_tile = load_tile(q, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
             lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))  # rows beyond T weigh 0
             p = tl.exp2(tl.dot(k_tile, q_tile.T, input_precision="ieee") * qk_scale - lse[None, :])
             if not FULL:
-                ids_m = _load_ids(ids_ptr, b, offs_m, T)
-                p = tl.where(tl.trans(_visible(offs_m, offs_n, ids_m, ids_n)), p, 0.0)
-            dout_tile = _load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+                ids_m = load_ids(ids_ptr, b, offs_m, T)
+                p = tl.where(tl.trans(visible_keys(offs_m, offs_n, ids_m, ids_n)), p, 0.0)
+            dout_tile = load_tile(dout, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
             kept = p
             if seed_ptr is not None:
-                keep = _keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
+                keep = keep_tile(seed, offset, threshold, bh, start_m, start_n, T, BLOCK_M, BLOCK_N)
                 keep = tl.trans(keep)
                 kept = tl.where(keep, p, zero)
             dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
@@ -400,8 +276,8 @@ def _attention_dkdv_kernel(
     if seed_ptr is not None:
         dv = dv * keep_scale
         scale *= keep_scale
-    _store_tile(dk_ptr, dk_strides, b, h, start_n, dk * scale, T, D, BLOCK_N, BLOCK_D)
-    _store_tile(dv_ptr, dv_strides, b, h, start_n, dv, T, D, BLOCK_N, BLOCK_D)
+    store_tile(dk_ptr, dk_strides, b, h, start_n, dk * scale, T, D, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, dv_strides, b, h, start_n, dv, T, D, BLOCK_N, BLOCK_D)
 
 
 def _feature(dropout_p: float, ids: Tensor | None) -> str:

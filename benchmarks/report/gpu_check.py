@@ -34,6 +34,8 @@ from benchmarks.report.record import ROOT
 from benchmarks.report.runner import Part, choose_parts, run_parts
 from fusedgpt.kernels.tools import cases, check
 
+# By name, at the interpreter's sizes: small enough for sanitizers, which take a process each.
+SMALL_CASES = {f"{case.op} {case.shape}": case for case in cases.cases(torch.device("cpu"))}
 MODULE = [sys.executable, "-m"]
 CLI = [*MODULE, "fusedgpt.train.cli.main"]
 PYTEST = [sys.executable, *shlex.split(bench.PYTEST), "--durations=10"]
@@ -62,11 +64,11 @@ def all_parts(
     if not gpu:
         return on_any
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    small_check = [*MODULE, "benchmarks.report.gpu_check", "--small-check"]
+    small_checks = [[*MODULE, "benchmarks.report.gpu_check", "--small-check", name] for name in SMALL_CASES]
     sanitized = [
-        [sanitizer, "--error-exitcode", "9", "--tool", tool, *small_check, op]
+        [sanitizer, "--error-exitcode", "9", "--tool", tool, *command]
         for tool in ("memcheck", "racecheck")
-        for op in ops
+        for command in small_checks
         if sanitizer
     ]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun lands in another tensor, unseen
@@ -79,16 +81,10 @@ def all_parts(
         *on_any,
         Part(name="graphs", seconds=35, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, peer=peer, text=text),
-        Part(name="gpu_tests", seconds=80, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        Part(name="gpu_tests", seconds=75, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
         Part(name="report", seconds=4, commands=[render]),
-        Part(
-            name="consan",
-            seconds=30,
-            commands=[[*small_check, op] for op in ops],
-            jobs=jobs,
-            environment=consan,
-        ),
+        Part(name="consan", seconds=50, commands=small_checks, jobs=jobs, environment=consan),
         Part(name="sanitizer", seconds=20, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", seconds=200, commands=[tuning], environment=tuned)] if tune else []),
     ]
@@ -110,12 +106,11 @@ def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def small_check(op: str) -> list[str]:
-    """What is wrong with `op` at the interpreter's sizes, on the GPU: small enough for sanitizers."""
+def small_check(name: str) -> list[str]:
+    """What is wrong with one of SMALL_CASES on the GPU."""
     triton.set_allocator(scratch)
-    small = [case for case in cases.cases(torch.device("cpu")) if case.op == op]
     with torch.autograd.set_multithreading_enabled(False):  # Triton knows its allocator in this thread only
-        findings = [f for case in small for f in check.measure(case, torch.bfloat16, torch.device("cuda"))]
+        findings = check.measure(SMALL_CASES[name], torch.bfloat16, torch.device("cuda"))
     return [finding.fault for finding in findings if not finding.ok]
 
 
@@ -123,7 +118,7 @@ def main() -> int:
     start = time.monotonic()
     parser = make_parser(__doc__, "--out", "--minutes", "--parts", "--peer", "--text")
     parser.add_argument("--tune", action="store_true", help="search for faster attention tiles at the end")
-    parser.add_argument("--small-check", metavar="OP", help=argparse.SUPPRESS)
+    parser.add_argument("--small-check", metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.small_check:
         faults = small_check(arguments.small_check)
