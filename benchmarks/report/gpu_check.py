@@ -81,11 +81,11 @@ def all_parts(
         *on_any,
         Part(name="graphs", seconds=35, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, peer=peer, text=text),
-        Part(name="gpu_tests", seconds=75, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        Part(name="gpu_tests", seconds=65, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
         Part(name="report", seconds=4, commands=[render]),
-        Part(name="consan", seconds=50, commands=small_checks, jobs=jobs, environment=consan),
-        Part(name="sanitizer", seconds=20, commands=sanitized, jobs=jobs, environment=uncached),
+        Part(name="consan", seconds=70, commands=small_checks, jobs=jobs, environment=consan),
+        Part(name="sanitizer", seconds=16, commands=sanitized, jobs=jobs, environment=uncached),
         *([Part(name="tune", seconds=200, commands=[tuning], environment=tuned)] if tune else []),
     ]
 
