@@ -103,10 +103,10 @@ _BLACKWELL: _Table = {
 _FP32: dict[tuple[str, int], _Sizes] = {  # without tensor cores
     ("fwd", 64): (32, 32, 8, 2),
     ("fwd", 128): (16, 32, 4, 2),
-    ("dkdv", 64): (16, 32, 4, 1),
-    ("dkdv", 128): (16, 32, 8, 1),
+    ("dkdv", 64): (16, 32, 8, 1),
+    ("dkdv", 128): (16, 32, 16, 1),
     ("dq", 64): (16, 32, 4, 2),
-    ("dq", 128): (16, 32, 8, 2),
+    ("dq", 128): (32, 32, 8, 2),
 }
 _INTERPRETED = (32, 64, 4, 1)  # small enough for short sequences to have several
 
