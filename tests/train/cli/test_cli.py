@@ -218,7 +218,11 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("train --data {root}/book.txt --n-head 7", 2, "n_embd 384 is not a multiple of n_head 7"),
         ("train --data {root}/book.txt --tokenizer gtp2", 1, "no tokenizer 'gtp2': choose gpt2, char, byte"),
         ("train --data {root}/book.txt --device cuda:9 --block-size 8", 2, "--device cuda:9: "),
-        ("train --data {root}/book.txt --device foo", 2, "--device foo: expected auto, cpu, cuda or cuda:N"),
+        (
+            "train --data {root}/book.txt --device foo --block-size 8",
+            2,
+            "--device foo: expected auto, cpu, cuda or cuda:N",
+        ),
         ("train --data {root}/book.txt --output-dir {root}/book.txt", 1, "cannot write to {root}/book.txt"),
         ("train --data {root}/book.txt --batch-size 0", 2, "--batch-size: should be greater than"),
         ("create poems --output-dir /proc/x", 1, "cannot write to /proc/x"),
