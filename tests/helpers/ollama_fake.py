@@ -1,18 +1,18 @@
-"""A server with Ollama's published API and its OpenAI-compatible part, for tests; it can be told to fail.
+"""A server with the part of OpenAI's API that Ollama and others have, for tests; it can be told to fail.
 
-Ollama: https://docs.ollama.com/api (version, tags, ps, generate), and /v1 (models, chat/completions,
-completions). test_llm_fake.py holds it against the official `ollama` and `openai` clients.
+https://platform.openai.com/docs/api-reference: models, chat/completions, completions.
 
 A fault is chosen for each request by `Fake.fault(path, number)`, which returns one of FAULTS or None.
 """
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
@@ -21,19 +21,25 @@ FAULTS = (
     "refused",  # the connection is closed unanswered; Fake.stop() makes it a real refusal
     "429",
     "500",
-    "slow",  # a piece now and then, for ever
+    "slow",  # a byte now and then, for ever
     "silent",  # not even a header
     "header",  # a header without end
-    "cut",
+    "cut",  # a proper end of the body, but not of the answer
     "cut_chunk",
     "bad_json",
     "empty",
     "endless",
-    "huge_line",
+    "bomb",  # small, but not once decompressed
     "redirect",
-    "error_line",
+    "error",  # with the status of an answer
 )
-_CREATED = "2025-05-10T08:06:48.639712648-07:00"
+_BODIES = {
+    "cut": b'{"choices": [{"index": 0, "message": {"content": "half',
+    "bad_json": b"<html>busy</html>",
+    "empty": b"",
+    "bomb": gzip.compress(b" " * (8 << 20)),
+    "error": b'{"error": {"message": "llama runner process has terminated"}}',
+}
 _WORDS = """
     salt river lantern quiet baker window copper garden winter letter engine orange shadow
     kettle harbor velvet thunder pocket meadow ladder cinnamon anchor whistle marble feather
@@ -64,7 +70,7 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 
 def seed_of(body: dict[str, Any]) -> int:
-    return int(body.get("options", {}).get("seed", body.get("seed", 0)) or 0)
+    return int(body.get("seed") or 0)
 
 
 class Fake:
@@ -156,11 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict[str, Any]) -> None:
         routes: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
-            ("GET", "/"): self.root,
-            ("GET", "/api/version"): lambda _: self.send_object(200, {"version": "0.12.6"}),
-            ("GET", "/api/tags"): self.tags,
-            ("GET", "/api/ps"): self.tags,
-            ("POST", "/api/generate"): self.generate,
             ("GET", "/v1/models"): self.v1_models,
             ("POST", "/v1/chat/completions"): self.v1_complete,
             ("POST", "/v1/completions"): self.v1_complete,
@@ -171,74 +172,6 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             route(body)
 
-    def root(self, body: dict[str, Any]) -> None:
-        self.send_raw(200, b"Ollama is running", "text/plain; charset=utf-8")
-
-    def tags(self, body: dict[str, Any]) -> None:
-        details = {
-            "parent_model": "",
-            "format": "gguf",
-            "family": "llama",
-            "families": ["llama"],
-            "parameter_size": "3.2B",
-            "quantization_level": "Q4_K_M",
-        }
-        more = (
-            {"expires_at": _CREATED, "size_vram": 0} if self.path == "/api/ps" else {"modified_at": _CREATED}
-        )
-        rows = [
-            {"name": n, "model": n, "size": 2019393189, "digest": "a80c4f17acd5", "details": details, **more}
-            for n in self.server.fake.models
-        ]
-        self.send_object(200, {"models": rows})
-
-    def known(self, model: object) -> bool:
-        names = self.server.fake.models
-        return model in names or f"{model}:latest" in names
-
-    def pieces(self, body: dict[str, Any]) -> Iterator[str]:
-        """The reply, a word at a time, at most as many as the request allows."""
-        fake = self.server.fake
-        if fake.delay:
-            time.sleep(fake.delay)
-        text = fake.reply(body)
-        limit = body.get("options", {}).get("num_predict", body.get("max_tokens")) or 10_000
-        parts = text.split(" ")
-        self.end = "stop" if len(parts) <= limit else "length"
-        parts = parts[:limit]
-        for i in range(0, len(parts), 8):
-            yield (" " if i else "") + " ".join(parts[i : i + 8])
-
-    def generate(self, body: dict[str, Any]) -> None:
-        model = body.get("model")
-        if not self.known(model):
-            self.send_object(404, {"error": f"model '{model}' not found"})
-            return
-        common = {"model": model, "created_at": _CREATED}
-        if not body.get("prompt"):
-            self.send_object(200, {**common, "response": "", "done": True, "done_reason": "load"})
-            return
-        pieces = list(self.pieces(body))
-        last = {
-            "done": True,
-            "done_reason": self.end,
-            "context": [1, 2, 3],
-            "total_duration": 10706818083,
-            "load_duration": 6338219291,
-            "prompt_eval_count": 26,
-            "prompt_eval_duration": 130079000,
-            "eval_count": len(pieces),
-            "eval_duration": 4232710000,
-        }
-        if body.get("stream", True):
-            self.start_stream("application/x-ndjson")
-            for piece in pieces:
-                self.send_line({**common, "response": piece, "done": False})
-            self.send_line({**common, "response": "", **last})
-            self.end_stream()
-        else:
-            self.send_object(200, {**common, "response": "".join(pieces), **last})
-
     def v1_models(self, body: dict[str, Any]) -> None:
         rows = [
             {"id": name, "object": "model", "created": 1746889608, "owned_by": "library"}
@@ -247,39 +180,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_object(200, {"object": "list", "data": rows})
 
     def v1_complete(self, body: dict[str, Any]) -> None:
-        model, chat = body.get("model"), "chat" in self.path
-        if not self.known(model):
+        """The reply, at most as many words as the request allows."""
+        fake, model = self.server.fake, body.get("model")
+        if model not in fake.models and f"{model}:latest" not in fake.models:
             message = f"model '{model}' not found"
             error = {"message": message, "type": "not_found_error", "param": None, "code": None}
             self.send_object(404, {"error": error})
             return
-        pieces = list(self.pieces(body))
-        kind = ("chat.completion" if chat else "text_completion") + (
-            ".chunk" if chat and body.get("stream") else ""
-        )
-        common = {"id": "cmpl-1", "object": kind, "created": 1746889608, "model": model}
-        common["system_fingerprint"] = "fp_ollama"
-
-        def choice(text: str, end: str | None) -> list[dict[str, Any]]:
-            message = {"role": "assistant", "content": text}
-            part = {("delta" if body.get("stream") else "message"): message} if chat else {"text": text}
-            return [{"index": 0, **part, "finish_reason": end}]
-
-        if body.get("stream"):
-            self.start_stream("text/event-stream")
-            for piece in pieces:
-                self.send_event({**common, "choices": choice(piece, None)})
-            self.send_event({**common, "choices": choice("", self.end)})
-            self.chunk(b"data: [DONE]\n\n")
-            self.end_stream()
-        else:
-            usage = {"prompt_tokens": 26, "completion_tokens": len(pieces), "total_tokens": 26 + len(pieces)}
-            self.send_object(200, {**common, "choices": choice("".join(pieces), self.end), "usage": usage})
+        time.sleep(fake.delay)
+        words = fake.reply(body).split(" ")
+        limit = body.get("max_tokens") or body.get("max_completion_tokens") or 10_000
+        end = "stop" if len(words) <= limit else "length"
+        text, chat = " ".join(words[:limit]), "chat" in self.path
+        answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        kind = "chat.completion" if chat else "text_completion"
+        row = {"id": "cmpl-1", "object": kind, "created": 1746889608, "model": model}
+        self.send_object(200, {**row, "choices": [{"index": 0, **answer, "finish_reason": end}]})
 
     def fail(self, fault: str) -> None:
         fake = self.server.fake
         self.close_connection = True
-        ndjson = self.path.startswith("/api")
         if fault == "refused":
             return
         if fault in ("429", "500"):
@@ -294,40 +214,26 @@ class _Handler(BaseHTTPRequestHandler):
             while not fake.over.wait(0.02):
                 self.wfile.write(b"X-More: and more\r\n")
         else:
-            self.start_stream("application/x-ndjson" if ndjson else "text/event-stream")
-            self.fail_in_stream(fault)
+            self.fail_in_body(fault)
 
-    def fail_in_stream(self, fault: str) -> None:
-        fake = self.server.fake
-        sound = {"model": "writer", "created_at": _CREATED, "response": "word ", "done": False}
-        if not self.path.startswith("/api"):
-            sound = {"choices": [{"index": 0, "delta": {"content": "word "}, "finish_reason": None}]}
-        send = self.send_line if self.path.startswith("/api") else self.send_event
+    def fail_in_body(self, fault: str) -> None:
+        over = self.server.fake.over
+        if fault in _BODIES:
+            coded = {"Content-Encoding": "gzip"} if fault == "bomb" else None
+            self.send_raw(200, _BODIES[fault], "application/json", coded)
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_header()
         if fault == "slow":
-            while not fake.over.wait(0.05):
-                send(sound)
+            while not over.wait(0.05):
+                self.chunk(b" ")
         elif fault == "endless":
-            while not fake.over.is_set():
-                send(sound)
-        elif fault == "huge_line":
-            while not fake.over.is_set():
-                self.chunk(b"x" * 65_536)
-        elif fault == "cut":  # a proper end of the body, but not of the answer
-            send(sound)
-            self.end_stream()
+            while not over.is_set():
+                self.chunk(b" " * 65_536)
         elif fault == "cut_chunk":
-            send(sound)
+            self.chunk(_BODIES["cut"])
             self.wfile.write(b"40\r\nhalf")
-        elif fault == "bad_json":
-            self.chunk(
-                b'{"response": "half \n' if self.path.startswith("/api") else b'data: {"choices": [\n\n'
-            )
-            self.end_stream()
-        elif fault == "error_line":
-            send({"error": "llama runner process has terminated"})
-            self.end_stream()
-        elif fault == "empty":
-            self.end_stream()
         else:
             raise ValueError(fault)
 
@@ -342,25 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_header()
         self.wfile.write(data)
 
-    def start_stream(self, kind: str) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_header()
-
     def end_header(self) -> None:
         if self.close_connection:  # a fault; the next request must not go into a closed connection
             self.send_header("Connection", "close")
         self.end_headers()
 
-    def send_line(self, value: object) -> None:
-        self.chunk(json.dumps(value).encode() + b"\n")
-
-    def send_event(self, value: object) -> None:
-        self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
-
     def chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def end_stream(self) -> None:
-        self.wfile.write(b"0\r\n\r\n")

@@ -20,8 +20,8 @@ import pytest
 
 from fusedgpt.train.data.synthetic.collect import collect, generate_texts
 from fusedgpt.train.data.synthetic.jsonl import read_objects
+from fusedgpt.train.data.synthetic.llm_answer import LLMError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import LLMError
 from fusedgpt.train.data.synthetic.task import Task
 
 pytestmark = pytest.mark.serving

@@ -11,11 +11,10 @@ from typing import Any
 
 from fusedgpt.kernels.errors import InputError
 from fusedgpt.train.data.synthetic.grammar import generate_samples
-from fusedgpt.train.data.synthetic.llm import use_server
+from fusedgpt.train.data.synthetic.llm_answer import LLMError
 from fusedgpt.train.data.synthetic.llm_config import HEURISTICS, LLMConfig
 from fusedgpt.train.data.synthetic.llm_generate import SampleFile, write_samples
 from fusedgpt.train.data.synthetic.llm_grade import Grades, ask_for_grades
-from fusedgpt.train.data.synthetic.llm_protocols import LLMError
 from fusedgpt.train.data.synthetic.refine import refine, worth_grading
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 
@@ -79,7 +78,7 @@ def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tupl
         try:
             if not samples.enough:
                 with task.bar("writing") as show:
-                    use_server(config, lambda c: write_samples(c, show, samples), models, task.note)
+                    _use_server(config, lambda c: write_samples(c, show, samples), models, task.note)
         except KeyboardInterrupt:
             task.note(f"{samples} are kept in {path}; {_CONTINUE}")
             raise
@@ -112,7 +111,7 @@ def refine_texts(
         try:
             if todo := grades.missing(worth_grading(texts)):
                 with task.bar("grading") as show:
-                    use_server(
+                    _use_server(
                         config, lambda c: ask_for_grades(c, show, grades, todo), models, task.note, spent
                     )
         except KeyboardInterrupt:
@@ -133,3 +132,13 @@ def refine_texts(
         raise InputError(f"no text is good enough to be kept: {report}")
     task.note(str(report))
     return kept, {**asdict(report), **info}
+
+
+def _use_server(*arguments: Any) -> None:
+    """llm.use_server, whose packages are an extra."""
+    try:
+        from fusedgpt.train.data.synthetic.llm import use_server
+    except ModuleNotFoundError as error:
+        remedy = "scripts/setup llm, or pip install 'fusedgpt[llm]'"
+        raise InputError(f"--data-source ollama and openai need the package {error.name}: {remedy}") from None
+    use_server(*arguments)

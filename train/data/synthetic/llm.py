@@ -1,53 +1,54 @@
-"""Requests to a language model, with deadlines and retries, over a connection to one fixed address.
+"""Requests to a language model by the `openai` client, which Ollama, llama.cpp, vLLM and others answer too.
 
 Nothing here waits without a limit. An attempt ends after `Timeouts.generation` or `.grading` seconds whatever
-the server does, even if it sends a byte per second for ever. A request has at most five attempts with
-exponential, jittered pauses, and longer ones if the server asks for them (Retry-After). All requests together
-end at `LLMClient.deadline`. Redirects are not followed, proxies and .netrc not used, and the host's name is
-resolved once, so that a later DNS answer cannot lead the requests, and the API key, elsewhere.
+the server does. A request has at most five attempts with exponential, jittered pauses, and longer ones if the
+server asks for them (Retry-After). All requests together end at `LLMClient.deadline`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import shutil
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
-from fusedgpt.kernels.errors import InputError
-from fusedgpt.train.data.synthetic.llm_config import LLMConfig, check_address, is_loopback
-from fusedgpt.train.data.synthetic.llm_protocols import (
-    DISPENSABLE,
+from fusedgpt.train.data.synthetic.jsonl import parse_json
+from fusedgpt.train.data.synthetic.llm_answer import (
     Answer,
     Fault,
     LLMError,
-    Ollama,
-    OpenAI,
     RequestFailed,
     RequestRefused,
-    error_text,
-    json_object,
     plain_text,
+    strip_thoughts,
+    thinks_aloud,
 )
+from fusedgpt.train.data.synthetic.llm_config import LLMConfig
+from fusedgpt.train.data.synthetic.llm_transport import Transport
 
 _MAX_FAILURES = 5  # failed requests in a row, each after its attempts, until the server is given up
-_MAX_BODY_BYTES = 4 << 20  # the text of an answer is at most a hundredth of its stream
 _ATTEMPTS, _ATTEMPTS_AFTER_TIMEOUT = 5, 2
 _MAX_PAUSE = 60.0  # seconds
 _SECRET_CHARS = 8  # a shorter "key", such as "none", may be part of any text
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
-_Lines = AsyncIterator[bytes]
+_THOUGHT_TOKENS = 4096  # that an answer may have in addition, of a model that thinks first
+# What a request can do without: the word in a refusal, and by what name some servers take it instead.
+_DISPENSABLE = {
+    "seed": (r"seed", ""),
+    "temperature": (r"temperature", ""),
+    "reasoning_effort": (r"reasoning\w*|think\w*", ""),
+    "chat_template_kwargs": (r"chat_template_kwargs", ""),
+    "max_tokens": (r"max_tokens", "max_completion_tokens"),
+}
 _T = TypeVar("_T")
 
 
@@ -67,14 +68,13 @@ def use_server(
 
     async def main() -> None:
         client = LLMClient(config, note, spent)
-        async with client.http:
-            try:
-                async with asyncio.timeout_at(client.deadline):
-                    await client.check_models(models)
-                    await work(client)
-            except TimeoutError:
-                limit = f"--timeout-total {client.timeouts.total:g} seconds"
-                raise LLMError(f"the time is over ({limit})") from None
+        try:
+            async with client.api, asyncio.timeout_at(client.deadline):
+                await client.check_models(models)
+                await work(client)
+        except TimeoutError:
+            limit = f"--timeout-total {client.timeouts.total:g} seconds"
+            raise LLMError(f"the time is over ({limit})") from None
 
     try:
         asyncio.get_running_loop()
@@ -86,95 +86,66 @@ def use_server(
 
 
 class LLMClient:
-    """Sends requests to the server that `config` names, over `http`; made in a running loop by use_server."""
+    """Sends requests to the server that `config` names, by `api`; made in a running loop by use_server."""
 
     def __init__(self, config: LLMConfig, note: Callable[[str], object], spent: float = 0.0) -> None:
         self.config, self.note = config, note
         self.timeouts = config.resolve_timeouts()
         self.faults: Counter[str] = Counter()  # failed attempts by kind
         self.parallel = config.llm_concurrency  # lowered if the server cannot keep up
-        self.protocol = Ollama() if config.data_source == "ollama" else OpenAI()
-        self._reached = False
+        self._is_ollama = config.data_source == "ollama"
+        self._thinks = False  # the model does, even if asked not to, before it answers
         self._models: list[str] = []
-        self._renamed: dict[str, str] = {}  # the refused ones of DISPENSABLE
+        self._renamed: dict[str, str] = {}  # the refused ones of _DISPENSABLE
         self._shrunk_at = self._resume_at = 0.0
         key = config.api_key() or ""
         self._secret = key if len(key) >= _SECRET_CHARS else ""  # removed from all that comes in
-        try:
-            url = httpx2.URL(config.origin)
-        except httpx2.InvalidURL as error:
-            raise InputError(f"llm_host {config.origin!r} is not a URL: {error}") from None
-        self._addresses = _look_up(url, self.timeouts.connect)
-        readable = key and url.scheme == "http" and not all(map(is_loopback, self._addresses))
-        if readable and not config.llm_allow_http:
-            seen = f"{config.origin} would get the API key unencrypted"
-            raise InputError(f"{seen}: use https, or allow it with --llm-allow-http")
-        self._url = url.copy_with(host=self._addresses[0])
-        self._extensions = {"sni_hostname": url.raw_host.decode("ascii")}
-        headers = {
-            "Host": url.netloc.decode("ascii"),
-            "Accept-Encoding": "identity",
-            "User-Agent": "fusedgpt",
-        }
-        self.http = httpx2.AsyncClient(
-            headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
+        self._transport = Transport(config, self.timeouts.connect)
+        self.api = AsyncOpenAI(
+            base_url=f"{config.origin}/v1",
+            api_key="none",  # the transport has it
+            max_retries=0,
             timeout=httpx2.Timeout(None, connect=self.timeouts.connect),
-            limits=httpx2.Limits(max_connections=config.llm_concurrency + 1),
-            follow_redirects=False,
-            trust_env=False,
+            http_client=httpx2.AsyncClient(transport=self._transport),
         )
         self.deadline = asyncio.get_running_loop().time() + self.timeouts.total - spent
 
     async def check_models(self, wanted: Mapping[str, str | None]) -> None:
-        """Raises LLMError unless the server answers and, if it lists its models, has those wanted."""
-        self._models = await self._list_models()
+        """Raises LLMError unless the server answers and, if it is Ollama, has the models wanted."""
+        seconds = self.timeouts.connect * len(self._transport.addresses) + self.timeouts.grading
+        try:
+            attempts = _ATTEMPTS if self._is_ollama else 1
+            self._models = await self._retry(partial(self._attempt, seconds, self._list_models), attempts)
+        except LLMError as error:
+            if isinstance(error, RequestFailed) and (self._is_ollama or not self._transport.reached):
+                start = "ollama serve" if self._is_ollama else "transformers serve MODEL_FOLDER"
+                nobody = f"no {self._kind} server answers at {self.config.origin}: {error}"
+                remedy = f"start it with `{start}`, or give its address with --llm-host, or do without"
+                raise LLMError(f"{nobody}; {remedy}: --data-source template") from None
+            if self._is_ollama:  # others need not list their models
+                raise
         known = {name.removesuffix(":latest") for name in self._models}
         for option, model in wanted.items():
             flag = f"--{option.replace('_', '-')}"
             if not model:
                 raise LLMError(f"{flag} is needed; {self.config.origin} has {self._listing()}")
-            if self.config.data_source == "ollama" and model.removesuffix(":latest") not in known:
+            if self._is_ollama and model.removesuffix(":latest") not in known:
                 found = f"{self.config.origin} has no model {model!r}; it has {self._listing()}"
                 raise LLMError(f"{found}; get it with `ollama pull {model}` or choose another {flag}")
+
+    async def _list_models(self) -> list[str]:
+        try:  # the client does not check what it reads
+            page = await self.api.models.list()
+            return [self._safe(model.id) for model in page.data[:1000] if model.id]
+        except (AttributeError, TypeError):
+            raise Fault("bad JSON", "what it lists as its models is no list of models") from None
 
     def _listing(self) -> str:
         return ", ".join(sorted(self._models)[:20]) or "none that it lists"
 
-    async def _list_models(self) -> list[str]:
-        """The server's models, [] if it answers but does not list them, as some OpenAI-compatible ones do."""
-        path, models, name = self.protocol.model_list
-        seconds = self.timeouts.connect + self.timeouts.grading
-        is_ollama = self.config.data_source == "ollama"
-
-        async def read(lines: _Lines) -> list[str]:
-            data = json_object(await _join(lines))
-            try:
-                return [plain_text(str(model[name]))[:200] for model in data[models][:1000]]
-            except (KeyError, TypeError):
-                raise Fault("bad JSON", f"its answer to {path} is not a list of models") from None
-
-        failure = ""
-        for address in self._addresses:  # localhost may be ::1 first, where few servers listen
-            self._url = self._url.copy_with(host=address)
-            try:
-                attempt = partial(self._attempt, path, None, seconds, read)
-                return await self._retry(attempt, _ATTEMPTS if is_ollama else 1)
-            except LLMError as error:
-                if self._reached and not is_ollama:
-                    return []
-                if not isinstance(error, RequestFailed):
-                    raise
-                failure = str(error)
-            if self._reached:
-                break
-        start = "it, for example with `transformers serve MODEL_FOLDER`,"
-        if is_ollama:
-            installed = "" if shutil.which("ollama") else " (ollama.com/download has it)"
-            start = f"it with `ollama serve`{installed}"
-        raise LLMError(
-            f"no {self.protocol.name} server answers at {self.config.origin}: {failure}; start {start} "
-            "or give its address with --llm-host, or do without: --data-source template"
-        )
+    @property
+    def _kind(self) -> str:
+        return "Ollama" if self._is_ollama else "OpenAI-compatible"
 
     async def run_jobs(
         self, jobs: Iterator[Coroutine[Any, Any, None]], done: Callable[[], bool] = lambda: False
@@ -209,33 +180,75 @@ class LLMClient:
     ) -> Answer:
         """The model's answer; each attempt has `seconds`.
 
+        A model that answers with thoughts alone is asked again with room for them, now and from then on.
         Raises RequestFailed if all attempts failed, LLMError if retrying is no use.
         """
-        path, body = self.protocol.request(self.config, model, prompt, seed, max_tokens, temperature)
+        options: dict[str, object] = {"seed": seed, "temperature": temperature}
         while True:
-            names = {name: self._renamed.get(name, name) for name in body}
-            sent = {new: body[name] for name, new in names.items() if new}
+            thinks = self._thinks
+            if thinks:
+                options |= {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}
+            elif self._is_ollama:
+                options |= {"reasoning_effort": "none"}
+            options["max_tokens"] = max_tokens + _THOUGHT_TOKENS * thinks
+            names = {name: self._renamed.get(name, name) for name in options}
+            sent = {new: options[name] for name, new in names.items() if new}
             try:
-                return await self._retry(
-                    partial(self._attempt, path, sent, seconds, self._read_answer), _ATTEMPTS
-                )
+                complete = partial(self._complete, model, prompt, sent)
+                answer = await self._retry(partial(self._attempt, seconds, complete), _ATTEMPTS)
             except RequestRefused as error:
-                refused = next(
-                    (n for n in DISPENSABLE if n in sent and re.search(rf"\b{n}\b", str(error))), None
-                )
-                if refused is None:
-                    raise
-                if refused not in self._renamed:  # by another request that was in flight
-                    new = self._renamed[refused] = DISPENSABLE[refused]
+                self._do_without(sent, error)
+                continue
+            if thinks or not answer.thoughts:
+                return answer
+            if not self._thinks:
+                self._thinks = True
+                less = f"it is asked to think less, and may write {_THOUGHT_TOKENS:,} tokens more"
+                self.note(f"{model} answers with thoughts alone: from now on {less}")
+
+    def _do_without(self, sent: Mapping[str, object], error: RequestRefused) -> None:
+        """Leave out, from now on, what the server refuses. Raises the error if that is needed."""
+        for name, (word, new) in _DISPENSABLE.items():
+            if name in sent and re.search(rf"\b(?:{word})\b", str(error)):
+                if name not in self._renamed:  # by another request that was in flight
+                    self._renamed[name] = new
                     instead = f"named {new}" if new else "left out"
-                    self.note(f"the server refuses {refused}, which is {instead} from now on: {error}")
+                    self.note(f"the server refuses {name}, which is {instead} from now on: {error}")
+                return
+        raise error
+
+    async def _complete(self, model: str, prompt: str, options: Mapping[str, object]) -> Answer:
+        """One request. Raises Fault for what is no answer."""
+        if self.config.llm_endpoint == "chat":
+            messages: Any = [{"role": "user", "content": prompt}]
+            made: Any = await self.api.chat.completions.create(
+                model=model, messages=messages, extra_body=options
+            )
+        else:
+            made = await self.api.completions.create(model=model, prompt=prompt, extra_body=options)
+        try:
+            choice = made.choices[0]
+            message = getattr(choice, "message", choice)
+            text = choice.text if message is choice else message.content
+        except (AttributeError, LookupError, TypeError):
+            if reason := getattr(made, "error", None) or getattr(made, "message", None):
+                raise Fault("server error", f"the server says {self._safe(_reason(reason))!r}") from None
+            raise Fault("bad JSON", f"expected an answer, found {self._safe(made)[:60]!r}") from None
+        if not isinstance(text, str | None):
+            raise Fault("bad JSON", f"expected text, found {self._safe(text)[:60]!r}")
+        text = (text or "").replace(self._secret, "")
+        ended = choice.finish_reason != "length"
+        visible = strip_thoughts(text).strip()
+        apart = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
+        cut = not ended and (not visible or thinks_aloud(visible))
+        return Answer(text, ended, cut or bool(not visible and (text.strip() or apart)))
 
     async def _retry(self, attempt: Callable[[], Coroutine[Any, Any, _T]], attempts: int) -> _T:
         """The result of `attempt`, which is called up to that many times."""
 
         def enough(state: RetryCallState) -> bool:
             kind = getattr(state.outcome and state.outcome.exception(), "kind", "")
-            never = kind == "no connection" and not self._reached
+            never = kind == "no connection" and not self._transport.reached
             limit = 1 if never else _ATTEMPTS_AFTER_TIMEOUT if kind == "timeout" else attempts
             return state.attempt_number >= limit
 
@@ -251,62 +264,55 @@ class LLMClient:
         except Fault as fault:
             raise RequestFailed(str(fault)) from None
 
-    async def _attempt(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        seconds: float,
-        read: Callable[[_Lines], Coroutine[Any, Any, _T]],
-    ) -> _T:
-        """One HTTP request of at most `seconds`. Raises Fault, counted, or LLMError if retrying is no use."""
+    async def _attempt(self, seconds: float, request: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """One request of at most `seconds`. Raises Fault, counted, or LLMError if retrying is no use."""
         await self._wait_as_asked()
         started = time.monotonic()
-        method = "POST" if body else "GET"
-        url = self._url.copy_with(path=self._url.path.rstrip("/") + path)
         try:
             async with asyncio.timeout(seconds):
-                async with self.http.stream(method, url, json=body, extensions=self._extensions) as response:
-                    self._reached = True
-                    await self._check(response, path)
-                    return await read(self._lines(response))
+                return await request()
         except TimeoutError:
-            self._reached = True  # connecting has a timeout of its own
+            self._transport.reached = True  # connecting has a timeout of its own
             if self.parallel > 1 and started > self._shrunk_at:  # perhaps it works on one at a time
                 self.parallel //= 2
                 self._shrunk_at = time.monotonic()
                 self.note(f"the server is slow to answer: from now on {self.parallel} request(s) at a time")
             longer = "--timeout-generation, --timeout-grading"
             fault = Fault("timeout", f"no whole answer within {seconds:g} s (for longer: {longer})")
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            fault = Fault("no connection", self._safe(error))
-        except httpx2.HTTPError as error:
-            fault = Fault("cut", f"the connection broke: {self._safe(error)}")
+        except APIStatusError as error:
+            fault = self._fault_of(error)
+        except APIConnectionError as error:
+            if isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout)):
+                fault = Fault("no connection", self._safe(error.__cause__))
+            else:
+                fault = Fault("cut", f"the connection broke: {self._safe(error.__cause__)}")
         except Fault as error:
             fault = Fault(error.kind, self._safe(error))
+        except (APIError, ValueError, RecursionError) as error:
+            found = self._safe(str(getattr(error, "doc", error))[:1000])
+            fault = Fault("bad JSON", f"expected an answer, found {found[:60]!r}")
         self.faults[fault.kind] += 1
         raise fault
 
-    async def _check(self, response: httpx2.Response, path: str) -> None:
-        """Raises unless the status is 200: Fault if it is transient, else LLMError."""
-        status = response.status_code
-        if status == 200:
-            return
-        where = self.config.origin + path
+    def _fault_of(self, error: APIStatusError) -> Fault:
+        """The fault of a transient status; raises LLMError for any other."""
+        status, where = error.status_code, error.request.url
         if 300 <= status < 400:
-            to = self._safe(response.headers.get("location", ""))
+            to = self._safe(error.response.headers.get("location", ""))
             hint = "which is not followed; give the address as --llm-host"
             raise LLMError(f"{where} redirects to {to!r}, {hint}")
-        said = self._safe(error_text(await _join(self._lines(response))))
+        content = error.response.content
+        said = self._safe(_reason(parse_json(content) or content.decode(errors="replace")))
         if status in _TRANSIENT_STATUS:
-            if (seconds := _seconds_to_wait(response.headers.get("retry-after"))) > 0:
+            if (seconds := _seconds_to_wait(error.response.headers.get("retry-after"))) > 0:
                 self.faults["told to wait"] += 1
                 self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + seconds)
-            raise Fault(str(status), f"{where} answers {status} {said!r}")
+            return Fault(str(status), f"{where} answers {status} {said!r}")
         if status in (401, 403):
             hint = "--llm-api-key-env names the key's variable"
             raise LLMError(f"{where} refuses access ({status} {said!r}); {hint}")
         if status == 404:
-            hint = f"is that an {self.protocol.name} server, and the address right?"
+            hint = f"is that an {self._kind} server, and the address right?"
             hint = f"the server has the models {self._listing()}" if self._models else hint
             raise LLMError(f"{where} is not there (404 {said!r}); {hint}")
         raise RequestRefused(f"{where} answers {status} {said!r}")
@@ -325,36 +331,13 @@ class LLMClient:
                 raise LLMError(f"{self.config.origin} asks to wait {seconds:,.0f} s, past {end}")
             await asyncio.sleep(seconds)
 
-    async def _read_answer(self, lines: _Lines) -> Answer:
-        """The text of a streamed answer. Raises Fault if it breaks off."""
-        texts: list[str] = []
-        end: str | None = None
-        async for line in lines:
-            if line.strip():
-                piece = self.protocol.piece(line.rstrip(b"\r"))
-                texts.append(piece.text)
-                end = end or piece.end
-        if end is None:
-            raise Fault("cut", "the answer broke off")
-        return Answer("".join(texts).replace(self._secret, ""), end != "length")  # two lines may share it
 
-    async def _lines(self, response: httpx2.Response) -> _Lines:
-        """The lines of the body, without the key. Raises Fault if it is too big."""
-        secret = self._secret.encode()
-        size, rest = 0, b""
-        async for chunk in response.aiter_raw():
-            size += len(chunk)
-            if size > _MAX_BODY_BYTES:
-                raise Fault("too big", f"the answer is bigger than {_MAX_BODY_BYTES >> 20} MiB")
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                yield line.replace(secret, b"")
-        if rest:
-            yield rest.replace(secret, b"")
-
-
-async def _join(lines: _Lines) -> bytes:
-    return b"\n".join([line async for line in lines])
+def _reason(body: object) -> str:
+    """The reason in the body of an error of OpenAI, Ollama, vLLM or FastAPI, or all of the body."""
+    while isinstance(body, dict):
+        reasons = [body.get(key) for key in ("error", "message", "detail")]
+        body = next((reason for reason in reasons if reason and reason is not True), str(body))
+    return str(body)
 
 
 def _seconds_to_wait(retry_after: str | None) -> float:
@@ -366,26 +349,3 @@ def _seconds_to_wait(retry_after: str | None) -> float:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):
         return 0.0
-
-
-def _look_up(url: httpx2.URL, seconds: float) -> list[str]:
-    """The addresses of the host. Raises ValueError if one of them must not be contacted."""
-    host, found = url.host, list[str]()
-    why = "no answer from the name server"
-
-    def ask() -> None:
-        nonlocal why
-        try:
-            rows = socket.getaddrinfo(host, url.port, type=socket.SOCK_STREAM)
-            found.extend(dict.fromkeys(str(row[4][0]) for row in rows))
-        except (OSError, UnicodeError) as error:
-            why = str(error)
-
-    thread = threading.Thread(target=ask, daemon=True)  # getaddrinfo has no timeout
-    thread.start()
-    thread.join(seconds)
-    if not found:
-        raise LLMError(f"the host {host!r} of --llm-host cannot be found ({why})")
-    for address in found:
-        check_address(address)
-    return found

@@ -15,18 +15,27 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.files import write_file
 from fusedgpt.train.data.synthetic.grammar import generate_samples
+from fusedgpt.train.data.synthetic.japanese import choose_language
 from fusedgpt.train.data.synthetic.jsonl import JsonLines, text_of
-from fusedgpt.train.data.synthetic.llm import LLMClient
+from fusedgpt.train.data.synthetic.llm_answer import (
+    Answer,
+    LLMError,
+    plain_text,
+    strip_thoughts,
+    thinks_aloud,
+)
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import Answer, LLMError, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import DuplicateFilter
 from fusedgpt.train.data.synthetic.task import Progress, Task, count_gpt2_tokens
 from fusedgpt.train.data.synthetic.words import WORD, words_of
+
+if TYPE_CHECKING:  # it takes the extra llm
+    from fusedgpt.train.data.synthetic.llm import LLMClient
 
 _TEXTS_PER_REQUEST = 3
 _MAX_BARREN = 40  # answers in a row without a new sample, until the model counts as exhausted
@@ -44,6 +53,7 @@ _STYLES = (
     "as an expert would put it", "simple, for a child", "surprising", "in short sentences", "old-fashioned",
 )  # fmt: skip
 
+_JAPANESE_WORD = re.compile(r"[\u30a1-\u30fc]{2,}|[\u4e00-\u9fff]{2,}")  # ランプ, 寝室; no space ends it
 _MAX_ANSWER_CHARS = 200_000
 _CHAT_MARK = re.compile(r"<[|｜][a-z_▁]{1,30}[|｜]>|\[/?INST\]|</?(?:s|answer|response)>", re.I)
 _PARTED = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
@@ -67,13 +77,6 @@ _REFUSAL = re.compile(
     r"|i can(?:not|['’]t) (?:help|assist|fulfil+|comply))",
     re.I,
 )
-# Thoughts without tags: the server cut the answer before it closed them, or has taken the tags away.
-_THINKS_ALOUD = re.compile(
-    r"(?:(?:okay|ok|alright|all right|hmm|so|well|first|now)[,. ]+)*"
-    r"(?:the user (?:wants|asks|asked|is asking|needs|requests?)|(?:we|i) (?:need|have) to (?:write|produce|"
-    r"generate|create|come up with)|let(?:['’]s| me) (?:think|start by|break (?:this|it) down))\b",
-    re.I,
-)
 _LAST_END = re.compile(r".*[.!?…。！？][\"')\]”’」]*", re.S)
 
 
@@ -84,20 +87,23 @@ def request_text(prompt: str, domain: str, seed: int, number: int) -> str:
     task = plain_text(prompt[:_PROMPT_CHARS]).strip() or "any texts"
     words = _spark_words(prompt, domain)
     sparks = " and ".join(rng.sample(words, min(2, len(words)))) or "words that are rarely used"
+    english = "Write in English unless the task asks for another language."
     return (
         f"Write {_TEXTS_PER_REQUEST} texts from which a small language model will learn this task: {task}\n\n"
         f"Each text: {kind}, {length} words, {style}; it is complete and differs from the others in subject, "
-        f"opening and structure. Somewhere in them: {sparks}. Write in English unless the task asks for "
-        "another language.\n\nWrite only the texts, no numbers, introduction or comments, and put a line of "
-        "=== between two."
+        f"opening and structure. Somewhere in them: {sparks}. "
+        f"{'Write in Japanese.' if choose_language(prompt) == 'ja' else english}\n\n"
+        "Write only the texts, no numbers, introduction or comments, and put a line of === between two."
     )
 
 
 @lru_cache(maxsize=8)
 def _spark_words(prompt: str, domain: str) -> list[str]:
     """Words that the templates use for this prompt; two of them make each request different."""
-    texts = islice(generate_samples(prompt, domain=domain), 200)
-    words = {word for text in texts for word in WORD.findall(text) if len(word) > 3 and word.islower()}
+    text = "\n".join(islice(generate_samples(prompt, domain=domain), 200))
+    if choose_language(prompt) == "ja":
+        return sorted(set(_JAPANESE_WORD.findall(text)))
+    words = {word for word in WORD.findall(text) if len(word) > 3 and word.islower()}
     return sorted(words - words_of("stop"))
 
 
@@ -117,7 +123,7 @@ def _remark(text: str) -> str | None:
     """Why a text is not a sample but the model's own words about the request, None if it is one."""
     if _REFUSAL.search(text[:300]):
         return "refusal"
-    return "thoughts" if _THINKS_ALOUD.match(text) else None
+    return "thoughts" if thinks_aloud(text) else None
 
 
 def _clean(text: str) -> str:
@@ -164,7 +170,7 @@ class SampleFile(ExitStack):
             **{"prompt": task.prompt, "domain": task.domain, "seed": task.seed},
             **{"method": config.data_source, "server": config.origin, "model": config.gen_model},
             "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in ("fusedgpt", "httpx2")},
+            "versions": {name: version(name) for name in ("fusedgpt", "openai")},
             "runs": before.get("runs", 0) + 1,
         }
         self.save_info()

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusedgpt.train.data.synthetic.jsonl import JsonLines
-from fusedgpt.train.data.synthetic.llm import LLMClient
-from fusedgpt.train.data.synthetic.llm_protocols import RequestFailed, plain_text, strip_thoughts
+from fusedgpt.train.data.synthetic.llm_answer import RequestFailed, plain_text, strip_thoughts
 from fusedgpt.train.data.synthetic.refine import score_sample
 from fusedgpt.train.data.synthetic.task import Progress
+
+if TYPE_CHECKING:  # it takes the extra llm
+    from fusedgpt.train.data.synthetic.llm import LLMClient
 
 _PROMPT_CHARS, _TEXT_CHARS = 2000, 12_000
 _NUMBER = r"(\d{1,3}(?:[.,]\d{1,3})?)"

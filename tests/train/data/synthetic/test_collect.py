@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from ollama_fake import Fake, prompt_of, seed_of, varied_text
 
 from fusedgpt.train.data.synthetic.collect import collect, generate_texts, make_texts
 from fusedgpt.train.data.synthetic.grammar import choose_domain
+from fusedgpt.train.data.synthetic.llm_answer import LLMError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
-from fusedgpt.train.data.synthetic.llm_protocols import LLMError
 from fusedgpt.train.data.synthetic.task import Task
 
 PROMPT = "poems about the sea"
@@ -73,7 +74,7 @@ def test_a_model_writes_and_another_grades(tmp_path: Path, source: str) -> None:
     assert refined["grades"] == {"by the model": made["samples"]}
     assert refined["dropped"]["low score"] > 5
     assert {"started", "seconds", "versions", "rejected", "faults", "requests"} <= made.keys()
-    assert made["versions"].keys() == {"fusedgpt", "httpx2"}
+    assert made["versions"].keys() == {"fusedgpt", "openai"}
     assert again[0] == texts
     assert again[1]["refinement"]["grades"] == {"from the cache": made["samples"]}
     assert any(f"writer wrote {made['samples']} samples" in note for note in notes)
@@ -91,7 +92,7 @@ def test_the_grader_must_be_there_before_anything_is_written(tmp_path: Path) -> 
     with Fake() as fake:
         with pytest.raises(LLMError, match=r"no model 'absent'; it has .*choose another --refine-model"):
             gather(config_for(fake, refine_model="absent"), tmp_path)
-        assert fake.bodies("/api/generate") == []
+        assert fake.bodies("/v1/chat/completions") == []
 
 
 def test_nothing_is_said_to_be_kept_where_nothing_is(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_templates_take_over_where_that_was_asked_for(tmp_path: Path) -> None:
     notes: list[str] = []
     with Fake(fault=lambda path, number: "500" if number > 6 else None) as fake:
         texts, info = gather(config_for(fake, fallback="templates"), tmp_path, notes)
-        assert len(fake.bodies("/api/generate")) < 60
+        assert len(fake.bodies("/v1/chat/completions")) < 60
     made = info["generation"]
     assert made["fallback"]["to"] == "templates"
     assert "answers 500" in made["fallback"]["why"]
@@ -146,7 +147,7 @@ def test_a_server_that_was_never_there(tmp_path: Path) -> None:
 
 def test_heuristics_take_over_from_a_grader_that_is_gone(tmp_path: Path) -> None:
     def fault(path: str, number: int) -> str | None:
-        graded = sum("Score:" in prompt_of(body) for body in fake.bodies("/api/generate"))
+        graded = sum("Score:" in prompt_of(body) for body in fake.bodies("/v1/chat/completions"))
         return "500" if graded > 9 else None
 
     notes: list[str] = []
@@ -184,14 +185,12 @@ def test_the_key_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        (200, "data: Bearer {key}"),
         (200, "Bearer {key}"),
-        (200, "data:" + "x" * 48 + "{key}"),  # where the message cuts it
-        (200, 'data: {{"error": {{"message": "bad {key}"}}}}'),
-        (200, '{{"error": "bad {key}"}}'),
+        (200, "x" * 52 + "{key}"),  # where the message cuts it
+        (200, '{{"error": {{"message": "bad {key}"}}}}'),
         (200, '{{"error": "bad {escaped}"}}'),
         (200, '{{"response": ["{key}"]}}'),
-        (200, 'data: {{"choices": [{{"delta": {{"content": ["{key}"]}}}}]}}'),
+        (200, '{{"choices": [{{"message": {{"content": ["{key}"]}}}}]}}'),
         (401, '{{"error": "bad {key}"}}'),
         (404, '{{"detail": "bad {key}"}}'),
         (500, '{{"error": "' + "x" * 290 + '{key}"}}'),
@@ -205,10 +204,11 @@ def test_the_key_is_not_in_what_is_said_of_bad_answers(
     answer = body.format(key=key, escaped=key.replace("s", r"\u0073")).encode() + b"\n"
     notes: list[str] = []
     with Fake(models=("writer", key)) as fake:
-        for name in ("generate", "v1_complete"):
-            monkeypatch.setattr(
-                fake.server.RequestHandlerClass, name, lambda self, _: self.send_raw(status, answer, "a/b")
-            )
+        monkeypatch.setattr(
+            fake.server.RequestHandlerClass,
+            "v1_complete",
+            lambda self, _: self.send_raw(status, answer, "a/b"),
+        )
         config = config_for(
             fake,
             llm_api_key_env="MY_KEY",
@@ -276,3 +276,17 @@ def test_progress_is_shown(tmp_path: Path) -> None:
 def test_generated_tokens_reach_the_target_and_no_more() -> None:
     assert len(generate_texts(Task(prompt="poems", domain="poetry"), 1)) == 1
     assert generate_texts(Task(prompt="poems", domain="poetry"), 0) == []
+
+
+def test_a_model_without_the_extra_is_told_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And templates do without it."""
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "fusedgpt.train.data.synthetic.llm", raising=False)
+    with (
+        Fake() as fake,
+        pytest.raises(ValueError, match=r"package openai: scripts/setup llm, or pip install"),
+    ):
+        gather(config_for(fake), tmp_path)
+    assert gather(LLMConfig(), tmp_path)[0]

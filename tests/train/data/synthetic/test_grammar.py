@@ -304,6 +304,8 @@ def test_article(word: str, with_article: str) -> None:
         ("leaf", "leaves"),
         ("ripe tomato", "ripe tomatoes"),
         ("knife", "knives"),
+        ("werewolf", "werewolves"),
+        ("superhero", "superheroes"),
         ("child", "children"),
         ("radish", "radishes"),
         ("cherry", "cherries"),

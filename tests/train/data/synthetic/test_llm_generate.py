@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedgpt.train.data.synthetic.grammar import DOMAINS
+from fusedgpt.train.data.synthetic.grammar import DOMAINS, choose_domain
+from fusedgpt.train.data.synthetic.llm_answer import Answer
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_generate import SampleFile, request_text, split_answer
-from fusedgpt.train.data.synthetic.llm_protocols import Answer
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 
 SOUP = "Chop two onions and fry them slowly in butter. Add the stock and simmer for an hour."
@@ -35,6 +35,16 @@ def test_requests_differ(domain: str) -> None:
     lengths = {length for length in ("40 to 80", "80 to 150", "150 to 250") for t in texts if length in t}
     assert len(lengths) == 3
     assert len({text.split("Each text: ")[1].split(",")[0] for text in texts}) == 4
+
+
+@pytest.mark.parametrize(
+    "prompt", ["詩を書くGPT", "料理のレシピ", "楽しい会話", "物語を書く", "プログラミングの説明"]
+)
+def test_requests_in_japanese_differ_by_japanese_words(prompt: str) -> None:
+    texts = [request_text(prompt, choose_domain(prompt), 0, n) for n in range(50)]
+    sparks = [text.split("Somewhere in them: ")[1].split(". Write in Japanese.")[0] for text in texts]
+    assert len(set(sparks)) > 45
+    assert not any(word.isascii() for pair in sparks for word in pair.split(" and "))
 
 
 @pytest.mark.parametrize("prompt", ["", "\x1b[31m\x00", "x" * 100_000, "料理のレシピ", "\ud800"])

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ollama_fake import Fake, prompt_of
 
 from fusedgpt.train.data.synthetic.llm import LLMClient
+from fusedgpt.train.data.synthetic.llm_answer import LLMError
 from fusedgpt.train.data.synthetic.llm_config import LLMConfig
 from fusedgpt.train.data.synthetic.llm_grade import Grades, ask_for_grades, parse_grade, request_text
-from fusedgpt.train.data.synthetic.llm_protocols import LLMError
 from fusedgpt.train.data.synthetic.refine import score_sample
 
 TEXTS = [
@@ -92,7 +92,7 @@ def grade(
 
         async def main() -> None:
             client = LLMClient(config, print)
-            async with client.http:
+            async with client.api:
                 await ask_for_grades(client, lambda done, total: None, grades, grades.missing(texts))
 
         asyncio.run(main())
@@ -104,7 +104,7 @@ def test_grades_are_asked_for_once(tmp_path: Path) -> None:
         scores, report = grade(fake, tmp_path / "g.jsonl", [*TEXTS, TEXTS[0]])
         assert report == {"by the model": 4}
         assert len(fake.requests) == 4
-        assert fake.bodies("/api/generate")[0]["options"]["temperature"] == 0
+        assert fake.bodies("/v1/chat/completions")[0]["temperature"] == 0
         again, report = grade(fake, tmp_path / "g.jsonl")
         assert (again, report) == (scores, {"from the cache": 4})
         assert len(fake.requests) == 4
@@ -127,7 +127,7 @@ def test_an_answer_without_a_grade_is_asked_for_once_more_then_the_heuristics_do
     assert list(scores.values()) == [score_sample(TEXTS[0], "walks"), 0.3, 0.3, 0.3]
     assert report == {"answers without a grade": 3, "by the model": 3, "by heuristics": 1}
     assert sorted(asked.values()) == [1, 1, 2, 2]
-    seeds = {(b["options"]["seed"], b["options"]["temperature"]) for b in fake.bodies("/api/generate")}
+    seeds = {(b["seed"], b["temperature"]) for b in fake.bodies("/v1/chat/completions")}
     assert seeds == {(0, 0.0), (1, 0.7)}
 
 
