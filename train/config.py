@@ -130,7 +130,9 @@ class TrainConfig(_Frozen):
     )
     decay: float = _optim(0.2, "Decay length of wsd: a fraction of the run if below 1, else steps.", ge=0.0)
     optimizer: Literal["adamw", "muon"] = _optim(
-        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest."
+        "adamw",
+        "muon: Muon for the matrices of the blocks, AdamW for the rest. "
+        "train: adamw, cosine, if --learning-rate or --init-from is given.",
     )
     muon_learning_rate: float = _optim(0.02, "Peak learning rate of Muon.", gt=0.0)
     muon_momentum: float = _optim(0.95, "Muon's decay rate of the gradients' mean.", ge=0.0, lt=1.0)

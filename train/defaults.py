@@ -1,4 +1,4 @@
-"""Defaults of commands: those of `create` follow the source of the texts and the size of the model."""
+"""Defaults of commands: of `train` by optimizer, of `create` by the texts' source and the model's size."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import Any, NamedTuple
 
 from fusedgpt.train.config import RunConfig, Sections, build_config, windows_per_step
 
-# Where they differ from the settings' own.
+# Where they differ from the settings' own. Muon's were found on small models: docs/experiments.md.
+_MUON: dict[str, Any] = {
+    "optimizer": "muon",
+    "learning_rate": 4e-3,
+    "schedule": "linear",
+    "min_learning_rate": 0.0,
+    "weight_decay": 0.1,
+    "beta2": 0.99,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "train": _MUON,
     "create": {
+        **_MUON,
         "preset": "3M",
         "tokenizer": "auto",
         "max_length": 256,
         "val_fraction": 0.01,
         "epochs": 1,
         "batch_size": 4,
-        "optimizer": "muon",
-        "learning_rate": 4e-3,
-        "schedule": "linear",
-        "min_learning_rate": 0.0,
         "dropout": 0.0,
-        "weight_decay": 0.1,
-        "beta2": 0.99,
         "keep_last": 0,
     },
     "chat": {"repetition_penalty": 1.1},
@@ -55,6 +59,20 @@ _FROM_LANGUAGE_MODEL: dict[str, Any] = {
     "schedule": "cosine",
     "min_learning_rate": None,
 }
+
+
+def train_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
+    """The configuration of `train`: Muon and what suits it, or AdamW and the settings' own defaults.
+
+    AdamW is the default where a learning rate is given, as most that are known are AdamW's, and for a model
+    that was trained before. Arguments and errors are build_config's.
+    """
+    layers = list(layers)
+    given = {name for layer in layers for section in layer.values() for name in section}
+    given |= {name for name, value in options.items() if value is not None}
+    by_default = "adamw" if given & {"learning_rate", "init_from"} else "muon"
+    config = build_config(options, {"optimizer": by_default}, layers=layers)
+    return build_config(options, _MUON, layers=layers) if config.train.optimizer == "muon" else config
 
 
 def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:

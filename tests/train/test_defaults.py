@@ -1,11 +1,14 @@
-"""What `create` does where nothing is said."""
+"""What `create` and `train` do where nothing is said."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from fusedgpt.model.config import GPTConfig
+from fusedgpt.model.hf_config import hf_config
 from fusedgpt.train.config import ConfigError, build_config, read_toml
-from fusedgpt.train.defaults import create_config, text_tokens
+from fusedgpt.train.defaults import create_config, text_tokens, train_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,6 +19,18 @@ def test_create_has_windows_that_fit_the_context() -> None:
     assert create_config({"block_size": 64, "max_length": 32}).max_length == 32
     with pytest.raises(ConfigError, match="block_size"):
         create_config({"block_size": 0})
+
+
+def test_train_uses_muon_unless_something_speaks_for_adamw(tmp_path: Path) -> None:
+    muon = train_config({}).train
+    assert (muon.optimizer, muon.learning_rate, muon.schedule) == ("muon", 4e-3, "linear")
+    assert train_config({"steps": 5, "learning_rate": None}) == train_config({"steps": 5})
+    for given in ({"learning_rate": 3e-4}, {"optimizer": "adamw"}):
+        assert train_config(given) == train_config({}, [{"train": given}]) == build_config({})
+    assert train_config({"optimizer": "muon", "learning_rate": 1e-3}).train.weight_decay == 0.1
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(GPTConfig(vocab_size=9), eot_id=0)))
+    assert train_config({"init_from": str(tmp_path)}).train.optimizer == "adamw"
+    assert train_config({"schedule": "wsd"}).train == muon.model_copy(update={"schedule": "wsd"})
 
 
 def test_the_learning_rate_falls_with_the_size() -> None:

@@ -124,12 +124,13 @@ def train(
 ) -> None:
     """Train a GPT on your own text."""
     spin_briefly(_SPINS)
-    from fusedgpt.train.config import ConfigError, build_config
+    from fusedgpt.train.config import ConfigError
+    from fusedgpt.train.defaults import train_config
 
     world = join()
     this = {"command": "train", "data": [str(path.resolve()) for path in data or []]}
     recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments, world)
-    resolved = build_config(given_settings(ctx), layers=layers)
+    resolved = train_config(given_settings(ctx), layers)
     data = data or [Path(path) for path in recorded.get("data", [])]
     if not world.first and (print_config or plot_schedule is not None or estimate):
         return
