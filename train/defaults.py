@@ -46,7 +46,6 @@ _SIZES = {
     "33M": _Size(6e-4, 600_000, 50_000, 25_000),
 }
 _LARGER = _Size(4e-4, 1_000_000, 100_000, 50_000)
-_MUON_RATE = 2  # beside Muon, the embeddings take so many times the rate that suits all weights
 _MOST_TOKENS = 5_000_000  # of templates; longer runs read them again
 
 # A language model's text is dear: it is read many times, and held-out text says when to stop.
@@ -83,8 +82,8 @@ def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -
         defaults |= _FROM_LANGUAGE_MODEL
     given = build_config(options, defaults, layers=layers)
     defaults["max_length"] = min(DEFAULTS["create"]["max_length"], given.model.gpt_config(1).block_size)
-    muon = given.train.optimizer == "muon"
-    defaults["learning_rate"] = _size(given).learning_rate * (_MUON_RATE if muon else 1)
+    if given.train.optimizer == "adamw":
+        defaults["learning_rate"] = _size(given).learning_rate
     return build_config(options, defaults, layers=layers)
 
 
