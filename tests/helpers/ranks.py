@@ -51,9 +51,14 @@ def _run(rank: int, size: int, port: int, function: Callable[..., Any], args: tu
     from fusedgpt.train.run.world import join
 
     _enter(rank, size, port)
-    world = join()
-    result = function(world, *args)
-    world.meet()
+    world: Any = join()
+    try:
+        result = function(world, *args)
+        world.meet()
+    except BaseException:
+        if size > 1:
+            world.say_goodbye(1, speaks=False)  # else the others wait for it
+        raise
     return result
 
 

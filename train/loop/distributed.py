@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedgpt.kernels.errors import InputError
 from fusedgpt.model.gpt import GPT
-from fusedgpt.train.config import TrainConfig, windows_per_step
+from fusedgpt.train.config import ConfigError, TrainConfig, windows_per_step
 from fusedgpt.train.loop.optimizer import AdamW
 from fusedgpt.train.loop.precision import cast_parameters
 from fusedgpt.train.loop.sharding import is_sharded
@@ -125,13 +124,13 @@ class FullyShardedDataParallel(_Shared):
 def choose_parallel(config: TrainConfig, model: GPT, max_length: int, world: World) -> OneProcess:
     """DDP where "auto" finds that model and states fit a GPU, else FSDP2.
 
-    Raises InputError where the ranks cannot share a step equally.
+    Raises ConfigError where the ranks cannot share a step equally.
     """
     if world.size == 1:
         return OneProcess()
     windows = windows_per_step(config, max_length)
     if windows % world.size:
-        raise InputError(
+        raise ConfigError(
             f"a step of {windows} windows cannot be divided among {world.size} ranks: make --batch-tokens a "
             f"multiple of {max_length * world.size}, or start another number of processes"
         )
@@ -139,7 +138,7 @@ def choose_parallel(config: TrainConfig, model: GPT, max_length: int, world: Wor
     if kind == "auto":
         kind = world.from_first(lambda: "ddp" if _fits(config, model, max_length) else "fsdp")
     if kind == "fsdp" and config.compile == "model":
-        raise InputError("FSDP gathers block by block: use --compile block")
+        raise ConfigError("FSDP gathers block by block: use --compile block")
     return (DataParallel if kind == "ddp" else FullyShardedDataParallel)(world, config, max_length)
 
 

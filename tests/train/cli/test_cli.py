@@ -128,7 +128,7 @@ def test_plot_schedule_and_estimate_train_nothing(root: Path, tmp_path: Path) ->
     assert done.stdout == "lr.png\n"
     assert (tmp_path / "lr.png").stat().st_size > 5000
     table = train(root, "--estimate").stdout
-    assert all(word in table for word in ("none", "selective", "full", "activations"))
+    assert all(word in table for word in ("none", "selective", "full", "activations", "memory a card"))
     assert not list(tmp_path.glob("runs/*"))
 
 

@@ -83,11 +83,15 @@ def test_a_gpu_compiles_long_runs() -> None:
 def test_a_gpu_captures_its_steps(device: str, cuda_graphs: str, profiled: bool, expected: bool) -> None:
     config = TrainConfig.model_validate({"cuda_graphs": cuda_graphs})
     assert choose_cuda_graphs(config, torch.device(device), profiled=profiled) == expected
+    if cuda_graphs != "on":
+        assert not choose_cuda_graphs(config, torch.device(device), profiled=profiled, ranks=2)
 
 
-def test_a_cpu_captures_nothing() -> None:
+def test_a_cpu_and_ranks_capture_nothing() -> None:
     with pytest.raises(InputError, match="--cuda-graphs on needs a CUDA device"):
         choose_cuda_graphs(TrainConfig(cuda_graphs="on"), torch.device("cpu"))
+    with pytest.raises(InputError, match="--cuda-graphs on needs one process"):
+        choose_cuda_graphs(TrainConfig(cuda_graphs="on"), torch.device("cuda"), ranks=2)
 
 
 class Losses(Monitor):

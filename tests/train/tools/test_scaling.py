@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fusedgpt.model.config import PRESETS
@@ -48,3 +50,19 @@ def test_cards_that_do_not_divide_the_step_are_left_out_and_an_unknown_card_has_
     for cells in table(rows):
         assert cells["sent a step"].endswith(" GB")
         assert not cells["speed-up"]
+
+
+@pytest.mark.parametrize(
+    ("row", "preset", "batch_size"),
+    [("124M", "gpt2", 16), ("355M", "gpt2-medium", 16), ("774M", "gpt2-large", 8), ("1.5B", "gpt2-xl", 8)],
+)
+def test_the_table_in_the_docs_is_what_is_predicted(row: str, preset: str, batch_size: int) -> None:
+    text = (Path(__file__).parents[3] / "docs/distributed.md").read_text()
+    found = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    train = TrainConfig(batch_size=batch_size, batch_tokens=524_288, precision="bf16")
+    rows = {(row.cards, row.link): row for row in scale(PRESETS[preset], train, 1024, H100)}
+    order = [(2, "NVLink"), (4, "NVLink"), (8, "NVLink"), (8, "PCIe")] + [
+        (n, "network") for n in (16, 32, 64)
+    ]
+    seconds = [rows[2, "NVLink"].alone, *(rows[key].seconds for key in order)]
+    assert found.split("|")[2:-1] == [f" {524.288 / s:,.0f} " for s in seconds if s is not None]
