@@ -169,7 +169,7 @@ def test_list_shows_what_is_there(root: Path, tmp_path: Path) -> None:
     assert {row["name"] for row in rows} == {p.name for p in (root / "models").iterdir()}
     assert rows[0]["name"] in fusedgpt("list", "--output-dir", root / "models").stdout
     assert fusedgpt("list", "--output-dir", root / "models").stdout.split()[:2] == ["name", "path"]
-    assert fusedgpt("list", cwd=tmp_path).stdout == "no models in models\n"
+    assert fusedgpt("list").stdout == "no models in models\n"
     absent = fusedgpt("list", "--output-dir", tmp_path / "none")
     assert (absent.returncode, absent.stdout) == (1, "")
     assert f"there is no folder {tmp_path / 'none'}" in absent.stderr
