@@ -399,7 +399,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         if e["type"] == "value_error":
             findings.append(e["msg"].removeprefix("Value error, "))
         else:
-            name = next(str(part) for part in reversed(e["loc"]) if isinstance(part, str))
+            name = next((part for part in reversed(e["loc"]) if isinstance(part, str)), "")
             where = prefix + name.replace("_", "-") if prefix else name
-            findings.append(f"{where}: {e['msg'].removeprefix('Input ')}, got {e['input']!r}")
+            message = e["msg"].removeprefix("Input ")
+            findings.append(f"{where}: {message}, got {e['input']!r}" if name else message)
     return "; ".join(findings)

@@ -165,7 +165,7 @@ def test_a_run_begins_from_a_folder(tmp_path: Path) -> None:
     [
         ({"preset": "12M"}, "leave out --preset"),
         ({"n_layer": 3}, "n_layer 1, not 3"),
-        ({"max_length": 49}, "longer than block_size 48"),
+        ({"max_length": 49}, "longer than --block-size 48"),
         ({"tokenizer": "gpt2"}, "use --tokenizer"),
         ({"init_from": "nowhere"}, "nowhere is no model folder"),
     ],
