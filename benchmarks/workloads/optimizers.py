@@ -93,7 +93,7 @@ def curve(rows: list[Row]) -> list[list[float]]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Both curves of each contender: a line per seed, over steps on the left, over seconds on the right.
+    """The curves of each contender, a line per seed: over steps, and over seconds where they are known.
 
     Readable on a light and on a dark page.
     """
@@ -103,10 +103,10 @@ def plot(rows: list[Row], path: Path) -> None:
     rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK))
     rcParams.update({"xtick.color": _INK, "ytick.color": _INK, "svg.hashsalt": "", "font.size": 11})
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for i, (axes, unit) in enumerate(
-        zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True)
-    ):
+    units = ["step", "seconds"] if any(row["curve"][0][1] is not None for row in rows) else ["step"]
+    figure = Figure(figsize=(5.5 * len(units), 4), layout="constrained")
+    panels = figure.subplots(1, len(units), sharey=True, squeeze=False)[0]
+    for i, (axes, unit) in enumerate(zip(panels, units, strict=True)):
         unlabelled = {name: label for name, (_, label) in LINES.items()}
         for row in rows:
             name = row["contender"]
@@ -121,7 +121,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation loss (nats per character)")
-    figure.axes[1].legend(frameon=False)
+    figure.axes[-1].legend(frameon=False)
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
