@@ -110,7 +110,7 @@ def slug(device: str) -> str:
 def newest() -> list[list[Row]]:
     """The newest committed run of each device, GPUs first."""
     folders = [folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
-    runs = [record.read(max(folder.glob("*.jsonl"))) for folder in folders]
+    runs = [record.read(max(folder.glob("[0-9]*.jsonl"))) for folder in folders]
     return sorted(runs, key=lambda run: run[0].get("driver") is None)
 
 
