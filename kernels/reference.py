@@ -285,10 +285,10 @@ def orthogonalise(x: Tensor) -> Tensor:
     gram = x @ x.mT
     square = gram.abs().sum(-1).amax(-1).clamp(min=SMALLEST_SQUARE)[..., None, None]
     x, gram = x / square.sqrt(), gram / square
-    identity = torch.eye(M, dtype=x.dtype, device=x.device)
-    product = identity  # of all p so far
+    product = gram  # of all p so far, from the first on
     for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        p = a * identity + b * gram + c * (gram @ gram)
+        p = (gram @ gram).mul_(c).add_(gram, alpha=b)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
         last = i == len(NEWTON_SCHULZ) - 1
         if takes_products(M, N):
             product = p @ product if i else p
