@@ -160,11 +160,11 @@ def generate(
 
 
 def check_settings(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float,
+    max_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
 ) -> None:
     """Raise ValueError for a setting of `generate` that is out of range."""
     if max_new_tokens < 0:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,7 @@ def run_full_pipeline(
     generation_method: str | None = None,
     monitor: Monitor | None = None,
     *,
+    name: str | None = None,
     run_dir: Path | None = None,
     resume: Path | None = None,
     profile: bool = False,
@@ -84,9 +84,10 @@ def run_full_pipeline(
 ) -> TrainingResult:
     """Prompt -> data, refinement, tokenizer, dataset, GPT, training, test samples, model folder.
 
-    generation_method: "template", "ollama" or "openai", in place of config.llm.data_source. run_dir: where
-    checkpoints and metrics go, by default a new folder in runs/. resume: a run directory or checkpoint, see
-    find_run. profile: trace a few steps. world: the ranks that train together. Raises ValueError for options
+    generation_method: "template", "ollama" or "openai", in place of config.llm.data_source. name: of the
+    folders of run and model, else domain and time. run_dir: where checkpoints and metrics go, else a new
+    folder in runs/; the model's is called like it. resume: a run directory or checkpoint, see find_run.
+    profile: trace a few steps. world: the ranks that train together. Raises ValueError for options
     that exclude each other, OSError where output_dir cannot be written (before training), LLMError where the
     language model's server fails, and what train raises.
     """
@@ -102,7 +103,7 @@ def run_full_pipeline(
         check_writable(output_dir)
     domain = choose_domain(prompt)
     command = {"command": "create", "prompt": prompt}
-    path = run_path(domain, run_dir, resume) if world.first else Path()
+    path = run_path(domain, name, run_dir, resume) if world.first else Path()
     with opened_run(world, path, config, command, resume, output_dir) as run:
         monitor.note(f"domain: {domain}")
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
@@ -118,24 +119,22 @@ def run_full_pipeline(
             write_file(run.path / TEXTS, dataset_json)
         dataset = tokenise((Piece(text, True) for text in texts), tokenizer, config)
         model = _new_model(config, tokenizer, monitor)
-        files = {TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"}
-        folder = output_dir / domain
         by_templates = config.llm.data_source == "template"
-        return _train_and_save(
-            model,
-            tokenizer,
-            dataset,
-            config,
-            run,
-            monitor,
-            profile,
-            folder,
-            provenance,
-            files,
-            world,
+        job = _Job(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            config=config,
+            run=run,
+            monitor=monitor,
+            output_dir=output_dir,
+            world=world,
+            provenance=provenance,
+            files={TEXTS: dataset_json, "dataset.txt": "\n\n".join(texts) + "\n"},
             test_prompts=prompts,
             judged=(lambda: judge(model, tokenizer, task, texts)) if by_templates else None,
         )
+        return _train_and_save(job, profile=profile)
 
 
 def _texts_of_run(
@@ -157,6 +156,7 @@ def train_on_files(
     output_dir: Path = Path("models"),
     monitor: Monitor | None = None,
     *,
+    name: str | None = None,
     run_dir: Path | None = None,
     resume: Path | None = None,
     profile: bool = False,
@@ -164,7 +164,7 @@ def train_on_files(
 ) -> TrainingResult:
     """Text files, folders of them, or token sets -> dataset, GPT, training, test samples, model folder.
 
-    run_dir, resume, profile, world: as in run_full_pipeline. Raises FileNotFoundError or ValueError for
+    name, run_dir, resume, profile, world: as in run_full_pipeline. Raises FileNotFoundError or ValueError for
     unusable text, OSError where output_dir cannot be written, and what train raises.
     """
     monitor = monitor or Monitor(quiet=True)
@@ -175,12 +175,11 @@ def train_on_files(
         dataset, tokenizer = load_data(files, config, monitor.note)
         if world.first:
             check_writable(output_dir)
-        name = config.model.name
         documents = dataset.train_documents + dataset.val_documents
         provenance = {"data": [well_formed(str(path)) for path in paths], "documents": documents}
         count_steps(dataset, config.train)  # raises before anything is written or allocated
         model = _new_model(config, tokenizer, monitor)
-        path = run_path(name, run_dir, resume) if world.first else Path()
+        path = run_path(config.model.name, name, run_dir, resume) if world.first else Path()
         copies = {file: path / file.name for file in files if file not in paths}  # a resume reads them
         command = {"command": "train", "data": [str(copies.get(file, file).resolve()) for file in files]}
         run = stack.enter_context(opened_run(world, path, config, command, resume, output_dir))
@@ -188,10 +187,18 @@ def train_on_files(
             if run.resumed is None or not copy.exists():
                 shutil.move(file, copy)
                 sync(copy)
-        folder = output_dir / name
-        return _train_and_save(
-            model, tokenizer, dataset, config, run, monitor, profile, folder, provenance, {}, world
+        job = _Job(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            config=config,
+            run=run,
+            monitor=monitor,
+            output_dir=output_dir,
+            world=world,
+            provenance=provenance,
         )
+        return _train_and_save(job, profile=profile)
 
 
 def _new_model(config: RunConfig, tokenizer: Tokenizer, monitor: Monitor) -> GPT:
@@ -202,99 +209,76 @@ def _new_model(config: RunConfig, tokenizer: Tokenizer, monitor: Monitor) -> GPT
     return init_from(Path(config.model.init_from), gpt_config, tokenizer, note=monitor.note)
 
 
-def _train_and_save(
-    model: GPT,
-    tokenizer: Tokenizer,
-    dataset: TokenDataset,
-    config: RunConfig,
-    run: Run,
-    monitor: Monitor,
-    profile: bool,
-    folder: Path,  # of the model, without the time
-    provenance: dict[str, Any],  # for generation_info.json
-    files: dict[str, str],  # further files for the model folder: name -> text
-    world: World,
-    *,
-    test_prompts: Sequence[str] = TEST_PROMPTS["en"],
-    judged: Callable[[], Quality] | None = None,  # after training
-) -> TrainingResult:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What both pipelines train and save."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    dataset: TokenDataset
+    config: RunConfig
+    run: Run
+    monitor: Monitor
+    output_dir: Path  # of the model's folder
+    world: World
+    provenance: dict[str, Any]  # for generation_info.json
+    files: dict[str, str] = field(default_factory=dict)  # further ones for the model's folder: name -> text
+    test_prompts: Sequence[str] = TEST_PROMPTS["en"]
+    judged: Callable[[], Quality] | None = None  # after training
+
+
+def _train_and_save(job: _Job, *, profile: bool) -> TrainingResult:
+    config, run, world, monitor = job.config, job.run, job.world, job.monitor
     settings = {
         f"{section}.{name}": value
         for section, values in config.model_dump(mode="json").items()
         for name, value in values.items()
     }
-    world.check_alike({**versions(), **settings, "training text": dataset.fingerprint}, config.train.device)
+    fingerprint = {"training text": job.dataset.fingerprint}
+    world.check_alike({**versions(), **settings, **fingerprint}, config.train.device)
     started = datetime.now(UTC)
     monitor.note(f"run directory: {run.path}")
-    monitor.note(f"dataset: {dataset}")
-    total, without_embeddings = model.config.parameter_counts()
+    monitor.note(f"dataset: {job.dataset}")
+    total, without_embeddings = job.model.config.parameter_counts()
     monitor.note(f"model: {total:,} parameters, {without_embeddings:,} without embeddings")
-    sampler = Sampler.from_config(config, tokenizer)
+    sampler = Sampler.from_config(config, job.tokenizer)
     options: dict[str, Any] = {"sampler": sampler, "profile": profile and world.first, "world": world}
-    summary = train(model, dataset, config.train, monitor, run, **options)
+    summary = train(job.model, job.dataset, config.train, monitor, run, **options)
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
-    begun = {**provenance, "created": started.isoformat(timespec="seconds")}
-    result = world.from_first(
-        lambda: _save(
-            model,
-            tokenizer,
-            dataset,
-            config,
-            run,
-            monitor,
-            folder,
-            begun,
-            files,
-            summary,
-            test_prompts,
-            judged,
-        )
-    )
+    result = world.from_first(lambda: _save(job, summary, started))
     paths = {name: Path(result[name]) for name in ("model_path", "run_path")}
     return TrainingResult(**paths, summary=summary, samples=result["samples"], quality=result["quality"])
 
 
-def _save(
-    model: GPT,
-    tokenizer: Tokenizer,
-    dataset: TokenDataset,
-    config: RunConfig,
-    run: Run,
-    monitor: Monitor,
-    folder: Path,
-    begun: dict[str, Any],  # of generation_info.json
-    files: dict[str, str],
-    summary: TrainingSummary,
-    test_prompts: Sequence[str],
-    judged: Callable[[], Quality] | None,
-) -> dict[str, Any]:
+def _save(job: _Job, summary: TrainingSummary, started: datetime) -> dict[str, Any]:
     """Write the model folder and end the run; the result as TrainingResult.as_dict."""
+    model, tokenizer, config, run = job.model, job.tokenizer, job.config, job.run
     total, without_embeddings = model.config.parameter_counts()
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model
-        samples = _test_samples(model, tokenizer, test_prompts, config.train.seed, stop)
-        quality = judged().as_dict() if judged is not None and not stop.requested() else None
+        samples = _test_samples(model, tokenizer, job.test_prompts, config.train.seed, stop)
+        quality = job.judged().as_dict() if job.judged is not None and not stop.requested() else None
         info = {
-            **begun,
+            **job.provenance,
+            "created": started.isoformat(timespec="seconds"),
             "config": config.model_dump(),
             "parameters": {"total": total, "without_embeddings": without_embeddings},
-            "tokens": {"train": len(dataset.train), "validation": len(dataset.val)},
+            "tokens": {"train": len(job.dataset.train), "validation": len(job.dataset.val)},
             "training": summary.as_dict(),
             "samples": samples,
             **({} if quality is None else {"quality": quality}),
             "versions": versions(),
         }
         generation_info = to_json(info, ensure_ascii=False, indent=2) + "\n"
-        files = {**files, "generation_info.json": generation_info, "README.md": model_card(info, config)}
-        name = f"{safe_name(folder.name)}_{time.strftime('%Y%m%d_%H%M%S')}"
+        files = {**job.files, "generation_info.json": generation_info, "README.md": model_card(info, config)}
         with run.model_not_lost():
-            path = save_folder(model, tokenizer, folder.parent, name, extra=files)
+            path = save_folder(model, tokenizer, job.output_dir, safe_name(run.path.name), extra=files)
         made = TrainingResult(
             model_path=path, run_path=run.path, summary=summary, samples=samples, quality=quality
         )
         result = made.as_dict()
         for problem in run.finish(result):
-            monitor.note(problem)
+            job.monitor.note(problem)
     if stop.received is not None:
         raise Stopped(f"stopped after training; the model folder is {path}", stop.received)
     return result

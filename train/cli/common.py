@@ -9,13 +9,23 @@ import typer
 
 from fusedgpt.model.files import to_json
 
+MODELS = Path("models")
+LATEST = Path("latest")
+
 _output_option = partial(typer.Option, rich_help_panel="Output")
 
 
 def _model_folder(path: Path) -> Path:
-    """`path`, or the model folder of the finished run `path`; others are refused before torch is imported."""
-    from fusedgpt.model.hf_config import ModelFolderError, read_config
+    """`path`, the newest model for `latest`, or the model of the finished run `path`.
 
+    Others are refused before torch is imported.
+    """
+    from fusedgpt.model.hf_config import ModelFolderError, list_folders, read_config
+
+    if path == LATEST and not path.exists():
+        for newest in list_folders(MODELS):
+            return Path(newest["path"])
+        raise ModelFolderError(f"{MODELS}/ holds no model yet: `fusedgpt create` makes one")
     try:
         read_config(path)
         return path
@@ -42,7 +52,12 @@ def _remember_debug(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.", callback=_model_folder)]
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A model folder, or latest for the newest in models/.", callback=_model_folder
+    ),
+]
 OutputDir = Annotated[Path, typer.Option(help="Directory of the finished model folders.")]
 TextField = Annotated[str, typer.Option(help="Field that holds the text, in JSON, CSV and tables.")]
 Errors = Annotated[

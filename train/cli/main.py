@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
 
 from fusedgpt.kernels.errors import InputError, UserError
 from fusedgpt.train.cli import model, training
-from fusedgpt.train.cli.common import Debug, Json, OutputDir, print_json, print_table
+from fusedgpt.train.cli.common import MODELS, Debug, Json, OutputDir, print_json, print_table
 from fusedgpt.train.cli.data import data
 from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
@@ -19,11 +20,9 @@ from fusedgpt.train.report.terminal import protect_streams
 from fusedgpt.train.run.world import among_several
 
 _INTERRUPTED = 130
-_MODELS_FOLDER = Path("models")
 _MAKE, _MODELS, _TOOLS = "Make a model", "Use a model", "Tools"
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -60,21 +59,28 @@ app.command(rich_help_panel=_MODELS)(model.export)
 
 
 @app.command(name="list", rich_help_panel=_MODELS)
-def list_models(output_dir: OutputDir = _MODELS_FOLDER, as_json: Json = False, debug: Debug = False) -> None:
+def list_models(output_dir: OutputDir = MODELS, as_json: Json = False, debug: Debug = False) -> None:
     """List the saved models, newest first."""
     from fusedgpt.model.hf_config import list_folders
+    from fusedgpt.train.report.model_card import origin
 
-    if output_dir != _MODELS_FOLDER and not output_dir.is_dir():
-        raise InputError(
-            f"there is no folder {output_dir}; without --output-dir, models are in {_MODELS_FOLDER}/"
-        )
-    rows = list_folders(output_dir)
+    if output_dir != MODELS and not output_dir.is_dir():
+        raise InputError(f"there is no folder {output_dir}; without --output-dir, models are in {MODELS}/")
+    rows = [row | origin(Path(row["path"])) for row in list_folders(output_dir)]
     if as_json:
         print_json(rows)
     elif not rows:
         typer.echo(f"no models in {output_dir}")
     else:
-        print_table([{**row, "parameters": f"{row['parameters']:,}"} for row in rows])
+        print_table([_list_row(**row) for row in rows])
+
+
+def _list_row(
+    path: str, saved: str, parameters: int, val_loss: float | None, prompt: str | None, **_: Any
+) -> dict[str, str]:
+    loss = "" if val_loss is None else f"{val_loss:.3f}"
+    size, about = f"{parameters:,}", shorten(prompt or "", 40)
+    return {"path": path, "saved": saved, "parameters": size, "val loss": loss, "prompt": about}
 
 
 @app.command(rich_help_panel=_TOOLS)

@@ -37,6 +37,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 def sample(
     ctx: typer.Context,
     model: ModelFolder,
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT]...", help="The same as --prompt.", show_default=False),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Text to continue; may be repeated.", show_default="empty"),
@@ -53,7 +57,7 @@ def sample(
     from fusedgpt.model.generate import sample_batch
     from fusedgpt.train.report.terminal import TerminalWriter
 
-    prompts = prompt or [""]
+    prompts = [*(text or []), *(prompt or [])] or [""]
     if not special_tokens:
         _note_special_tokens(tokenizer, "".join(prompts))
     writer = TerminalWriter(sys.stdout) if len(prompts) * n_samples == 1 and not as_json else None
@@ -97,8 +101,8 @@ def chat(
 ) -> None:
     """Chat with a model: it continues the conversation.
 
-    Ctrl-C stops a reply, Ctrl-D ends the chat, /forget starts over.
-    The model sees at most the last half of its context length.
+    Ctrl-C stops a reply, Ctrl-D ends the chat. /reset starts over, /set temperature 0.7 changes a setting,
+    /info shows them. The model sees at most the last half of its context length.
     """
     gpt, tokenizer, sampling = _load(ctx, model, device)
     from fusedgpt.train.report.terminal import TerminalWriter, typed_lines
@@ -120,6 +124,10 @@ def chat(
         return
     with suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401 - importing it gives input() line editing and history
+    typer.echo(
+        f"{model.resolve().name}: a GPT of {gpt.config.parameter_counts()[0]:,} parameters. "
+        "/set temperature 0.7, /info, /reset; Ctrl-C stops a reply, Ctrl-D ends."
+    )
     converse(talk, typed_lines("> "), TerminalWriter(sys.stdout))
     typer.echo()
 

@@ -39,6 +39,7 @@ class SettingsCommand(TyperCommand):
                 help=field.description,
                 rich_help_panel=panel,
                 show_default=unset if unset and default is None else True,
+                case_sensitive=False,
             )
             options[name] = (Annotated[field.annotation, option], default)
         app = typer.Typer(add_completion=False)

@@ -1,5 +1,6 @@
 """Commands that train: `fusedgpt create` and `fusedgpt train`."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fusedgpt.kernels.cpu.process import spin_briefly
-from fusedgpt.train.cli.common import Debug, Json, OutputDir, Quiet, print_json, print_table
+from fusedgpt.train.cli.common import MODELS, Debug, Json, OutputDir, Quiet, print_json, print_table
 from fusedgpt.train.cli.settings import earlier_layers, given_settings
 from fusedgpt.train.report.terminal import printable, progress_bar
 from fusedgpt.train.run.world import join
@@ -21,6 +22,10 @@ _log_option = partial(typer.Option, rich_help_panel="Checkpoints and logs")
 _config_option = partial(typer.Option, rich_help_panel="Configuration")
 _instead_option = partial(typer.Option, rich_help_panel="Instead of training")
 
+Name = Annotated[
+    str | None,
+    typer.Option(help="Name of the run and of the model's folder.", show_default="what it is and the time"),
+]
 RunDir = Annotated[
     Path | None,
     _log_option(help="Directory of the run: checkpoints and metrics.", show_default="a new one in runs/"),
@@ -54,7 +59,8 @@ def create(
     prompt: Annotated[
         str | None, typer.Argument(help="What the GPT should write, in your own words.", show_default=False)
     ] = None,
-    output_dir: OutputDir = Path("models"),
+    name: Name = None,
+    output_dir: OutputDir = MODELS,
     run_dir: RunDir = None,
     resume: Resume = None,
     config: ConfigFile = None,
@@ -88,7 +94,8 @@ def create(
 
     quiet = quiet or not world.first
     monitor, bar = Monitor(quiet=quiet), partial(progress_bar, quiet=quiet)
-    where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile, "world": world}
+    where: dict[str, Any] = {"name": name, "run_dir": run_dir, "resume": found}
+    where |= {"profile": profile, "world": world}
     with _finished_is_fine(resume, as_json):
         result = run_full_pipeline(prompt, resolved, output_dir, monitor=monitor, bar=bar, **where)
         if world.first:
@@ -97,6 +104,9 @@ def create(
 
 def train(
     ctx: typer.Context,
+    text: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="The same as --data.", show_default=False)
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -105,7 +115,8 @@ def train(
             "(SET:0.7); may be repeated.",
         ),
     ] = None,
-    output_dir: OutputDir = Path("models"),
+    name: Name = None,
+    output_dir: OutputDir = MODELS,
     run_dir: RunDir = None,
     resume: Resume = None,
     config: ConfigFile = None,
@@ -128,7 +139,8 @@ def train(
     from fusedgpt.train.defaults import train_config
 
     world = join()
-    this = {"command": "train", "data": [str(path.resolve()) for path in data or []]}
+    data = [*(text or []), *(data or [])]
+    this = {"command": "train", "data": [str(path.resolve()) for path in data]}
     recorded, found, layers = earlier_layers(this, run_dir, resume, config, assignments, world)
     resolved = train_config(given_settings(ctx), layers)
     data = data or [Path(path) for path in recorded.get("data", [])]
@@ -138,7 +150,7 @@ def train(
         typer.echo(resolved.to_toml(), nl=False)
         return
     if not (data or plot_schedule or estimate):
-        raise ConfigError("no training data: give --data FILE_OR_FOLDER")
+        raise ConfigError("no training data: fusedgpt train FILE_OR_FOLDER")
     from fusedgpt.train import pipeline
     from fusedgpt.train.report.progress import Monitor
 
@@ -148,7 +160,8 @@ def train(
         _show_estimates(*pipeline.estimates(resolved, data), as_json=as_json)
     else:
         monitor = Monitor(quiet=quiet or not world.first)
-        where: dict[str, Any] = {"run_dir": run_dir, "resume": found, "profile": profile, "world": world}
+        where: dict[str, Any] = {"name": name, "run_dir": run_dir, "resume": found}
+        where |= {"profile": profile, "world": world}
         with _finished_is_fine(resume, as_json):
             result = pipeline.train_on_files(data, resolved, output_dir, monitor, **where)
             if world.first:
@@ -200,3 +213,4 @@ def _report(result: dict[str, Any], as_json: bool) -> None:
         f"loss {result['final_loss']:.4f}, validation loss {loss_text(result['best_val_loss'])}"
     )
     typer.echo(f"run directory: {result['run_path']}\nmodel folder: {result['model_path']}")
+    sys.stderr.write(f"talk to it: fusedgpt chat {shlex.quote(result['model_path'])}\n")

@@ -1,7 +1,8 @@
-"""The README.md of a model folder."""
+"""The README.md of a model folder, and what a list of models says of it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def quality_text(quality: dict[str, Any]) -> str:
     bits, well_formed = quality["bits_per_byte"], round(quality["well_formed"] * quality["sampled"])
     unseen = "" if bits is None else f"{bits:.3f} bits per byte of unseen text, "
     return f"{unseen}{well_formed} of {quality['sampled']} sampled texts well formed"
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """val_loss and prompt of a model folder; None for what its generation_info.json does not say."""
+    try:
+        info = json.loads((folder / "generation_info.json").read_text(encoding="utf-8"))
+        return {"val_loss": info["training"]["best_val_loss"], "prompt": info.get("prompt")}
+    except (OSError, ValueError, TypeError, KeyError):  # saved by transformers, or changed by hand
+        return {"val_loss": None, "prompt": None}
 
 
 def model_card(info: dict[str, Any], config: RunConfig) -> str:

@@ -293,11 +293,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: version(p) for p in ("fusedgpt", "torch")}
 
 
-def run_path(name: str, run_dir: Path | None, resume: Path | None) -> Path:
-    """The directory of the run to resume, else `run_dir`, else a new one made in RUNS for a model `name`."""
+def run_path(kind: str, name: str | None, run_dir: Path | None, resume: Path | None) -> Path:
+    """The directory of the run to resume, else `run_dir`, else a new one made in RUNS.
+
+    It is called `name`, or by the kind of model and the time. Raises ConfigError for a name too many.
+    """
+    if name is not None and (resume or run_dir):
+        option = "--resume" if resume else "--run-dir"
+        raise ConfigError(f"--name: {option} names the run already, and the model's folder is called like it")
     if resume is not None:
         return directory_of(resume)
-    return run_dir or new_directory(RUNS / f"{safe_name(name)}_{time.strftime('%Y%m%d_%H%M%S')}")
+    stem = safe_name(name) if name else f"{safe_name(kind)}_{time.strftime('%Y%m%d_%H%M%S')}"
+    return run_dir or new_directory(RUNS / stem)
 
 
 def new_directory(path: Path) -> Path:

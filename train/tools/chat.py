@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
-from fusedgpt.model.generate import Sampling, continue_ids
+from fusedgpt.model.generate import Sampling, check_settings, continue_ids
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.streaming import check_stop
 from fusedgpt.model.tokenizer import Tokenizer
 from fusedgpt.train.report.terminal import TerminalWriter
+
+_WHOLE = ("max_new_tokens", "top_k", "seed")  # settings that are whole numbers
 
 
 class Chat:
@@ -60,6 +62,20 @@ class Chat:
         self.sampling["seed"] = self.sampling.get("seed", 0) + 1
         return text
 
+    def set(self, name: str, value: str) -> str:
+        """Change a setting; return what it is now. Raises ValueError for a wrong name or value."""
+        name = name.replace("-", "_")
+        if name not in self.sampling:
+            raise ValueError(f"no setting {name}; there are {', '.join(self.sampling)}")
+        try:
+            number = int(value) if name in _WHOLE else float(value)
+        except ValueError:
+            raise ValueError(f"{name}: expected a {'whole ' * (name in _WHOLE)}number, got {value}") from None
+        changed: dict[str, Any] = {**self.sampling, name: None if name == "top_k" and number == 0 else number}
+        check_settings(**{key: one for key, one in changed.items() if key != "seed"})
+        self.sampling = cast(Sampling, changed)
+        return f"{name} is {'all' if changed[name] is None else changed[name]}"
+
     def _within(self, ids: list[int]) -> list[int]:
         """The last ids, leaving half the window for the reply."""
         return ids[-max(1, self.model.config.window // 2) :]
@@ -72,13 +88,29 @@ class Chat:
 
 
 def converse(chat: Chat, lines: Iterable[str], writer: TerminalWriter) -> None:
-    """Answer each line; /forget clears the history."""
+    """Answer each line, or obey it if it begins with a slash."""
     for line in lines:
-        if line.strip() == "/forget":
-            chat.history = []
-            continue
         try:
-            chat.turn(line, writer.write)
+            if line.startswith("/"):
+                writer.write(_obey(chat, line))
+            else:
+                chat.turn(line, writer.write)
         except ValueError as error:
             writer.write(f"({error})")
         writer.end()
+
+
+def _obey(chat: Chat, line: str) -> str:
+    """Do what the command `line` says; return what to answer. Raises ValueError for a wrong setting."""
+    match line.split():
+        case ["/reset"]:
+            chat.history = []
+            return "(the conversation starts over)"
+        case ["/info"]:
+            config, sampling = chat.model.config, chat.sampling
+            settings = ", ".join(f"{name} {value}" for name, value in sampling.items())
+            used = f"{len(chat.history)} of {config.window} tokens of context in use"
+            return f"({config.parameter_counts()[0]:,} parameters; {used}; {settings})"
+        case ["/set", name, value]:
+            return f"({chat.set(name, value)})"
+    return f"(there are /set NAME VALUE, /info and /reset; NAME is one of {', '.join(chat.sampling)})"

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from command import FUSEDGPT, Run, process
 
 from fusedgpt.model import hf_config
 from fusedgpt.train.cli.common import print_json
@@ -24,7 +26,6 @@ from fusedgpt.train.cli.main import main
 from fusedgpt.train.config import settings_of
 from fusedgpt.train.report.terminal import printable
 
-FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
 TINY = [
     "--n-layer",
     "1",
@@ -41,10 +42,6 @@ TINY = [
 ]
 
 
-def fusedgpt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run directories are made where one stands."""
@@ -56,32 +53,32 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with book.txt, and models/ with one model trained on it."""
     root = tmp_path_factory.mktemp("cli")
     (root / "book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
-    done = train(root, "--run-dir", str(root / "run"))
+    done = train(process, root, "--run-dir", str(root / "run"))
     assert done.returncode == 0, done.stderr
     return root
 
 
-def train(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def train(fusedgpt: Run, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
     common = ["train", "--data", str(root / "book.txt"), "--output-dir", str(root / "models")]
     return fusedgpt(*common, "--tokenizer", "byte", *TINY, *more)
 
 
-def test_train_json_is_the_last_line_of_stdout(root: Path) -> None:
-    done = train(root, "--json")
+def test_train_json_is_the_last_line_of_stdout(fusedgpt: Run, root: Path) -> None:
+    done = train(fusedgpt, root, "--json")
     result = json.loads(done.stdout.splitlines()[-1])
     wanted = "model_path run_path steps tokens final_loss val_loss best_val_loss tokens_per_second seconds"
     assert set(wanted.split()) <= result.keys()
     assert (Path(result["model_path"]) / "model.safetensors").is_file()
     assert "3/3 steps | Loss:" in done.stderr
-    done = train(root, "--json", "--quiet", "--val-fraction", "0")
+    done = train(fusedgpt, root, "--json", "--quiet", "--val-fraction", "0")
     assert done.stderr == ""
     assert json.loads(done.stdout)["val_loss"] is None
-    assert "validation loss none held out" in train(root, "--val-fraction", "0").stdout
+    assert "validation loss none held out" in train(fusedgpt, root, "--val-fraction", "0").stdout
 
 
-def test_resume_remembers_data_and_settings(root: Path, tmp_path: Path) -> None:
+def test_resume_remembers_data_and_settings(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    train(root, "--run-dir", str(run_dir), "--save-every", "2")
+    train(fusedgpt, root, "--run-dir", str(run_dir), "--save-every", "2")
     done = fusedgpt("train", "--resume", str(run_dir), "--steps", "5", "--json")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 3 of 5" in done.stderr
@@ -93,12 +90,12 @@ def test_resume_remembers_data_and_settings(root: Path, tmp_path: Path) -> None:
     assert "is finished after 5 steps" in auto.stderr
     again = fusedgpt("train", "--resume", str(run_dir))
     assert (again.returncode, "give it more --steps" in again.stderr) == (2, True)
-    fresh = train(root, "--resume", "auto", "--run-dir", str(tmp_path / "fresh"))
+    fresh = train(fusedgpt, root, "--resume", "auto", "--run-dir", str(tmp_path / "fresh"))
     assert "nothing to resume: this is a new run" in fresh.stderr
     assert fresh.returncode == 0
 
 
-def test_create_resumes_with_its_own_texts(tmp_path: Path) -> None:
+def test_create_resumes_with_its_own_texts(fusedgpt: Run, tmp_path: Path) -> None:
     small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
     first = fusedgpt("create", "poems", "--run-dir", "run", "--keep-last", "1", *small, "--json")
     again = fusedgpt("create", "--resume", "run", "--steps", "5", "--json")
@@ -110,35 +107,35 @@ def test_create_resumes_with_its_own_texts(tmp_path: Path) -> None:
     assert (other.returncode, "was made for the prompt 'poems'" in other.stderr) == (2, True)
 
 
-def test_print_config_is_a_config(root: Path, tmp_path: Path) -> None:
-    done = train(root, "--print-config", "--set", "train.beta2=0.95", "--learning-rate", "1e-3")
+def test_print_config_is_a_config(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    done = train(fusedgpt, root, "--print-config", "--set", "train.beta2=0.95", "--learning-rate", "1e-3")
     (tmp_path / "run.toml").write_text(done.stdout, encoding="utf-8-sig")  # as some editors do
     again = fusedgpt("train", "--config", "run.toml", "--print-config")
     assert again.stdout == done.stdout
     assert "beta2 = 0.95" in again.stdout
     assert "learning_rate = 0.001" in again.stdout
     assert "max_length = 256" in fusedgpt("create", "poems", "--print-config").stdout
-    rows = json.loads(train(root, "--estimate", "--json").stdout)["one_card"]
+    rows = json.loads(train(fusedgpt, root, "--estimate", "--json").stdout)["one_card"]
     assert [row["checkpointing"] for row in rows] == ["none", "selective", "full"]
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_plot_schedule_and_estimate_train_nothing(root: Path, tmp_path: Path) -> None:
-    done = train(root, "--plot-schedule", "lr.png", "--schedule", "wsd")
+def test_plot_schedule_and_estimate_train_nothing(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    done = train(fusedgpt, root, "--plot-schedule", "lr.png", "--schedule", "wsd")
     assert done.stdout == "lr.png\n"
     assert (tmp_path / "lr.png").stat().st_size > 5000
-    table = train(root, "--estimate").stdout
+    table = train(fusedgpt, root, "--estimate").stdout
     assert all(word in table for word in ("none", "selective", "full", "activations", "memory a card"))
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_profile_prints_the_most_expensive_ops(root: Path, tmp_path: Path) -> None:
-    done = train(root, "--run-dir", "run", "--profile", "--steps", "12")
+def test_profile_prints_the_most_expensive_ops(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    done = train(fusedgpt, root, "--run-dir", "run", "--profile", "--steps", "12")
     assert "Self CPU" in done.stderr
     assert (tmp_path / "run" / "trace.json").stat().st_size > 1000
 
 
-def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
+def test_create_prints_samples_and_folder(fusedgpt: Run, tmp_path: Path) -> None:
     small = [*TINY, "--tokenizer", "byte", "--raw-tokens", "3000", "--refined-tokens", "1500"]
     done = fusedgpt("create", "料理のレシピ", "--output-dir", tmp_path, *small)
     assert done.returncode == 0, done.stderr
@@ -152,7 +149,7 @@ def test_create_prints_samples_and_folder(tmp_path: Path) -> None:
     assert "parameters" in done.stderr
 
 
-def test_sample_is_seeded_and_counts(root: Path) -> None:
+def test_sample_is_seeded_and_counts(fusedgpt: Run, root: Path) -> None:
     model = next((root / "models").iterdir())
     common = ["sample", model, "--prompt", "The", "-n", "2", "--max-new-tokens", "9", "--json"]
     first, again, other = (fusedgpt(*common, "--seed", s).stdout for s in "778")
@@ -164,23 +161,62 @@ def test_sample_is_seeded_and_counts(root: Path) -> None:
     assert plain.stdout.count("\n---\n") == 1
 
 
-def test_list_shows_what_is_there(root: Path, tmp_path: Path) -> None:
+def test_list_shows_what_is_there(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
     rows = json.loads(fusedgpt("list", "--output-dir", root / "models", "--json").stdout)
     assert {row["name"] for row in rows} == {p.name for p in (root / "models").iterdir()}
     assert rows[0]["name"] in fusedgpt("list", "--output-dir", root / "models").stdout
-    assert fusedgpt("list", "--output-dir", root / "models").stdout.split()[:2] == ["name", "path"]
+    assert fusedgpt("list", "--output-dir", root / "models").stdout.split()[:2] == ["path", "saved"]
     assert fusedgpt("list").stdout == "no models in models\n"
+    assert rows[0]["val_loss"] > 0
+    assert rows[0]["prompt"] is None
+    folder = tmp_path / "models" / "sea"
+    shutil.copytree(root / "models" / rows[0]["name"], folder)
+    info = {"prompt": "A poem", "training": {"best_val_loss": 1.2345}}
+    (folder / "generation_info.json").write_text(json.dumps(info))
+    header, line = fusedgpt("list").stdout.splitlines()
+    assert header.split() == ["path", "saved", "parameters", "val", "loss", "prompt"]
+    assert line.startswith("models/sea ")
+    assert line.endswith(" 1.234     A poem")
+    (folder / "generation_info.json").write_text("{")
+    assert json.loads(fusedgpt("list", "--json").stdout)[0]["val_loss"] is None
     absent = fusedgpt("list", "--output-dir", tmp_path / "none")
     assert (absent.returncode, absent.stdout) == (1, "")
     assert f"there is no folder {tmp_path / 'none'}" in absent.stderr
 
 
-def test_version_and_short_help() -> None:
+def test_latest_is_the_newest_model(fusedgpt: Run, root: Path, tmp_path: Path) -> None:
+    none = fusedgpt("sample", "latest")
+    assert (none.returncode, none.stderr) == (
+        1,
+        "fusedgpt: models/ holds no model yet: `fusedgpt create` makes one\n",
+    )
+    for name, seed in (("a", 1), ("b", 2)):
+        done = train(fusedgpt, root, "--output-dir", "models", "--name", name, "--seed", str(seed), "--json")
+        assert json.loads(done.stdout)["model_path"] == f"models/{name}"
+        assert json.loads(done.stdout)["run_path"] == f"runs/{name}"
+    greedy = ("The", "--temperature", "0", "--max-new-tokens", "9")
+    latest, b, a = (fusedgpt("sample", path, *greedy).stdout for path in ("latest", "models/b", "models/a"))
+    assert latest == b != a
+    twice = train(fusedgpt, root, "--run-dir", "c", "--name", "c")
+    assert "--name: --run-dir names the run already" in twice.stderr
+
+
+def test_what_is_typed_first_needs_no_option(fusedgpt: Run, root: Path) -> None:
+    plan = fusedgpt("train", root / "book.txt", "--size", "33m", "--print-config").stdout
+    assert 'preset = "33M"' in plan
+    estimate = fusedgpt("train", root / "book.txt", "--tokenizer", "char", "--estimate", *TINY)
+    assert estimate.returncode == 0, estimate.stderr
+    model = next((root / "models").iterdir())
+    by_name = fusedgpt("sample", model, "--prompt", "The", "--prompt", "Today", "--json")
+    assert fusedgpt("sample", model, "The", "Today", "--json").stdout == by_name.stdout != ""
+
+
+def test_version_and_short_help(fusedgpt: Run) -> None:
     assert re.fullmatch(r"fusedgpt \d+\.\d+\.\d+\n", fusedgpt("--version").stdout)
     assert fusedgpt("list", "-h").stdout == fusedgpt("list", "--help").stdout
 
 
-def test_doctor_names_the_path_of_every_op() -> None:
+def test_doctor_names_the_path_of_every_op(fusedgpt: Run) -> None:
     report = json.loads(fusedgpt("doctor", "--json").stdout)
     assert report["ops"]["attention"] in ("reference", "triton")
     assert report["packages"]["triton"] != ""
@@ -189,13 +225,13 @@ def test_doctor_names_the_path_of_every_op() -> None:
 
 def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the command's own affair
-    done = fusedgpt("kernels", "check", "--op", "dropout", "--dtype", "fp32")
+    done = process("kernels", "check", "--op", "dropout", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     head, *lines = (line.split() for line in done.stdout.splitlines())
     assert head[:3] == ["op", "dtype", "shape"]
     assert {(line[0], line[1], line[-1]) for line in lines} == {("dropout", "fp32", "ok")}
     assert len(lines) == 4  # two shapes, forward and backward
-    findings = json.loads(fusedgpt("kernels", "check", "--op", "dropout", "--json").stdout)
+    findings = json.loads(process("kernels", "check", "--op", "dropout", "--json").stdout)
     assert all(finding["ok"] and finding["error"] <= finding["limit"] for finding in findings)
 
 
@@ -211,7 +247,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             1,
             "training tokens, too few for one window of 512",
         ),
-        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '3M', '12M', '33M', "),
+        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '3m', '12m', '33m', "),
         ("train --data {root}/book.txt --schedule cosin", 2, "'cosin' is not one of 'constant', 'linear', "),
         ("train --data {root}/book.txt --set train.schedule=x", 2, "--schedule: should be 'constant', "),
         ("train --data {root}/book.txt --raw-tokens 9", 2, "No such option: --raw-tokens"),
@@ -262,7 +298,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             2,
             "has no room for --warmup 100000: lower that or train longer",
         ),
-        ("train", 2, "no training data: give --data FILE_OR_FOLDER"),
+        ("train", 2, "no training data: fusedgpt train FILE_OR_FOLDER"),
         ("train --plot-schedule {root}/x.png", 2, "how long is the run? give --steps, or --data"),
         ("train --estimate --tokenizer char", 2, "how many characters are there? give --data"),
         ("sample {root}", 1, "{root} is no model folder: it has no config.json"),
@@ -270,7 +306,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
         ("sample {root}/models/{model} --top-p 2", 2, "--top-p: expected 0 < p <= 1, got 2.0"),
     ],
 )
-def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str) -> None:
+def test_errors_are_one_line(fusedgpt: Run, root: Path, arguments: str, code: int, message: str) -> None:
     (root / "empty.txt").write_text("")
     (root / "short.txt").write_text("short")
     names = {"root": str(root), "model": next((root / "models").iterdir()).name}
@@ -294,7 +330,7 @@ def test_errors_are_one_line(root: Path, arguments: str, code: int, message: str
         ("sample", "Missing argument 'MODEL'"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments: str, message: str) -> None:
+def test_wrong_usage_is_one_line_and_exit_code_2(fusedgpt: Run, arguments: str, message: str) -> None:
     done = fusedgpt(*arguments.split())
     assert done.returncode == 2
     assert re.fullmatch(rf"fusedgpt: {message}.*; --help says more\n", done.stderr)
@@ -302,14 +338,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: str, message: str) -
 
 
 @pytest.mark.parametrize("arguments", ["", "data"])
-def test_no_arguments_print_the_help(arguments: str) -> None:
+def test_no_arguments_print_the_help(fusedgpt: Run, arguments: str) -> None:
     done = fusedgpt(*arguments.split())
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count(f"Usage: fusedgpt {arguments}".strip()) == 1
     assert "fusedgpt: " not in done.stderr
 
 
-def test_an_interrupt_ends_with_one_line_and_nothing_half_written(root: Path, tmp_path: Path) -> None:
+def test_an_interrupt_ends_with_one_line_and_nothing_half_written(
+    fusedgpt: Run, root: Path, tmp_path: Path
+) -> None:
     command = [FUSEDGPT, "train", "--data", root / "book.txt", "--tokenizer", "byte", *TINY]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
     with subprocess.Popen(
@@ -387,7 +425,7 @@ def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["--help"])
 
 
-def test_help_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_a_width(fusedgpt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "0")
     assert "--learning-rate" in fusedgpt("train", "--help").stdout
 
@@ -406,30 +444,35 @@ def test_a_bug_looks_like_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_debug_shows_the_traceback() -> None:
-    assert "Traceback" in fusedgpt("sample", "/absent", "--debug").stderr
+    assert "Traceback" in process("sample", "/absent", "--debug").stderr
 
 
 @pytest.mark.parametrize("command", ["train", "create"])
-def test_every_setting_has_a_flag_in_a_panel(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_has_a_flag_in_a_panel(
+    fusedgpt: Run, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = fusedgpt(command, "--help").stdout
     assert all(f"--{name.replace('_', '-')}" in text for name in settings_of(command))
     assert "--size" in text
     panels = re.split(r"\n╭─ ", text)
     titles = [panel.split(" ─")[0] for panel in panels[1:]]
-    assert titles[0 if command == "train" else 1] == "Options"
+    assert titles[:2] == ["Arguments", "Options"]
     assert {"Model", "Data", "Optimizer and schedule", "Validation", "Checkpoints and logs"} < set(titles)
     first = re.findall(r"│ (--[\w-]+)", panels[titles.index("Options") + 1])
-    common = (
-        "--output-dir --resume --config --preset --tokenizer --steps --epochs --batch-size --learning-rate"
-    )
-    assert first == [*(["--data"] if command == "train" else []), *common.split(), "--help"]
+    common = "--name --output-dir --resume --config --preset --tokenizer --steps --epochs --batch-size"
+    assert first == [
+        *(["--data"] if command == "train" else []),
+        *common.split(),
+        "--learning-rate",
+        "--help",
+    ]
     assert "<auto|bf16|fp16|fp32>" in text
     # each once; of create also the tokenizer's and the timeouts'
     assert text.count("[default: auto]") == 5 + 2 * (command == "create")
 
 
-def test_help_shows_the_defaults_of_create() -> None:
+def test_help_shows_the_defaults_of_create(fusedgpt: Run) -> None:
     text = fusedgpt("create", "--help").stdout
     assert "[default: 0.004]" in text
     assert "[default: 0.0003]" not in text
@@ -441,7 +484,7 @@ def test_python_m_fusedgpt_train_is_train() -> None:
     command = [sys.executable, "-m", "fusedgpt.train"]
     for arguments in (["--print-config", "--steps", "7"], ["--steps", "x"], ["--help"]):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
-        same = fusedgpt("train", *arguments)
+        same = process("train", *arguments)
         assert (done.returncode, done.stdout, done.stderr) == (same.returncode, same.stdout, same.stderr)
 
 
@@ -450,7 +493,7 @@ def test_help_is_quick() -> None:
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        fusedgpt("--help")
+        process("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

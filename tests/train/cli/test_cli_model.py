@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import FUSEDGPT, Run, process
 
 from fusedgpt.model import generate
 from fusedgpt.model.config import GPTConfig
@@ -31,29 +31,6 @@ from fusedgpt.train.cli import main as cli
 from fusedgpt.train.data.text.prepare import prepare
 from fusedgpt.train.data.tokens.shards import read_index
 from fusedgpt.train.tools import chat
-
-FUSEDGPT = Path(sys.executable).with_name("fusedgpt")
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([FUSEDGPT, *arguments], capture_output=True, text=True, timeout=120, **options)
-
-
-@pytest.fixture
-def fusedgpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`process` without the process, whose start takes two seconds."""
-
-    def run(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["fusedgpt", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +217,7 @@ def test_chat_does_without_readline(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_chat_through_a_pipe(root: Path) -> None:
-    done = process("chat", root / "m", "--max-new-tokens", "5", input="hello\n/forget\nyou")
+    done = process("chat", root / "m", "--max-new-tokens", "5", input="hello\n/reset\nyou")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("\n") >= 2

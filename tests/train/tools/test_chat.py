@@ -78,10 +78,35 @@ def test_the_oldest_is_forgotten_and_half_a_window_left_for_the_reply(gpt: GPT, 
     assert script.prompts[2] == [*b"g" * 31, *b"\n"]
 
 
-def test_forget_begins_anew(gpt: GPT, script: Script) -> None:
+def test_reset_begins_anew(gpt: GPT, script: Script) -> None:
     script.replies = [b"one", b"two"]
-    shown(Chat(gpt, byte_tokenizer(), seed=0), ["a", "/forget", "b"])
+    shown(Chat(gpt, byte_tokenizer(), seed=0), ["a", "/reset", "b"])
     assert script.prompts[1] == [EOT, *b"b\n"]
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/set temperature 0.7", "(temperature is 0.7)"),
+        ("/set top-k 0", "(top_k is all)"),
+        ("/set temperature -1", "(--temperature: expected 0 or more, got -1.0)"),
+        ("/set seed many", "(seed: expected a whole number, got many)"),
+        ("/set mood 1", "(no setting mood; there are temperature, top_k, seed)"),
+        ("/help", "(there are /set NAME VALUE, /info and /reset; NAME is one of temperature, top_k, seed)"),
+    ],
+)
+def test_a_slash_is_a_command(gpt: GPT, script: Script, line: str, answer: str) -> None:
+    chat = Chat(gpt, byte_tokenizer(), temperature=1.0, top_k=40, seed=0)
+    before = dict(chat.sampling)
+    assert shown(chat, [line]) == answer + "\n"
+    assert script.prompts == []
+    assert (chat.sampling != before) == (" is " in answer)
+
+
+def test_info_shows_what_is_in_use(gpt: GPT, script: Script) -> None:
+    script.replies = [b"one"]
+    said = shown(Chat(gpt, byte_tokenizer(), temperature=1.0, seed=0), ["a", "/set temperature 0.7", "/info"])
+    assert "7 of 64 tokens of context in use; temperature 0.7, seed 1)" in said
 
 
 def test_an_interrupt_ends_the_reply_and_not_the_chat(gpt: GPT, script: Script) -> None:
