@@ -39,7 +39,7 @@ def sample(
     model: ModelFolder,
     text: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="The same as --prompt.", show_default=False),
+        typer.Argument(metavar="TEXT", help="The same as --prompt.", show_default=False),
     ] = None,
     prompt: Annotated[
         list[str] | None,

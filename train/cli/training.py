@@ -105,7 +105,7 @@ def create(
 def train(
     ctx: typer.Context,
     text: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH]...", help="The same as --data.", show_default=False)
+        list[Path] | None, typer.Argument(metavar="PATH", help="The same as --data.", show_default=False)
     ] = None,
     data: Annotated[
         list[Path] | None,

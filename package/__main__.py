@@ -1,0 +1,3 @@
+from fusedgpt.train.cli.main import main
+
+main()
