@@ -39,6 +39,7 @@ def _setting(default: Any, text: str, *, panel: str | None = None, unset: str = 
     return Field(default=default, description=text, json_schema_extra=shown, **limits)
 
 
+RECIPES = Path(__file__).with_name("recipes")  # settings that --config knows by name
 _FILES, _TEXTS = "Text files", "Generated texts"
 _model = partial(_setting, panel="Model")
 _data = partial(_setting, panel="Data")
@@ -363,11 +364,14 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
 
 
 def read_toml(path: Path) -> Sections:
-    """The sections of a --config file. Raises ConfigError if it cannot be read as one."""
+    """The sections of a --config file, or of a recipe by its name. Raises ConfigError if it is unreadable."""
+    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.toml"))}
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        found = path if path.exists() else recipes.get(str(path), path)
+        content = tomllib.loads(found.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        names = ", ".join(recipes)
+        raise ConfigError(f"cannot read {path}: {error.strerror}; the recipes are {names}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for section, values in content.items():

@@ -4,7 +4,7 @@
         [--steps N]
 
 NAME is of these, default those that FILE and the machine allow:
-    pipeline       `fusedgpt create` with the text of docs/original.toml, GPT-2's vocabulary, 20 epochs,
+    pipeline       `fusedgpt create --config original`, with other presets too: 20 epochs of GPT-2 tokens,
                    batches of 2 x 128
     shakespeare    FILE, tiny Shakespeare, by characters with nanoGPT's settings for a GPU or a CPU: ours, and
                    NANOGPT's train.py on the same split, validating as often
@@ -43,7 +43,7 @@ from benchmarks.report.record import Row
 
 CLI = [sys.executable, "-m", "fusedgpt.train.cli.main"]
 PROMPT = "A fun GPT that writes cooking recipes"
-ORIGINAL = Path(__file__).parents[2] / "docs" / "original.toml"
+ORIGINAL = Path(__file__).parents[2] / "train/recipes/original.toml"
 KIND = DEVICE.type
 SHAPE = {"cuda": (6, 384, 256, 64, 0.2), "cpu": (4, 128, 64, 12, 0.0)}[KIND]  # layers, C, T, batch, dropout
 STEPS, EVAL_BATCHES, GOAL = {"cuda": (5000, 200, 1.47), "cpu": (2000, 20, 1.90)}[KIND]

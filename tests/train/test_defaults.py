@@ -1,16 +1,15 @@
 """What `create` and `train` do where nothing is said."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.hf_config import hf_config
-from fusedgpt.train.config import ConfigError, build_config, read_toml
+from fusedgpt.train.config import RECIPES, ConfigError, build_config, read_toml
 from fusedgpt.train.defaults import create_config, text_tokens, train_config
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_create_has_windows_that_fit_the_context() -> None:
@@ -79,7 +78,7 @@ def test_a_language_models_text_is_read_until_held_out_text_says_stop() -> None:
 
 
 def test_the_original_job_is_one_option() -> None:
-    config = create_config({}, [read_toml(ROOT / "docs" / "original.toml")])
+    config = create_config({}, [read_toml(Path("original"))])
     assert config == build_config(
         {
             "raw_tokens": 30_000,
@@ -92,3 +91,16 @@ def test_the_original_job_is_one_option() -> None:
         }
     )
     assert text_tokens(config) == (30_000, 15_000)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_is_known_by_name_and_says_how_to_run_it(recipe: Path) -> None:
+    command = recipe.read_text().splitlines()[0]
+    assert re.match(rf"# fusedgpt (create|train) .*--config {recipe.stem}\b", command)
+    make = create_config if "create" in command else train_config
+    assert make({}, [read_toml(Path(recipe.stem))]) == make({}, [read_toml(recipe)])
+
+
+def test_an_unknown_recipe_is_answered_by_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read nope: No such file.*; the recipes are finetune, "):
+        read_toml(Path("nope"))

@@ -36,7 +36,9 @@ Resume = Annotated[
         help="Continue a run: its directory, a checkpoint of it, or auto for the newest of the same data."
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags override the file.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file of settings, or a recipe's name; flags override it.")
+]
 Assignments = Annotated[
     list[str] | None,
     _config_option(
