@@ -1,0 +1,84 @@
+"""What README and docs tell people to type: Python runs, commands have the options they are given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+import fusedgpt
+from fusedgpt.train.cli.main import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64, "max_length": 64}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The fusedgpt commands of the page's shell blocks and in its lines, as arguments."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:fusedgpt|torchrun) [^`\n]+)`", page.read_text())
+    words = [shlex.split(line, comments=True) for line in lines]
+    found = []
+    for line in words:
+        line = line[: line.index(">")] if ">" in line else line
+        if "fusedgpt" in line:
+            found.append(line[line.index("fusedgpt") + 1 :])
+        elif "fusedgpt.train" in line:
+            found.append(["train", *line[line.index("fusedgpt.train") + 1 :]])
+    return found
+
+
+COMMANDS = [(page.name, shlex.join(one)) for page in PAGES for one in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command[:40] for _, command in COMMANDS])
+def test_a_command_has_the_options_it_is_given(page: str, command: str) -> None:
+    del page  # in the test's name
+    here: Any = typer.main.get_command(app)
+    words = shlex.split(command)
+    context = here.context_class(here, info_name="fusedgpt")
+    while words and hasattr(here, "commands"):
+        here = here.commands[words.pop(0)]
+        context = here.context_class(here, parent=context)
+    here.make_parser(context).parse_args(
+        [word for word in words if word != "..."]
+    )  # raises for a wrong option
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with book.txt, in which whatever is trained is tiny."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
+    fit = fusedgpt.fit
+    monkeypatch.setattr(
+        fusedgpt, "fit", lambda *paths, **settings: fit(*paths, **{**settings, **TINY, "steps": 2})
+    )
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("page", [ROOT / "docs" / "python.md"], ids=lambda page: page.name)
+def test_python_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(page, "python"):
+        exec(block, names)
+    said = capsys.readouterr().out
+    assert "The" in said
+    assert "torch.Size([2, 128, 3, 4, 64])" in said
+    hf, ids = names["hf"], names["ids"]
+    ours = hf.eval()(ids).logits
+    hf.set_attn_implementation("eager")
+    for module in hf.modules():
+        if type(module).__name__ == "LayerNorm":
+            module.__class__ = torch.nn.LayerNorm
+    torch.testing.assert_close(ours, hf(ids).logits, atol=1e-4, rtol=1e-4)
