@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import InputError, installs
 from fusedgpt.model.files import beside, publish
 from fusedgpt.model.folder import write_files
 from fusedgpt.model.gpt import GPT
@@ -69,7 +69,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, dtype: str = "f1
     try:
         import gguf
     except ImportError:
-        raise ExportError("exporting to GGUF needs the package gguf: pip install 'fusedgpt[gguf]'") from None
+        raise ExportError(f"exporting to GGUF needs the package gguf: {installs('gguf')}") from None
     tokens = _bpe_of(tokenizer)
     n_bytes = model.config.parameter_counts()[0] * {"f32": 4, "f16": 2, "q8_0": 2}[dtype]
     with _new(out, n_bytes) as temporary:

@@ -42,6 +42,17 @@ def test_an_old_python_is_refused_in_one_line(name: str, tmp_path: Path) -> None
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["quickstart", "test", "setup", "test_versions", "train_shakespeare_char_cpu"]
+)
+def test_help_is_all_that_a_script_does_when_asked_for_it(name: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = subprocess.run([tmp_path / "scripts" / name, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"scripts/{name}" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"scripts"}
+
+
 @pytest.mark.parametrize("name", ["train_shakespeare_char", "train_shakespeare_char_cpu"])
 def test_shakespeare_scripts_ask_for_their_file(name: str) -> None:
     done = subprocess.run([ROOT / "scripts" / name], capture_output=True, text=True)

@@ -246,6 +246,8 @@ def _train_and_save(job: _Job, *, profile: bool) -> TrainingResult:
     summary = train(job.model, job.dataset, config.train, monitor, run, **options)
     if summary.best_step not in (None, summary.steps):
         monitor.note(f"kept the weights of step {summary.best_step}, the best validated")
+    if summary.final_loss > (guessing := math.log(job.tokenizer.vocab_size)) + 1.0:
+        monitor.note(f"the loss is above {guessing:.2f}, that of a guess: it diverged; lower --learning-rate")
     result = world.from_first(lambda: _save(job, summary, started))
     paths = {name: Path(result[name]) for name in ("model_path", "run_path")}
     return TrainingResult(**paths, summary=summary, samples=result["samples"], quality=result["quality"])

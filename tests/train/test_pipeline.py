@@ -29,6 +29,7 @@ from fusedgpt.train.data.synthetic.collect import generate_texts
 from fusedgpt.train.data.synthetic.task import Task, count_gpt2_tokens
 from fusedgpt.train.pipeline import create_config, run_full_pipeline, train_on_files
 from fusedgpt.train.report.metrics import read_metrics
+from fusedgpt.train.report.progress import Monitor
 from fusedgpt.train.tools import quality
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48, "max_length": 32, "steps": 4}
@@ -124,6 +125,16 @@ def test_train_on_files(tmp_path: Path, tokenizer: str) -> None:
     assert result.model_path.name.startswith("custom_")
     assert json.loads((result.model_path / "generation_info.json").read_text())["data"] == [str(text)]
     assert json.loads((result.model_path / "config.json").read_text())["n_positions"] == 48
+
+
+def test_a_run_that_diverges_says_so(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The cat sat on the mat. Today it rained. " * 40)
+    for rate, told in ((1.0, True), (1e-3, False)):
+        config = build_config({**TINY, "tokenizer": "byte", "learning_rate": rate, "warmup": 0, "steps": 9})
+        said = io.StringIO()
+        train_on_files([text], config, tmp_path / "m", Monitor(stream=said))
+        assert ("the loss is above 5.55, that of a guess" in said.getvalue()) is told, said.getvalue()
 
 
 def test_packing_and_document_masks_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

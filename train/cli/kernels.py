@@ -91,6 +91,8 @@ def check_kernels(
         print_json([finding.as_dict() for finding in findings])
     else:
         print_table([finding.cells() for finding in findings])
+        wrong = sum(not finding.ok for finding in findings)
+        typer.echo(f"{len(findings)} results, {wrong or 'none'} wrong")
     _exit_with([finding.fault for finding in findings if not finding.ok])
 
 

@@ -1,5 +1,6 @@
 """Commands that train: `fusedgpt create` and `fusedgpt train`."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,8 @@ def train(
 ) -> None:
     """Train a GPT on your own text."""
     spin_briefly(_SPINS)
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler's own notes
     from fusedgpt.train.config import ConfigError
     from fusedgpt.train.defaults import train_config
 
@@ -215,4 +218,4 @@ def _report(result: dict[str, Any], as_json: bool) -> None:
         f"loss {result['final_loss']:.4f}, validation loss {loss_text(result['best_val_loss'])}"
     )
     typer.echo(f"run directory: {result['run_path']}\nmodel folder: {result['model_path']}")
-    sys.stderr.write(f"talk to it: fusedgpt chat {shlex.quote(result['model_path'])}\n")
+    typer.echo(f"talk to it: fusedgpt chat {shlex.quote(result['model_path'])}")

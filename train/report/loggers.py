@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import InputError, installs
 from fusedgpt.model.files import write_file
 from fusedgpt.train.report.progress import StepMetrics
 
@@ -200,7 +200,7 @@ def _library(extra: str, module: str | None = None) -> Any:
     try:
         return import_module(module or extra)
     except ImportError:
-        raise InputError(f"{extra} is not installed: pip install 'fusedgpt[{extra}]'") from None
+        raise InputError(f"{extra} is not installed: {installs(extra)}") from None
 
 
 def _run_id(run_dir: Path) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import InputError, installs
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.schedule import decay_steps, learning_rate, warmup_steps
 from fusedgpt.train.report.metrics import Row, read_metrics
@@ -130,7 +130,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("plots need matplotlib: pip install 'fusedgpt[plots]'") from None
+        raise InputError(f"plots need matplotlib: {installs('plots')}") from None
     figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=15, pad=12)

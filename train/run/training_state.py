@@ -99,8 +99,9 @@ class Training:
         for name, value in self.fingerprint.items():
             then = state["fingerprint"].get(name)
             if then != value:
-                change = f"{then}, now {value}"
-                raise CheckpointError(f"step {checkpoint.step} was made with another {name}: {change}")
+                change = "" if name == "training text" else f" ({then}, now {value})"
+                made = f"step {checkpoint.step} was made with another {name}{change}"
+                raise CheckpointError(f"{made}: give the same, or leave out --resume to train anew")
         values = dict(checkpoint.tensors.get("model", {}))
         moments = dict(checkpoint.tensors.get("optimizer", {}))
         wanted = named_parameters(self.model)
@@ -209,4 +210,7 @@ def _check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
     for name, x in found.items():
         if x.shape != wanted[name].shape or not x.is_floating_point():
             there, here = (f"{tuple(t.shape)} {t.dtype}" for t in (x, wanted[name]))
-            raise CheckpointError(f"model: {name} is {there}, expected {here}")
+            raise CheckpointError(
+                f"model: {name} is {there}, expected {here}: leave out the options that change its shape, or "
+                "--resume to train anew"
+            )

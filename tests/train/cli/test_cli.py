@@ -143,7 +143,8 @@ def test_create_prints_samples_and_folder(fusedgpt: Run, tmp_path: Path) -> None
     assert "--- sample for '今日は'" in done.stdout
     assert done.stdout.count("--- text ") == 8
     assert re.search(r"bits per byte of unseen text, \d+ of 100 sampled texts well formed", done.stdout)
-    folder = Path(done.stdout.split("model folder: ")[1].strip())
+    folder = Path(done.stdout.split("model folder: ")[1].split()[0])
+    assert done.stdout.endswith(f"talk to it: fusedgpt chat {folder}\n")
     assert folder.name.startswith("cooking_")
     assert "domain: cooking" in done.stderr
     assert "parameters" in done.stderr

@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, tmp_path: Path
     [
         ({"n_embd": 24}, "model: .* is .*, expected"),
         ({"n_layer": 3}, "model: missing or unexpected tensors: h.2."),
-        ({"seed": 4}, "was made with another seed: 6, now 4"),
+        ({"seed": 4}, r"another seed \(6, now 4\): give the same, or leave out --resume"),
     ],
 )
 def test_a_resume_that_does_not_fit_says_why(

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusedgpt.kernels.errors import InputError
-from fusedgpt.train.data.synthetic.grammar import generate_samples
+from fusedgpt.kernels.errors import InputError, installs
+from fusedgpt.train.data.synthetic.grammar import generate_samples, unknown_words
 from fusedgpt.train.data.synthetic.llm_answer import LLMError
 from fusedgpt.train.data.synthetic.llm_config import HEURISTICS, LLMConfig
 from fusedgpt.train.data.synthetic.llm_generate import SampleFile, write_samples
@@ -68,6 +68,10 @@ def make_texts(task: Task, config: LLMConfig, n_tokens: int, path: Path) -> tupl
     if config.data_source == "template":
         texts = generate_texts(task, n_tokens)
         task.note(f"generated {len(texts):,} samples from templates")
+        if unknown := unknown_words(task.prompt):
+            about = ", ".join(unknown[:3])
+            remedy = "--data-source has a language model write, `fusedgpt train FILE` reads your own text"
+            task.note(f"the templates know little of {about}: {remedy}")
         return texts, {"method": "template", "versions": {"fusedgpt": version("fusedgpt")}}
     models = {"gen_model": config.gen_model}
     if config.grader is not None:  # checked now, as it is needed later
@@ -139,6 +143,6 @@ def _use_server(*arguments: Any) -> None:
     try:
         from fusedgpt.train.data.synthetic.llm import use_server
     except ModuleNotFoundError as error:
-        remedy = "scripts/setup llm, or pip install 'fusedgpt[llm]'"
-        raise InputError(f"--data-source ollama and openai need the package {error.name}: {remedy}") from None
+        what = f"--data-source ollama and openai need the package {error.name}"
+        raise InputError(f"{what}: {installs('llm')}") from None
     use_server(*arguments)

@@ -224,6 +224,26 @@ def _excluded(prompt: str, diets: dict[str, str]) -> frozenset[str]:
     return frozenset(stem(name) for name in names if name not in words_of("stop"))
 
 
+def unknown_words(prompt: str) -> list[str]:
+    """Words of an English prompt whose texts the templates cannot write: code, and subjects unknown to them.
+
+    Stories, poems and dialogues can be about anything.
+    """
+    domain, language = choose_domain(prompt), choose_language(prompt)
+    words = dict.fromkeys(WORD.findall(prompt.casefold()))
+    unwritten = [word for word in words if word in words_of("unwritten")]
+    subjects = [word for word in words if word not in words_of("stop")]
+    forms = domain_stems(domain)
+    fine = domain in ("poetry", "conversation") or (
+        domain == "general" and forms.keys() & set(map(stem, words))
+    )
+    known = Grammar(domain, language).known | forms.keys()
+    unknown = [word for word in subjects if stem(word) not in known]
+    if language == "ja" or fine or 2 * len(unknown) <= len(subjects):
+        return unwritten
+    return unwritten + unknown
+
+
 def generate_samples(prompt: str, *, domain: str | None = None, seed: int = 0) -> Iterator[str]:
     """An endless stream of distinct texts, the same on any machine for the same (prompt, domain, seed).
 

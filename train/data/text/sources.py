@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
-from fusedgpt.kernels.errors import InputError
+from fusedgpt.kernels.errors import InputError, installs
 
 Cut = Literal["anywhere", "words", "never"]
 Errors = Literal["strict", "replace", "ignore"]
@@ -342,7 +342,7 @@ def _values(pa: Any, column: Any, errors: Errors, path: Path, row: int) -> Itera
 def _pyarrow(path: Path) -> Any:
     """The optional library that reads tables and .zst."""
     if find_spec("pyarrow") is None:
-        raise DataError(f"reading {path} takes the package pyarrow: pip install 'fusedgpt[parquet]'")
+        raise DataError(f"reading {path} takes the package pyarrow: {installs('parquet')}")
     return import_module("pyarrow")
 
 

@@ -45,6 +45,15 @@ def reply(body: dict[str, Any]) -> str:
     return varied_text(seed_of(body))
 
 
+def test_a_prompt_that_templates_know_nothing_of_is_told_what_does(tmp_path: Path) -> None:
+    notes: list[str] = []
+    for prompt in ("wombat facts", PROMPT):
+        task = Task(prompt=prompt, domain=choose_domain(prompt), note=notes.append)
+        make_texts(task, LLMConfig(), 100, tmp_path / "samples.jsonl")
+    (told,) = (note for note in notes if "know little" in note)
+    assert "little of wombat: --data-source" in told
+
+
 def test_templates_need_no_server(tmp_path: Path) -> None:
     texts, info = gather(LLMConfig(), tmp_path)
     assert info["generation_method"] == "template"
@@ -286,7 +295,7 @@ def test_a_model_without_the_extra_is_told_how_to_get_it(
     monkeypatch.delitem(sys.modules, "fusedgpt.train.data.synthetic.llm", raising=False)
     with (
         Fake() as fake,
-        pytest.raises(ValueError, match=r"package openai: scripts/setup llm, or pip install"),
+        pytest.raises(ValueError, match=r"package openai: .*python.* -m pip install 'fusedgpt"),
     ):
         gather(config_for(fake), tmp_path)
     assert gather(LLMConfig(), tmp_path)[0]

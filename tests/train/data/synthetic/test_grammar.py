@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedgpt.train.data.synthetic import grammar as generate
-from fusedgpt.train.data.synthetic.grammar import DOMAINS, choose_domain, generate_samples
+from fusedgpt.train.data.synthetic.grammar import DOMAINS, choose_domain, generate_samples, unknown_words
 from fusedgpt.train.data.synthetic.parts import Alternative, Choice, Run
 from fusedgpt.train.data.synthetic.words import article, plural, read_templates, stem
 
@@ -67,6 +67,22 @@ def test_a_tie_goes_to_the_word_that_comes_first() -> None:
 @settings(max_examples=25, deadline=None)
 def test_no_prompt_fails(prompt: str) -> None:
     assert choose_domain(prompt) in DOMAINS
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("quantum computing for kids", ["quantum", "kids"]),
+        ("A GPT that writes Python code", ["code"]),
+        ("wombat facts", ["wombat"]),
+        ("A fun GPT that writes cooking recipes", []),
+        ("Bedtime stories about dragons", []),  # a story can be about anything
+        ("詩を書くGPT", []),
+        ("", []),
+    ],
+)
+def test_what_templates_cannot_write_is_known(prompt: str, unknown: list[str]) -> None:
+    assert unknown_words(prompt) == unknown
     assert next(generate_samples(prompt, domain="poetry"))
 
 
