@@ -228,7 +228,8 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the command's own affair
     done = process("kernels", "check", "--op", "dropout", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
-    head, *lines = (line.split() for line in done.stdout.splitlines())
+    head, *lines, total = (line.split() for line in done.stdout.splitlines())
+    assert total == ["4", "results,", "none", "wrong"]
     assert head[:3] == ["op", "dtype", "shape"]
     assert {(line[0], line[1], line[-1]) for line in lines} == {("dropout", "fp32", "ok")}
     assert len(lines) == 4  # two shapes, forward and backward
