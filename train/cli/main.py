@@ -109,6 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protect_streams()
     if os.environ.get("COLUMNS") == "0":  # said where the width is not known; rich would print nothing
         del os.environ["COLUMNS"]
+    if arguments is None and len(sys.argv) == 1 and sys.stdin.isatty() and sys.stdout.isatty():
+        from fusedgpt.train.cli.menu import choose
+
+        arguments = choose()
+        if arguments is None:
+            sys.exit(_INTERRUPTED)
     message = ""
     context: dict[str, Any] = {}  # ctx.obj of every command
     try:

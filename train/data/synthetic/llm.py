@@ -85,6 +85,18 @@ def use_server(
             pool.submit(asyncio.run, main()).result()
 
 
+def installed_models(config: LLMConfig | None = None) -> list[str]:
+    """The models that a server lists, by default Ollama on this machine. Errors are use_server's."""
+    found: list[str] = []
+
+    async def look(client: LLMClient) -> None:
+        found.extend(sorted(client.models))
+
+    config = config or LLMConfig(data_source="ollama", timeout_total=3.0)
+    use_server(config, look, {}, lambda _: None)
+    return found
+
+
 class LLMClient:
     """Sends requests to the server that `config` names, by `api`; made in a running loop by use_server."""
 
@@ -95,7 +107,7 @@ class LLMClient:
         self.parallel = config.llm_concurrency  # lowered if the server cannot keep up
         self._is_ollama = config.data_source == "ollama"
         self._thinks = False  # the model does, even if asked not to, before it answers
-        self._models: list[str] = []
+        self.models: list[str] = []
         self._renamed: dict[str, str] = {}  # the refused ones of _DISPENSABLE
         self._shrunk_at = self._resume_at = 0.0
         key = config.api_key() or ""
@@ -115,7 +127,7 @@ class LLMClient:
         seconds = self.timeouts.connect * len(self._transport.addresses) + self.timeouts.grading
         try:
             attempts = _ATTEMPTS if self._is_ollama else 1
-            self._models = await self._retry(partial(self._attempt, seconds, self._list_models), attempts)
+            self.models = await self._retry(partial(self._attempt, seconds, self._list_models), attempts)
         except LLMError as error:
             if isinstance(error, RequestFailed) and (self._is_ollama or not self._transport.reached):
                 start = "ollama serve" if self._is_ollama else "transformers serve MODEL_FOLDER"
@@ -124,7 +136,7 @@ class LLMClient:
                 raise LLMError(f"{nobody}; {remedy}: --data-source template") from None
             if self._is_ollama:  # others need not list their models
                 raise
-        known = {name.removesuffix(":latest") for name in self._models}
+        known = {name.removesuffix(":latest") for name in self.models}
         for option, model in wanted.items():
             flag = f"--{option.replace('_', '-')}"
             if not model:
@@ -141,7 +153,7 @@ class LLMClient:
             raise Fault("bad JSON", "what it lists as its models is no list of models") from None
 
     def _listing(self) -> str:
-        return ", ".join(sorted(self._models)[:20]) or "none that it lists"
+        return ", ".join(sorted(self.models)[:20]) or "none that it lists"
 
     @property
     def _kind(self) -> str:
@@ -313,7 +325,7 @@ class LLMClient:
             raise LLMError(f"{where} refuses access ({status} {said!r}); {hint}")
         if status == 404:
             hint = f"is that an {self._kind} server, and the address right?"
-            hint = f"the server has the models {self._listing()}" if self._models else hint
+            hint = f"the server has the models {self._listing()}" if self.models else hint
             raise LLMError(f"{where} is not there (404 {said!r}); {hint}")
         raise RequestRefused(f"{where} answers {status} {said!r}")
 
