@@ -53,10 +53,14 @@ def test_create_asks_for_prompt_size_source_and_epochs(
     assert own == ["create", "Odes to tea", "--size", "12M", "--epochs", "3"]
     server = press(ENTER, ENTER, ENTER, up, ENTER, ENTER, "gpt-4.1-mini", ENTER, ENTER)
     assert server is not None
-    assert (
-        server[4:]
-        == ["--data-source", "openai", "--llm-host", "https://api.openai.com", "--gen-model", "gpt-4.1-mini"]
-    )
+    assert server[4:] == [
+        "--data-source",
+        "openai",
+        "--llm-host",
+        "https://api.openai.com",
+        "--gen-model",
+        "gpt-4.1-mini",
+    ]
 
 
 def test_ollamas_models_are_listed_or_it_says_what_is_missing(
