@@ -83,6 +83,23 @@ def _list_row(
     return {"path": path, "saved": saved, "parameters": size, "val loss": loss, "prompt": about}
 
 
+@app.command(name="report", rich_help_panel=_TOOLS)
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a page that compares runs: losses over tokens and time, throughput, memory, settings."""
+    from fusedgpt.train.report.comparison import compare
+
+    path = compare(runs, out)
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        typer.echo(path)
+
+
 @app.command(rich_help_panel=_TOOLS)
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Show what this machine has and which implementation each op will use."""

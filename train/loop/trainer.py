@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -56,6 +58,7 @@ class TrainingSummary:
     tokens_per_second: float  # over this process's training steps; evaluation and saving not counted
     seconds: float  # of this process, all of it
     skipped_steps: int  # for a loss or gradient that was not finite
+    peak_bytes: int  # of GPU memory that tensors took, on a CPU of the process's
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
@@ -273,4 +276,12 @@ def _summarise(training: Training, log: TrainingLog) -> TrainingSummary:
         tokens_per_second=log.tokens_per_second,
         seconds=log.seconds,
         skipped_steps=progress.skipped_steps,
+        peak_bytes=_peak_bytes(training.model.wte.weight.device),
     )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

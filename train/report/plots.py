@@ -30,7 +30,7 @@ def plot_schedule(config: TrainConfig, total_steps: int, path: Path) -> Path:
 
     Raises ValueError if matplotlib is not installed, OSError where `path` cannot be written.
     """
-    figure, axes = _figure(f"Learning rate: {config.schedule}, {total_steps:,} steps")
+    figure, axes = new_figure(f"Learning rate: {config.schedule}, {total_steps:,} steps")
     warmup, decay = warmup_steps(total_steps, config), decay_steps(total_steps, config)
     edges = [0, warmup - 1, warmup, total_steps - 1 - decay, total_steps - 1]
     sampled = np.linspace(0, total_steps - 1, min(total_steps, _SCHEDULE_POINTS)).astype(int)
@@ -60,7 +60,7 @@ def plot_losses(metrics_path: Path, png: Path) -> Path:
         raise InputError(f"{metrics_path} has no training loss yet")
     window = max(_SMALLEST_WINDOW, len(steps) // _WINDOWS_PER_RUN)
     smooth = running_mean(losses, window)
-    figure, axes = _figure("Training and validation loss" if len(val_steps) else "Training loss")
+    figure, axes = new_figure("Training and validation loss" if len(val_steps) else "Training loss")
     axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
     axes.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"training, mean of up to {window} steps")
     if len(val_steps):
@@ -125,7 +125,7 @@ def _shade_phase(axes: Axes, start: float, end: float, name: str, *, label_at: f
     axes.annotate(name, (label_at, 0.97), xytext=(indent, 0), **at, **text)
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
+def new_figure(title: str = "") -> tuple[Figure, Axes]:
     """A figure with one set of axes, without pyplot and its backend, windows and global state."""
     try:
         from matplotlib.figure import Figure
