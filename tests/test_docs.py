@@ -57,20 +57,29 @@ def test_a_command_has_the_options_it_is_given(page: str, command: str) -> None:
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory with book.txt, in which whatever is trained is tiny."""
+    """A directory with book.txt and models/mine, in which whatever is trained is tiny."""
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("The cat sat on the mat. Today it rained. " * 60)
     fit = fusedgpt.fit
-    monkeypatch.setattr(
-        fusedgpt, "fit", lambda *paths, **settings: fit(*paths, **{**settings, **TINY, "steps": 2})
-    )
+
+    def quickly(*paths: str, **settings: Any) -> Any:
+        return fit(*paths, **{**settings, **TINY, "steps": 2})
+
+    monkeypatch.setattr(fusedgpt, "fit", quickly)
+    quickly("book.txt", tokenizer="byte").model_path.rename("models/mine")
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("page", [ROOT / "docs" / "python.md"], ids=lambda page: page.name)
-def test_python_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_of_the_model_folder_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(ROOT / "docs" / "interoperability.md", "python"):
+        exec(block, {})
+    assert capsys.readouterr().out.startswith("The")
+
+
+@pytest.mark.usefixtures("quick")
+def test_python_of_the_library_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    for block in blocks(page, "python"):
+    for block in blocks(ROOT / "docs" / "python.md", "python"):
         exec(block, names)
     said = capsys.readouterr().out
     assert "The" in said

@@ -49,7 +49,10 @@ def all_parts(
     """Everything there is to measure, in its order; jobs need the text for them, or have no commands."""
     given = {"peer": "", "rivals": "", "text": shlex.quote(str(text)), "pytest": PYTEST}
     if peer:
-        given |= {"peer": f"--peer {shlex.quote(str(peer))}", "rivals": "peer peer-cudnn" if gpu else "peer"}
+        given |= {
+            "peer": f"--peer {shlex.quote(str(peer))}",
+            "rivals": f"peer peer-{'cudnn' if gpu else 'kept-memory'}",
+        }
     given |= {"step": f"{STEP} {given['peer']}", "kernels": f"{PYTEST} benchmarks/kernels/test_bench"}
     described = PARTS["toy" if toy else "gpu" if gpu else "cpu"]
 

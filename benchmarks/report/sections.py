@@ -10,7 +10,12 @@ from benchmarks.report.page import OURS, Bar, Cells, Section
 from benchmarks.report.record import Row
 
 Columns = Mapping[str, Callable[[Row], str]]
-_NAMES = {"peer": "nanoGPT", "peer-cudnn": "nanoGPT-cudnn"}
+_NAMES = {
+    "peer": "nanoGPT",
+    "peer-cudnn": "nanoGPT-cudnn",
+    "peer-kept-memory": "nanoGPT, our malloc settings",
+    "plain-kept-memory": "plain, our malloc settings",
+}
 
 
 def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[Section]:

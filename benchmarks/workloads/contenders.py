@@ -7,6 +7,7 @@
     plain               plain_gpt.py under autocast, torch's fused AdamW, clip_grad_norm_
     plain-compiled      the same under torch.compile; plain-fa2, plain-cudnn: with that attention, on a GPU
     peer                nanoGPT's model and loop, unmodified; peer-cudnn: with cuDNN's attention, on a GPU
+    plain-kept-memory, peer-kept-memory    on a CPU with the malloc settings that ours gives itself
 
 All start from the same weights and see the same tokens. On a GPU nanoGPT runs as its train.py does: TF32
 allowed, compiled, bf16 autocast, fused AdamW. Its own loop uses bf16 on CUDA only; its bf16 on a CPU is the
@@ -63,8 +64,8 @@ def names(*, gpu: bool, peer: bool) -> list[str]:
     """Every contender on a GPU or a CPU."""
     found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS["cuda" if gpu else "cpu"])]
     found += [f"ours-checkpointing-{mode}" for mode in CHECKPOINTING if mode != "none"]
-    found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else [])]
-    return found + (["peer", *(["peer-cudnn"] if gpu else [])] if peer else [])
+    found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else ["plain-kept-memory"])]
+    return found + (["peer", "peer-cudnn" if gpu else "peer-kept-memory"] if peer else [])
 
 
 def tokens(batch_size: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -179,10 +180,12 @@ def build(
     """The contender of that name."""
     if name.startswith("ours"):
         return ours(name, config, batch, precision)
+    if name.endswith("kept-memory"):
+        keep_freed_memory()
     if name.startswith("peer"):
         assert nanogpt is not None
         return peer(nanogpt, config, batch, precision)
-    return plain(config, batch, precision, compiled=name != "plain")
+    return plain(config, batch, precision, compiled=name not in ("plain", "plain-kept-memory"))
 
 
 def step_times(step: Callable[[], object], steps: int) -> list[float]:

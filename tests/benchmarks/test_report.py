@@ -21,6 +21,7 @@ from benchmarks.kernels import harness
 from benchmarks.report import bench, page, record, runner, sections
 from benchmarks.workloads import contenders, entrant, jobs, training_step
 from fusedgpt.kernels import ops
+from fusedgpt.model.config import GPTConfig
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
@@ -376,3 +377,14 @@ def test_committed_results_are_stamped_and_lie_in_their_device_s_folder() -> Non
         for row in rows:
             assert {"device", "driver", "torch", "commit", "time"} <= set(row)
             assert bench.slug(row["device"]) == file.parent.name
+
+
+def test_a_rival_may_have_our_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(contenders, "keep_freed_memory", lambda: given.append("settings"))
+    monkeypatch.setattr(contenders, "plain", lambda *_, compiled: given.append(f"plain, {compiled=}"))
+    for name in ("plain", "plain-kept-memory", "plain-compiled"):
+        contenders.build(name, GPTConfig(), (torch.ones(1), torch.ones(1)), "fp32", None)
+    assert given == ["plain, compiled=False", "settings", "plain, compiled=False", "plain, compiled=True"]
+    assert "peer-kept-memory" in contenders.names(gpu=False, peer=True)
+    assert not any("kept-memory" in name for name in contenders.names(gpu=True, peer=True))
