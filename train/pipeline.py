@@ -46,6 +46,7 @@ from fusedgpt.train.tools.quality import Quality, judge
 GENERATION_METHODS = ("template", "ollama", "openai")
 TEST_PROMPTS = {"en": ("", "The", "Today"), "ja": ("", "今日は")}
 _TEST_SAMPLING: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
+_OPENING = 24  # tokens, and then characters
 _DATA_DIR = ".data"  # in the output directory: what a language model wrote and graded, kept for a restart
 
 
@@ -60,12 +61,19 @@ class TrainingResult:
     run_path: Path
     summary: TrainingSummary
     samples: dict[str, str]  # test prompt -> prompt and continuation
+    opening: str = ""  # how the training text begins, and a longer continuation
     quality: dict[str, Any] | None = None  # Quality.as_dict, of `create` with templates
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         paths = {"model_path": str(self.model_path), "run_path": str(self.run_path)}
-        return {**paths, **self.summary.as_dict(), "samples": self.samples, "quality": self.quality}
+        return {
+            **paths,
+            **self.summary.as_dict(),
+            "samples": self.samples,
+            "opening": self.opening,
+            "quality": self.quality,
+        }
 
 
 def run_full_pipeline(
@@ -249,8 +257,9 @@ def _train_and_save(job: _Job, *, profile: bool) -> TrainingResult:
     if summary.final_loss > (guessing := math.log(job.tokenizer.vocab_size)) + 1.0:
         monitor.note(f"the loss is above {guessing:.2f}, that of a guess: it diverged; lower --learning-rate")
     result = world.from_first(lambda: _save(job, summary, started))
-    paths = {name: Path(result[name]) for name in ("model_path", "run_path")}
-    return TrainingResult(**paths, summary=summary, samples=result["samples"], quality=result["quality"])
+    rest: dict[str, Any] = {name: result[name] for name in ("samples", "opening", "quality")}
+    rest |= {name: Path(result[name]) for name in ("model_path", "run_path")}
+    return TrainingResult(summary=summary, **rest)
 
 
 def _save(job: _Job, summary: TrainingSummary, started: datetime) -> dict[str, Any]:
@@ -259,6 +268,7 @@ def _save(job: _Job, summary: TrainingSummary, started: datetime) -> dict[str, A
     total, without_embeddings = model.config.parameter_counts()
     with StopSignals() as stop:  # from here on a signal costs the samples, not the model
         samples = _test_samples(model, tokenizer, job.test_prompts, config.train.seed, stop)
+        opening = "" if stop.requested() else _opening(model, tokenizer, job.dataset, config.train.seed)
         quality = job.judged().as_dict() if job.judged is not None and not stop.requested() else None
         info = {
             **job.provenance,
@@ -268,6 +278,7 @@ def _save(job: _Job, summary: TrainingSummary, started: datetime) -> dict[str, A
             "tokens": {"train": len(job.dataset.train), "validation": len(job.dataset.val)},
             "training": summary.as_dict(),
             "samples": samples,
+            "opening": opening,
             **({} if quality is None else {"quality": quality}),
             "versions": versions(),
         }
@@ -276,7 +287,12 @@ def _save(job: _Job, summary: TrainingSummary, started: datetime) -> dict[str, A
         with run.model_not_lost():
             path = save_folder(model, tokenizer, job.output_dir, safe_name(run.path.name), extra=files)
         made = TrainingResult(
-            model_path=path, run_path=run.path, summary=summary, samples=samples, quality=quality
+            model_path=path,
+            run_path=run.path,
+            summary=summary,
+            samples=samples,
+            opening=opening,
+            quality=quality,
         )
         result = made.as_dict()
         for problem in run.finish(result):
@@ -299,6 +315,13 @@ def _test_samples(
         if not stop.requested():
             samples[prompt] = sample_texts(model, tokenizer, prompt, seed=seed, **_TEST_SAMPLING)[0]
     return samples
+
+
+def _opening(model: GPT, tokenizer: Tokenizer, dataset: TokenDataset, seed: int) -> str:
+    """The first line or few words of the training text, and how the model goes on."""
+    ids = [int(one) for one in dataset.train[:_OPENING] if int(one) != tokenizer.eot_id]
+    first = tokenizer.decode(ids).strip().partition("\n")[0][:_OPENING].rstrip()
+    return sample_texts(model, tokenizer, first, seed=seed, **{**_TEST_SAMPLING, "max_new_tokens": 150})[0]
 
 
 def draw_schedule(config: RunConfig, paths: Sequence[Path], png: Path) -> Path:

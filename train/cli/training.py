@@ -207,12 +207,14 @@ def _report(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    for prompt, text in result["samples"].items():
-        typer.echo(f"--- sample for {prompt!r}\n{printable(text).rstrip()}\n")
     if quality := result.get("quality"):
         for i, text in enumerate(quality["samples"], 1):
             typer.echo(f"--- text {i} of {len(quality['samples'])}\n{printable(text).strip()}\n")
         typer.echo(quality_text(quality))
+    elif result.get("opening"):
+        typer.echo(
+            f"--- how it goes on from the beginning of the text\n{printable(result['opening']).rstrip()}\n"
+        )
     typer.echo(
         f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tok/s, "
         f"loss {result['final_loss']:.4f}, validation loss {loss_text(result['best_val_loss'])}"
