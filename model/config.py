@@ -59,6 +59,7 @@ def _preset(n_layer: int, n_head: int, n_embd: int, block_size: int) -> GPTConfi
 
 
 PRESETS: dict[str, GPTConfig] = {
+    "1M": _preset(2, 3, 192, 512),
     "3M": _preset(4, 4, 256, 512),
     "12M": _preset(6, 6, 384, 512),
     "33M": _preset(8, 8, 512, 512),

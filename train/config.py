@@ -55,8 +55,8 @@ _sampling = partial(_setting, panel="Sampling")
 class ModelConfig(_Frozen):
     """A preset, and what deviates from it."""
 
-    preset: Literal["3M", "12M", "33M", "117M", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = _setting(
-        "12M", "Model size."
+    preset: Literal["1M", "3M", "12M", "33M", "117M", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
+        _setting("12M", "Model size.")
     )
     n_layer: int | None = _model(None, "Number of transformer blocks.", unset="the preset's")
     n_head: int | None = _model(None, "Attention heads per block.", unset="the preset's")

@@ -20,12 +20,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "train": _MUON,
     "create": {
         **_MUON,
-        "preset": "3M",
+        "preset": "1M",
         "tokenizer": "auto",
-        "max_length": 256,
+        "max_length": 208,  # room for a whole recipe, so that its title stays in sight
+        "packing": True,
         "val_fraction": 0.01,
         "epochs": 1,
-        "batch_size": 4,
+        "batch_size": 8,
         "dropout": 0.0,
         "keep_last": 0,
     },
@@ -41,6 +42,7 @@ class _Size(NamedTuple):
 
 
 _SIZES = {
+    "1M": _Size(2e-3, 850_000, 30_000, 15_000),
     "3M": _Size(2e-3, 330_000, 30_000, 15_000),
     "12M": _Size(1e-3, 600_000, 30_000, 15_000),
     "33M": _Size(6e-4, 600_000, 50_000, 25_000),
@@ -50,6 +52,8 @@ _MOST_TOKENS = 5_000_000  # of templates; longer runs read them again
 
 # A language model's text is dear: it is read many times, and held-out text says when to stop.
 _FROM_LANGUAGE_MODEL: dict[str, Any] = {
+    "preset": "3M",
+    "batch_size": 4,
     "epochs": 20,
     "patience": 3,
     "val_fraction": 0.1,

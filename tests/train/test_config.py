@@ -47,7 +47,7 @@ def test_name_of_a_model(changes: dict[str, Any], name: str) -> None:
     [
         ({"lerning_rate": 1}, "unknown option 'lerning_rate'; did you mean 'learning_rate'?"),
         ({"xyzzy": 1}, "unknown option 'xyzzy'$"),
-        ({"preset": "13M"}, "--preset: should be '3M', '12M', '33M', '117M', 'gpt2'"),
+        ({"preset": "13M"}, "--preset: should be '1M', '3M', '12M', '33M', '117M', 'gpt2'"),
         ({"batch_size": 0}, r"--batch-size: should be greater than or equal to 1, got 0"),
         ({"steps": "many"}, "--steps: should be a valid integer"),
         ({"n_head": 5}, "n_embd 384 is not a multiple of n_head 5"),

@@ -18,7 +18,10 @@ def quality_text(quality: dict[str, Any]) -> str:
     """What `create` found at the end, in words; quality: as Quality.as_dict."""
     bits, well_formed = quality["bits_per_byte"], round(quality["well_formed"] * quality["sampled"])
     unseen = "" if bits is None else f"{bits:.3f} bits per byte of unseen text, "
-    return f"{unseen}{well_formed} of {quality['sampled']} sampled texts well formed"
+    copied = round(quality["copied"] * quality["sampled"])
+    return (
+        f"{unseen}{well_formed} of {quality['sampled']} sampled texts well formed, {copied} seen in training"
+    )
 
 
 def origin(folder: Path) -> dict[str, Any]:

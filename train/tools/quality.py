@@ -18,6 +18,8 @@ from fusedgpt.train.tools.evaluate import evaluate_text
 
 _FRESH_SEED = 1 << 40  # added to the seed of the training texts
 _FRESH, _SAMPLED, _SHOWN = 200, 100, 8  # texts
+# Below `fusedgpt sample`'s 0.8: a small model gives too much of its probability to tokens that do not fit.
+_SAMPLING = Sampling(temperature=0.5, top_p=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Quality:
 
     bits_per_byte: float | None  # on texts of the same templates that training has not seen
     well_formed: float  # share of the texts sampled from an empty prompt that the checker passes
+    copied: float  # share of the texts sampled that are texts of the training set, word for word
     sampled: int
     faults: list[str]  # of the first samples that are not well formed
     samples: list[str]
@@ -43,14 +46,17 @@ def judge(model: GPT, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) ->
     )
     fresh = [Piece(text, True) for text in stream if text not in seen][:_FRESH]
     bits = evaluate_text(model, tokenizer, fresh).bits_per_byte if fresh else None
-    # temperature and top_k: the defaults of `fusedgpt sample`
-    sampling = Sampling(max_new_tokens=model.config.window, temperature=0.8, top_k=40, seed=task.seed)
-    sampled = sample_texts(model, tokenizer, "", n_samples=_SAMPLED, **sampling)
+    length = model.config.window
+    sampled = sample_texts(
+        model, tokenizer, "", n_samples=_SAMPLED, max_new_tokens=length, seed=task.seed, **_SAMPLING
+    )
+    sampled = [text.strip() for text in sampled]
     checker = Checker(task.prompt, domain=task.domain)
-    faults = [fault for text in sampled if (fault := checker.fault(text.strip()))]
+    faults = [fault for text in sampled if (fault := checker.fault(text))]
     return Quality(
         bits_per_byte=bits,
         well_formed=1 - len(faults) / len(sampled),
+        copied=sum(text in seen for text in sampled) / len(sampled),
         sampled=len(sampled),
         faults=faults[:_SHOWN],
         samples=sampled[:_SHOWN],

@@ -252,7 +252,7 @@ def test_kernels_check_prints_a_verdict_for_every_case(monkeypatch: pytest.Monke
             1,
             "training tokens, too few for one window of 512",
         ),
-        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '3m', '12m', '33m', "),
+        ("train --data {root}/book.txt --preset 13M", 2, "'13M' is not one of '1m', '3m', '12m', '33m', "),
         ("train --data {root}/book.txt --schedule cosin", 2, "'cosin' is not one of 'constant', 'linear', "),
         ("train --data {root}/book.txt --set train.schedule=x", 2, "--schedule: should be 'constant', "),
         ("train --data {root}/book.txt --raw-tokens 9", 2, "No such option: --raw-tokens"),

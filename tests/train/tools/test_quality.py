@@ -35,6 +35,8 @@ def test_the_share_counts_texts_that_the_checker_passes(model: GPT, monkeypatch:
     monkeypatch.setattr(quality, "sample_texts", lambda *_, **__: [*texts[:3], texts[3][:-3]])
     found = quality.judge(model, byte_tokenizer(), TASK, texts)
     assert (found.well_formed, len(found.faults)) == (0.75, 1)
+    assert found.copied == 0.75
+    assert quality.judge(model, byte_tokenizer(), TASK, texts[1:]).copied == 0.5
 
 
 def test_unseen_text_is_unseen(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from fusedgpt.train.data.text.sources import DataError, Piece
 _SMALLEST_VOCAB = 257  # every byte, and end-of-text
 _MAX_CHARACTERS = 1 << 28  # more hardly improve a vocabulary, and word counts take memory
 # For text that is made: an id for so many bytes, in powers of two. More text has more words worth an id.
-_BYTES_PER_ID = 1_300
+_BYTES_PER_ID = 600
 _FITTING_SIZES = [1 << n for n in range(9, 14)]  # beyond them, GPT-2's
 _LEARNED_BYTES = 2_000_000  # enough for so few ids
 # The time to train grows with the square of a word's length, and text without spaces is a single word.

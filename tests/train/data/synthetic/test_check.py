@@ -7,20 +7,20 @@ import pytest
 from fusedgpt.train.data.synthetic.check import Checker
 from fusedgpt.train.data.synthetic.grammar import DOMAINS, generate_samples
 
-RECIPE = """Spaghetti with Kale and Basil
+RECIPE = """Rustic spaghetti with kale
 Ingredients:
-400 g of spaghetti
-3 cups of kale, torn
-4 tablespoons olive oil
-3 cloves of garlic, thinly sliced
-1 handful of walnuts
-1 handful of basil
+- spaghetti: 400 g
+- kale: 3 cups, torn
+- walnuts: 1 handful
+- olive oil: 4 tablespoons
+- garlic: 3 cloves, thinly sliced
+- parsley: 1 bunch
 Steps:
 1. Bring a large pot of salted water to the boil and cook the spaghetti until it is just firm to the bite. Save a cup of the cooking water.
 2. Meanwhile, toast the walnuts in a dry pan until fragrant, then set them aside.
 3. Warm the olive oil in the same pan, add the garlic and the kale, and cook gently for 4 minutes.
 4. Toss in the spaghetti with a splash of the cooking water until everything is glossy.
-5. Finish with the walnuts and the basil.
+5. Finish with the walnuts and the parsley.
 It serves two."""  # noqa: E501
 
 
@@ -36,16 +36,16 @@ def test_texts_of_the_templates_are_well_formed(domain: str, prompt: str) -> Non
 @pytest.mark.parametrize(
     ("right", "wrong", "fault"),
     [
-        ("Spaghetti with", "Penne with", "Ingredients:"),  # the title does not fit
+        ("Rustic spaghetti", "Rustic penne", "- "),  # the title does not fit
         ("toast the walnuts", "toast the pecans", "toast the "),  # not among the ingredients
-        ("1 handful of walnuts\n", "", "thinly sliced"),  # not listed
+        ("- walnuts: 1 handful\n", "", "torn\\n"),  # not listed
         ("and the kale,", "and the kale, and the kale,", "the kale,"),
-        ("400 g of", "400 tablespoons of", "400 "),
-        ("4 tablespoons", "9 tablespoons", "torn\\n"),
-        ("4 tablespoons olive", "4 tablespoon olive", "torn\\n4 tablespoon"),
+        ("400 g", "400 tablespoons", "400 "),
+        ("4 tablespoons", "9 tablespoons", "olive oil: "),
+        ("4 tablespoons", "4 tablespoon", "4 tablespoon"),
         ("splash", "spalsh", "a sp"),
-        ("5. Finish with the walnuts and the basil.\n", "", "glossy."),
-        ("It serves two.", "", "basil.\\n"),
+        ("5. Finish with the walnuts and the parsley.\n", "", "glossy."),
+        ("It serves two.", "", "parsley.\\n"),
         ("It serves two.", "It serves two. It serves two.", "serves two."),
     ],
 )

@@ -238,9 +238,9 @@ def test_exclusions(prompt: str, pattern: str) -> None:
 
 
 def ingredients(recipe: str) -> list[str]:
-    """The last word of each ingredient before its comma: "3 carrots, peeled" -> carrots."""
+    """The last word of each ingredient's name: "- sweet potatoes: 3, peeled" -> potatoes."""
     lines = recipe.split("Ingredients:\n")[1].split("\nSteps:")[0].split("\n")
-    return [re.sub(r" \(.*\)", "", line).split(",")[0].split()[-1] for line in lines]
+    return [line.split(":")[0].split()[-1] for line in lines]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

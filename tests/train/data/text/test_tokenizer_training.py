@@ -18,7 +18,7 @@ def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
 
 @pytest.mark.parametrize(
     ("n_bytes", "size"),
-    [(60_000, 512), (1_600_000, 1024), (3_700_000, 2048), (12_000_000, 8192), (40_000_000, 50_257)],
+    [(60_000, 512), (700_000, 1024), (1_700_000, 2048), (5_500_000, 8192), (40_000_000, 50_257)],
 )
 def test_the_size_follows_the_text(n_bytes: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
