@@ -36,7 +36,7 @@ PROMPTS = {
     "詩人": "詩を書くGPT",
     "料理人": "料理のレシピ",
 }
-_SIZES = ("3M", "12M", "33M")
+_SIZES = ("1M", "3M", "12M", "33M")
 
 
 def choose() -> list[str] | None:
