@@ -46,11 +46,8 @@ def judge(model: GPT, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) ->
     )
     fresh = [Piece(text, True) for text in stream if text not in seen][:_FRESH]
     bits = evaluate_text(model, tokenizer, fresh).bits_per_byte if fresh else None
-    length = model.config.window
-    sampled = sample_texts(
-        model, tokenizer, "", n_samples=_SAMPLED, max_new_tokens=length, seed=task.seed, **_SAMPLING
-    )
-    sampled = [text.strip() for text in sampled]
+    sampling = _SAMPLING | Sampling(max_new_tokens=model.config.window, seed=task.seed)
+    sampled = [text.strip() for text in sample_texts(model, tokenizer, "", n_samples=_SAMPLED, **sampling)]
     checker = Checker(task.prompt, domain=task.domain)
     faults = [fault for text in sampled if (fault := checker.fault(text))]
     return Quality(

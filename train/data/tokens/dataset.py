@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class TokenDataset:
     eot_id: int | None = None  # ends a document; None: unknown, documents cannot be told apart
     document_masks: bool = False  # whether a token attends to its own document only
     borders: Ints | None = None  # (R + 1,), where packed windows begin and end; see pack_documents
+    val_borders: Ints | None = None  # the same of the validation stream
     token_bytes: Tensor | None = None  # (V,) int64, the length of each token in bytes, for bits per byte
 
     def __str__(self) -> str:
@@ -130,11 +132,17 @@ class TokenDataset:
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def val_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The validation stream in order; every token but the first is a target once."""
-        T, n_targets = self.max_length, len(self.val) - 1
-        for first in range(0, n_targets, batch_size * T):
-            starts = range(first, min(first + batch_size * T, n_targets), T)
-            yield self._batch([self.val[start : start + T + 1] for start in starts], padding=0)
+        """The validation stream in order, every token a target once; without packing, all but the first."""
+        if self.val_borders is None:
+            n_targets = max(len(self.val) - 1, 0)
+            borders = np.append(np.arange(0, n_targets, self.max_length), n_targets)
+        else:
+            borders = self.val_borders - 1
+        for first in range(0, len(borders) - 1, batch_size):
+            spans = pairwise(borders[first : first + batch_size + 1].tolist())
+            yield self._batch(
+                [_ring(self.val, start, stop + 1 - start) for start, stop in spans], self.eot_id or 0
+            )
 
     def document_ids(self, inputs: Tensor) -> Tensor | None:
         """The model's `documents` argument for inputs (B, T): (B, T) int32, None without document masks.
@@ -221,10 +229,22 @@ def mix_datasets(sets: Sequence[TokenDataset], weights: Sequence[float]) -> Toke
         eot_id=sets[0].eot_id,
         document_masks=sets[0].document_masks,
         borders=sets[0].borders,  # only says that windows are packed; each set has its own
+        val_borders=_joined([(one.val_borders, len(one.val)) for one in sets]),
         token_bytes=sets[0].token_bytes,
         sets=tuple(sets),
         shares=shares,
     )
+
+
+def _joined(parts: Sequence[tuple[Ints | None, int]]) -> Ints | None:
+    """The borders in streams of the given lengths as borders in all of them together."""
+    found, start = [np.zeros(1, dtype=np.int64)], 0
+    for borders, length in parts:
+        if borders is None:
+            return None
+        found.append(borders[1:] + start)
+        start += length
+    return np.concatenate(found)
 
 
 def _as_stream(tokens: Tokens) -> TokenStream:

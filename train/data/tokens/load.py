@@ -170,11 +170,13 @@ def _same_ids(a: Tokenizer, b: Tokenizer) -> bool:
 
 def _dataset(one: TokenSet, config: RunConfig) -> TokenDataset:
     check_length(len(one.train), config.max_length)
-    borders = None
+    borders = val_borders = None
     if config.data.packing:
-        if one.train_ends is None:
+        if one.train_ends is None or one.val_ends is None:
             raise DataError("a .bin file does not say where documents end: packing needs `fusedgpt prepare`")
-        borders = pack_documents(one.train_ends, config.max_length)
+        borders, val_borders = (
+            pack_documents(ends, config.max_length) for ends in (one.train_ends, one.val_ends)
+        )
     return TokenDataset(
         train=one.train,
         val=one.val,
@@ -184,6 +186,7 @@ def _dataset(one: TokenSet, config: RunConfig) -> TokenDataset:
         eot_id=one.tokenizer.eot_id,
         document_masks=config.data.document_masks,
         borders=borders,
+        val_borders=val_borders,
         token_bytes=_token_bytes(one.tokenizer),
     )
 

@@ -65,6 +65,14 @@ def test_what_was_held_out_is_validated_on(tmp_path: Path) -> None:
     targets = torch.cat([y.flatten() for _, y in dataset.val_batches(7)])
     assert targets[targets >= 0].tolist() == dataset.val[1:].tolist()
     assert dataset.val_documents > 5
+    packed, _ = load_token_sets([tmp_path / "set"], config(packing=True))
+    mixed, _ = load_token_sets([tmp_path / "set", tmp_path / "set"], config(packing=True))
+    for one, times in ((packed, 1), (mixed, 2)):
+        windows = [window for batch in one.val_batches(7) for window in zip(*batch, strict=True)]
+        targets = torch.cat([y[y >= 0] for _, y in windows])
+        assert targets.tolist() == dataset.val[:].tolist() * times
+        after_a_document = [x[0] == 256 for x, _ in windows]
+        assert sum(after_a_document) > dataset.val_documents * times / 3  # longer documents are cut
     again, _ = load_token_sets([tmp_path / "set"], config())
     assert again.fingerprint == dataset.fingerprint
     assert prepared(tmp_path, "other", val_fraction=0.2) != tmp_path / "set"
