@@ -26,7 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "packing": True,
         "val_fraction": 0.01,
         "epochs": 1,
-        "batch_size": 8,
+        "batch_size": 6,
         "dropout": 0.0,
         "keep_last": 0,
     },
@@ -42,7 +42,7 @@ class _Size(NamedTuple):
 
 
 _SIZES = {
-    "1M": _Size(2e-3, 620_000, 30_000, 15_000),
+    "1M": _Size(2e-3, 580_000, 30_000, 15_000),
     "3M": _Size(2e-3, 330_000, 30_000, 15_000),
     "12M": _Size(1e-3, 600_000, 30_000, 15_000),
     "33M": _Size(6e-4, 600_000, 50_000, 25_000),
