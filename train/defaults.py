@@ -20,6 +20,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "train": _MUON,
     "create": {
         **_MUON,
+        "learning_rate": 6e-3,  # a short run takes higher rates
+        "muon_learning_rate": 0.03,
+        "muon_momentum": 0.9,
         "preset": "1M",
         "tokenizer": "auto",
         "max_length": 208,  # room for a whole recipe, so that its title stays in sight
@@ -42,7 +45,7 @@ class _Size(NamedTuple):
 
 
 _SIZES = {
-    "1M": _Size(2e-3, 580_000, 30_000, 15_000),
+    "1M": _Size(2e-3, 720_000, 30_000, 15_000),
     "3M": _Size(2e-3, 330_000, 30_000, 15_000),
     "12M": _Size(1e-3, 600_000, 30_000, 15_000),
     "33M": _Size(6e-4, 600_000, 50_000, 25_000),

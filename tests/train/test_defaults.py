@@ -39,7 +39,7 @@ def test_adamws_learning_rate_falls_with_the_size() -> None:
     rates = [rate(preset=size, optimizer="adamw") for size in ("3M", "12M", "33M", "gpt2")]
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == 4
-    assert {rate(preset=size) for size in ("3M", "gpt2")} == {4e-3}  # Muon's
+    assert {rate(preset=size) for size in ("3M", "gpt2")} == {6e-3}  # Muon's
     assert rate(preset="33M", learning_rate=5e-3) == 5e-3
     assert create_config({"block_size": None}) == create_config({})
 
@@ -51,7 +51,7 @@ def test_adamws_learning_rate_falls_with_the_size() -> None:
         ({"steps": 100, "batch_size": 2, "max_length": 64}, (12_800, 12_800)),
         ({"steps": 100, "batch_tokens": 4096}, (395_200, 395_200)),
         ({"steps": 10**6}, (5_000_000, 5_000_000)),
-        ({"epochs": 4}, (145_000, 145_000)),
+        ({"epochs": 4}, (180_000, 180_000)),
         ({"refined_tokens": 900}, (900, 900)),
         ({"raw_tokens": 3000, "refined_tokens": 900}, (3000, 900)),
         ({"data_source": "ollama", "gen_model": "a"}, (30_000, 15_000)),
@@ -73,7 +73,7 @@ def test_a_language_models_text_is_read_until_held_out_text_says_stop() -> None:
     assert (templates.train.epochs, templates.train.patience) == (1, None)
     assert (model.train.epochs, model.train.patience, model.data.val_fraction) == (20, 3, 0.1)
     assert (templates.train.optimizer, model.train.optimizer) == ("muon", "adamw")
-    assert (templates.train.learning_rate, model.train.learning_rate) == (4e-3, 2e-3)
+    assert (templates.train.learning_rate, model.train.learning_rate) == (6e-3, 2e-3)
     assert create_config({"data_source": "ollama", "gen_model": "a", "epochs": 2}).train.epochs == 2
 
 
@@ -88,6 +88,8 @@ def test_the_original_job_is_one_option() -> None:
             "min_learning_rate": 3e-5,
             "keep_last": 0,
             "dropout": 0.1,
+            "muon_learning_rate": 0.03,  # of no effect
+            "muon_momentum": 0.9,
         }
     )
     assert text_tokens(config) == (30_000, 15_000)

@@ -51,9 +51,21 @@ Assignments = Annotated[
 PrintConfig = Annotated[
     bool, _config_option("--print-config", help="Print the resolved settings as TOML and exit.")
 ]
+
+
+def _silence_profiler(value: bool) -> bool:
+    if value:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own notes; before torch is imported
+    return value
+
+
 Profile = Annotated[
     bool,
-    _log_option("--profile", help="Trace a few steps (trace.json) and print the ten most expensive ops."),
+    _log_option(
+        "--profile",
+        help="Trace a few steps (trace.json) and print the ten most expensive ops.",
+        callback=_silence_profiler,
+    ),
 ]
 
 
@@ -138,8 +150,6 @@ def train(
 ) -> None:
     """Train a GPT on your own text."""
     spin_briefly(_SPINS)
-    if profile:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler's own notes
     from fusedgpt.train.config import ConfigError
     from fusedgpt.train.defaults import train_config
 
