@@ -19,7 +19,7 @@ from fusedgpt.train.tools.evaluate import evaluate_text
 _FRESH_SEED = 1 << 40  # added to the seed of the training texts
 _FRESH, _SAMPLED, _SHOWN = 200, 100, 8  # texts
 # Below `fusedgpt sample`'s 0.8: a small model gives too much of its probability to tokens that do not fit.
-_SAMPLING = Sampling(temperature=0.5, top_p=0.9)
+_SAMPLING = Sampling(temperature=0.4, top_p=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
