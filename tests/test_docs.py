@@ -12,7 +12,7 @@ import torch
 import typer
 
 import fusedgpt
-from fusedgpt.train.cli.main import app
+from fusedgpt.train.cli.main import app, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,7 +47,7 @@ def test_a_command_has_the_options_it_is_given(page: str, command: str) -> None:
     here: Any = typer.main.get_command(app)
     words = shlex.split(command)
     context = here.context_class(here, info_name="fusedgpt")
-    while words and hasattr(here, "commands"):
+    while words and hasattr(here, "commands") and words[0] != "--help":
         here = here.commands[words.pop(0)]
         context = here.context_class(here, parent=context)
     here.make_parser(context).parse_args(
@@ -91,3 +91,29 @@ def test_python_of_the_library_runs(capsys: pytest.CaptureFixture[str]) -> None:
         if type(module).__name__ == "LayerNorm":
             module.__class__ = torch.nn.LayerNorm
     torch.testing.assert_close(ours, hf(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def shape(line: str) -> str:
+    """`line` without its numbers, its bar and the name of the run."""
+    line = re.sub(r"\[[#.]{20}\]", "[bar]", line)
+    return re.sub(r"\d[\d,.:]*(e-\d+)?", "0", re.sub(r"(runs|models)/\S+", r"\1/NAME", line))
+
+
+def test_the_transcript_is_what_the_program_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = blocks(ROOT / "README.md", "text")
+    command, *lines = block.splitlines()
+    assert command == "$ scripts/quickstart"
+    prompt = re.search(r'^prompt="(.*)"$', (ROOT / "scripts" / "quickstart").read_text(), re.MULTILINE)
+    assert prompt
+    monkeypatch.chdir(tmp_path)
+    few = "--n-layer 1 --n-head 1 --n-embd 16 --max-length 64 --steps 20 --refined-tokens 9000"
+    with pytest.raises(SystemExit) as end:
+        main(["create", prompt[1], *few.split()])
+    assert not end.value.code
+    said = capsys.readouterr()
+    printed = {shape(line) for line in (said.err + said.out).splitlines()}
+    shown = re.sub(r"(?s)(--- text \d of \d\n).*?\n\.\.\.", r"\1...", "\n".join(lines))
+    for line in shown.splitlines():
+        assert line == "..." or shape(line) in printed, line

@@ -7,7 +7,7 @@
 Each part is one or more processes; the time left is shared out by what it and the parts to come need. Results
 go to DIR/results.jsonl as they come (record.py says what a row holds), then to DIR/report.html and
 DIR/report.md. --render writes those two again. --docs writes the newest committed results of each device
-(results/DEVICE/*.jsonl) into README.md and docs/performance.md.
+(results/DEVICE/*.jsonl) into docs/performance.md.
 Exit code: 0; 1 if something failed, or ours became slower than in OLD beyond the noise; 2 for wrong usage. A
 part that ran out of time is no failure if it has results.
 """
@@ -125,21 +125,12 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 
 def doc_blocks() -> dict[Path, str]:
     """The text between the marks of each document."""
-    short, long = [], []
+    long = []
     for run in newest():
-        device = run[0]["device"]
-        train = sections.training(sections.named(run))
-        columns = ("step", "contender", "tok/s", "ours faster", "MFU, causal", "peak MB")
-        table = [{name: cells[name] for name in columns} for cells in train.table]
-        words = [sections.machine(run).words[0]]
-        short.append(page.Section(title=f"On {device}", words=words, table=table))
         shown = run if run[0].get("driver") else [row for row in run if row["suite"] != "kernels"]  # toys
         brief = [replace(found, **_LEFT_OUT.get(found.title, {})) for found in sections.sections(shown)]
-        long.append(f"## {device}\n\n{page.markdown(brief, level=3)}")
-    return {
-        ROOT / "README.md": page.markdown(short, level=3),
-        ROOT / "docs" / "performance.md": "\n".join(long),
-    }
+        long.append(f"## {run[0]['device']}\n\n{page.markdown(brief, level=3)}")
+    return {ROOT / "docs" / "performance.md": "\n".join(long)}
 
 
 def with_block(text: str, block: str) -> str:
