@@ -95,27 +95,4 @@ def test_a_wheel_has_every_folder() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {file.parent for room in ("kernels", "model", "train") for file in (ROOT / room).rglob("*.py")}
     names = {"fusedgpt." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert names == set(settings["packages"])
-
-
-def test_templates_are_found_in_an_editable_install() -> None:
-    """setuptools' puts an entry that is no directory on the path of a package without __init__.py."""
-    code = """
-import sys
-from importlib.machinery import ModuleSpec
-class Finder:
-    def __init__(self, entry):
-        if entry != "placeholder":
-            raise ImportError
-    def find_spec(self, name, target=None):
-        spec = ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = ["placeholder"]
-        return spec
-sys.path_hooks.append(Finder)
-sys.path.append("placeholder")
-import fusedgpt.train.data.synthetic as package
-from fusedgpt.train.data.synthetic.words import read_templates
-assert "placeholder" in package.__path__
-assert read_templates("shared")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert names | {"fusedgpt"} == set(settings["packages"])

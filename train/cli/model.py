@@ -215,7 +215,8 @@ def eval_model(
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
     typer.echo(f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}{bits}")
     typer.echo(
-        f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; "
+        f"{result.tokens:,} tokens, {result.bytes:,} bytes, "
+        f"{result.documents:,} document{'s' * (result.documents != 1)}; "
         f"window {result.window}, stride {result.stride}; {result.tokens / result.seconds:,.0f} tok/s"
     )
 

@@ -79,8 +79,9 @@ def prepare(
             }
         )
         return
+    plural = "s" * (index.train.documents != 1)
     typer.echo(
-        f"{index.train.tokens:,} training tokens in {index.train.documents:,} documents, "
+        f"{index.train.tokens:,} training tokens in {index.train.documents:,} document{plural}, "
         f"{index.val.tokens:,} validation tokens in {index.val.documents:,}; "
         f"vocabulary {index.vocab_size:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tok/s"
     )

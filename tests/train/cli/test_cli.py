@@ -119,7 +119,7 @@ def test_print_config_is_a_config(fusedgpt: Run, root: Path, tmp_path: Path) -> 
     assert again.stdout == done.stdout
     assert "beta2 = 0.95" in again.stdout
     assert "learning_rate = 0.001" in again.stdout
-    assert "max_length = 256" in fusedgpt("create", "poems", "--print-config").stdout
+    assert "max_length = 208" in fusedgpt("create", "poems", "--print-config").stdout
     rows = json.loads(train(fusedgpt, root, "--estimate", "--json").stdout)["one_card"]
     assert [row["checkpointing"] for row in rows] == ["none", "selective", "full"]
     assert not list(tmp_path.glob("runs/*"))

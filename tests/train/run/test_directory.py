@@ -86,7 +86,7 @@ def test_resume_auto_finds_the_newest_run(tmp_path: Path, monkeypatch: pytest.Mo
     for wrong in ("runs/c", "absent", "/"):
         with pytest.raises(ConfigError, match="is neither a run directory nor one of its checkpoints"):
             find_run(wrong, None, {})
-    assert str(run_path("../Évil name", None, None)).startswith("runs/")
+    assert str(run_path("../Évil name", None, None, None)).startswith("runs/")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 10**5, "\xff"])

@@ -136,7 +136,7 @@ def test_a_signal_in_the_samples_costs_the_samples(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pipeline, "sample_texts", kill_in_call(pipeline.sample_texts, signal.SIGTERM, 2))
     (tmp_path / "book.txt").write_text("The cat sat on the mat. " * 99)
     tiny = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "steps": 3, "tokenizer": "byte"}
-    with pytest.raises(Stopped, match=f"the model folder is {tmp_path}/models/custom_"):
+    with pytest.raises(Stopped, match=f"the model folder is {tmp_path}/models/run"):
         train_on_files(
             [tmp_path / "book.txt"], build_config(tiny), tmp_path / "models", run_dir=tmp_path / "run"
         )

@@ -363,7 +363,7 @@ def test_runs_of_one_second_have_directories_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "20260101_000000")
-    first, second = (run_path("12M", None, None) for _ in range(2))
+    first, second = (run_path("12M", None, None, None) for _ in range(2))
     assert (first.name, second.name) == ("12m_20260101_000000", "12m_20260101_000000_2")
 
 

@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# importlib.resources refuses a package path that has more than directories, as under `pip install -e`
 _TEMPLATES = Path(__file__).parent / "templates"
 _PROMPT_CHARS = 4000  # of a prompt that are considered
 _SILENT = ("hour", "honest", "honor", "honour", "heir", "8", "11", "18")  # begin with a vowel's sound

@@ -51,9 +51,10 @@ class TokenDataset:
     token_bytes: Tensor | None = None  # (V,) int64, the length of each token in bytes, for bits per byte
 
     def __str__(self) -> str:
+        plural = "s" * (self.train_documents != 1)
         packed = "" if self.borders is None else f", packed into {self.windows_per_epoch:,}"
         return (
-            f"{len(self.train):,} training tokens in {self.train_documents:,} documents, "
+            f"{len(self.train):,} training tokens in {self.train_documents:,} document{plural}, "
             f"{len(self.val):,} validation tokens in {self.val_documents:,}, windows of {self.max_length}"
             f"{packed}"
         )

@@ -461,7 +461,7 @@ def test_the_command(tmp_path: Path) -> None:
     with command("-", "--out", tmp_path / "piped", stdin=subprocess.PIPE) as done:
         out, errors = done.communicate("standard input is text")
     assert out.splitlines()[-1] == f"token set: {tmp_path / 'piped'}"
-    assert "5 training tokens in 1 documents" in out.replace(
+    assert "5 training tokens in 1 document," in out.replace(
         "4 training tokens in 1", "5 training tokens in 1"
     )
 
