@@ -123,7 +123,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation loss (nats per character)")
-    figure.axes[-1].legend(frameon=False)
+    figure.axes[-1].legend(frameon=False, loc="lower right")
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
