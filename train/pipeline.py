@@ -348,8 +348,9 @@ def estimates(config: RunConfig, paths: Sequence[Path]) -> tuple[list[estimate.R
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpt_config = config.model.gpt_config(tokenizer.vocab_size, trained_length=config.max_length)
-    step = gpt_config, config.train, config.max_length, name
+    step = gpt_config, config.train, config.max_length
     card_bytes = math.inf
     if device.type == "cuda":
         card_bytes = scaling.USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory
-    return estimate.estimate(*step), scaling.scale(*step, card_bytes=card_bytes)
+    card = name if device.type == "cuda" else scaling.ASSUMED
+    return estimate.estimate(*step, name), scaling.scale(*step, card, card_bytes=card_bytes)

@@ -192,7 +192,7 @@ def _show_estimates(one: list[Any], several: list[Any], *, as_json: bool) -> Non
         return
     print_table(estimate.table(one))
     if several:
-        typer.echo()
+        typer.echo(f"\nseveral cards, predicted; {scaling.ASSUMED}s where this machine has no GPU")
         print_table(scaling.table(several))
 
 

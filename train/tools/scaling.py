@@ -21,6 +21,7 @@ from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.tools.estimate import CHECKPOINTING, Row, estimate
 
 USABLE_MEMORY = 0.9  # of a GPU: CUDA's context and fragments take the rest
+ASSUMED = "NVIDIA H100 80GB HBM3"  # where a run is planned on a machine without a GPU
 PER_MACHINE = 8  # cards
 CARDS = (2, 4, 8, 16, 32, 64)
 # Bytes/s that a ring of NCCL gets out of a card's NVLink 4 or PCIe 4.0 x16, and of a machine's 400 Gb/s.

@@ -131,6 +131,8 @@ def test_plot_schedule_and_estimate_train_nothing(fusedgpt: Run, root: Path, tmp
     assert (tmp_path / "lr.png").stat().st_size > 5000
     table = train(fusedgpt, root, "--estimate").stdout
     assert all(word in table for word in ("none", "selective", "full", "activations", "memory a card"))
+    assert "several cards, predicted; NVIDIA H100" in table
+    assert "tokens/s (prediction)" in table
     assert not list(tmp_path.glob("runs/*"))
 
 
