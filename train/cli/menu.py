@@ -14,10 +14,9 @@ from questionary import Choice
 from fusedgpt.train.cli.common import MODELS
 
 _OWN = "own"
-_EFFICIENCY, _OVERHEAD = (
-    0.4,
-    30.0,
-)  # of training beside large products; seconds for all else. Measured with 3M
+# Of training beside large products, and seconds for all else: 1M took 140 s for 3.8 TFLOP, and 20 s more,
+# where products reach 150 GFLOP/s.
+_EFFICIENCY, _OVERHEAD = 0.18, 20.0
 PROMPTS = {
     "Recipe writer": "A fun GPT that writes cooking recipes",
     "Vegan cook": "Vegan recipes for every day",
