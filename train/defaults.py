@@ -35,6 +35,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "chat": {"repetition_penalty": 1.1},
 }
+# Windows per micro-batch of `train`, for one large card; with them AdamW's beta2 is 0.95, as GPT-3 was trained.
+_LARGE = {"117M": 8, "gpt2": 8, "gpt2-medium": 8, "gpt2-large": 4, "gpt2-xl": 4}
 
 
 class _Size(NamedTuple):
@@ -70,15 +72,20 @@ _FROM_LANGUAGE_MODEL: dict[str, Any] = {
 def train_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
     """The configuration of `train`: Muon and what suits it, or AdamW and the settings' own defaults.
 
-    AdamW is the default where a learning rate is given, as most that are known are AdamW's, and for a model
+    Large presets have larger micro-batches and a beta2 that forgets sooner. AdamW is the default where a learning rate is given, as most that are known are AdamW's, and for a model
     that was trained before. Arguments and errors are build_config's.
     """
     layers = list(layers)
     given = {name for layer in layers for section in layer.values() for name in section}
     given |= {name for name, value in options.items() if value is not None}
     by_default = "adamw" if given & {"learning_rate", "init_from"} else "muon"
-    config = build_config(options, {"optimizer": by_default}, layers=layers)
-    return build_config(options, _MUON, layers=layers) if config.train.optimizer == "muon" else config
+    defaults: dict[str, Any] = {"optimizer": by_default}
+    config = build_config(options, defaults, layers=layers)
+    if config.train.optimizer == "muon":
+        defaults = dict(_MUON)
+    if config.model.preset in _LARGE:
+        defaults |= {"batch_size": _LARGE[config.model.preset], "beta2": 0.95}
+    return build_config(options, defaults, layers=layers)
 
 
 def create_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:

@@ -32,6 +32,15 @@ def test_train_uses_muon_unless_something_speaks_for_adamw(tmp_path: Path) -> No
     assert train_config({"schedule": "wsd"}).train == muon.model_copy(update={"schedule": "wsd"})
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_large_presets_train_on_larger_micro_batches(optimizer: str) -> None:
+    small, large = (train_config({"preset": size, "optimizer": optimizer}).train for size in ("12M", "gpt2-xl"))
+    assert (small.batch_size, large.batch_size, large.beta2) == (2, 4, 0.95)
+    assert large.learning_rate == small.learning_rate
+    assert train_config({"preset": "gpt2", "batch_size": 3, "beta2": 0.9}).train.batch_size == 3
+    assert train_config({}, [{"model": {"preset": "gpt2"}, "train": {"beta2": 0.9}}]).train.beta2 == 0.9
+
+
 def test_adamws_learning_rate_falls_with_the_size() -> None:
     def rate(**options: object) -> float:
         return create_config(options).train.learning_rate
