@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,45 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fusedgpt, "fit", quickly)
     quickly("book.txt", tokenizer="byte").model_path.rename("models/mine")
+
+
+FEW = "--n-layer 1 --n-head 1 --n-embd 16 --block-size 64 --max-length 64"
+ELSEWHERE = ("--data-source", "torchrun")  # need a server; test_distributed.py has several processes
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("page", ["data", "interoperability", "training", "tutorial"])
+def test_commands_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory that has what they name, with tiny models and few steps."""
+    files_that_docs_name(with_set=page != "data")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    lines = "\n".join(blocks(ROOT / "docs" / f"{page}.md", "sh")).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["fusedgpt"] or any(option in line for option in ELSEWHERE):
+            continue
+        words = words[1 : words.index(">") if ">" in words else None]
+        makes = words[0] in ("train", "create") and "--resume" not in words
+        few = f"{FEW} --steps 2" if "--init-from" not in words else "--max-length 64 --steps 2"
+        few += " --refined-tokens 9000" if words[0] == "create" else ""
+        with pytest.raises(SystemExit) as end:
+            main([*words, *(few.split() if makes else [])])
+        assert not end.value.code, line
+
+
+def files_that_docs_name(*, with_set: bool) -> None:
+    text = Path("book.txt").read_text()
+    for name in ("letters.txt", "held_out.txt", "notes.md", "books/one.txt", "more/one.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"{name}: {text}")
+    with gzip.open("chats.jsonl.gz", "wt") as chats:
+        chats.writelines(json.dumps({"text": f"Hello {i}, {text[:99]}"}) + "\n" for i in range(20))
+    Path("run.toml").write_text("[train]\nwarmup = 0.1\n")
+    shutil.copytree("models/mine", "GPT2_FOLDER")
+    next(Path("runs").iterdir()).rename("runs/other")
+    if with_set:
+        with pytest.raises(SystemExit):
+            main(["prepare", "book.txt", "--tokenizer", "byte", "--out", "sets/mine"])
 
 
 @pytest.mark.usefixtures("quick")

@@ -34,7 +34,9 @@ def test_train_uses_muon_unless_something_speaks_for_adamw(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_large_presets_train_on_larger_micro_batches(optimizer: str) -> None:
-    small, large = (train_config({"preset": size, "optimizer": optimizer}).train for size in ("12M", "gpt2-xl"))
+    small, large = (
+        train_config({"preset": size, "optimizer": optimizer}).train for size in ("12M", "gpt2-xl")
+    )
     assert (small.batch_size, large.batch_size, large.beta2) == (2, 4, 0.95)
     assert large.learning_rate == small.learning_rate
     assert train_config({"preset": "gpt2", "batch_size": 3, "beta2": 0.9}).train.batch_size == 3
