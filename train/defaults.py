@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "chat": {"repetition_penalty": 1.1},
 }
-# Windows per micro-batch of `train`, for one large card; with them AdamW's beta2 is 0.95, as GPT-3 was trained.
+# Windows per micro-batch of `train`, for one large card; with them AdamW's beta2 is 0.95, as GPT-3's was.
 _LARGE = {"117M": 8, "gpt2": 8, "gpt2-medium": 8, "gpt2-large": 4, "gpt2-xl": 4}
 
 
@@ -72,8 +72,9 @@ _FROM_LANGUAGE_MODEL: dict[str, Any] = {
 def train_config(options: Mapping[str, Any], layers: Iterable[Sections] = ()) -> RunConfig:
     """The configuration of `train`: Muon and what suits it, or AdamW and the settings' own defaults.
 
-    Large presets have larger micro-batches and a beta2 that forgets sooner. AdamW is the default where a learning rate is given, as most that are known are AdamW's, and for a model
-    that was trained before. Arguments and errors are build_config's.
+    Large presets have larger micro-batches, and a beta2 that forgets sooner. AdamW is the default where a
+    learning rate is given, as most that are known are AdamW's, and for a model that was trained before.
+    Arguments and errors are build_config's.
     """
     layers = list(layers)
     given = {name for layer in layers for section in layer.values() for name in section}
