@@ -116,7 +116,7 @@ def _cross_entropy(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
         for smoothing in (0.0, 0.1):
             options = LossOptions(V, ignore_index=-100, label_smoothing=smoothing, z_loss=0.0)
             for name, row_scale in (("losses", None), ("gradients", row)):
-                label = f"V {V}, {name}, smoothing {smoothing}"
+                label = f"V {V}, {name}" + (", smoothing" if smoothing else "")
                 yield label, partial(cross_entropy, logits, targets, row_scale, row, options)
 
 

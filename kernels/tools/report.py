@@ -63,15 +63,15 @@ class Row:
     problem: str = ""
 
     def cells(self) -> dict[str, str]:
-        """Column -> text, for a table that fits a terminal; loop: instructions, or all if there is none."""
+        """Column -> text, for a table. CTAs: an SM; loop: instructions, or all; predicted: an H200."""
         return {
             "kernel": self.kernel.removeprefix("_").removesuffix("_kernel"),
             "launch": self.label,
             "regs": str(self.registers),
-            "blocks/SM": str(self.blocks),
-            "loop": str(sum(self.loop.values()) or sum(self.straight.values())),
+            "CTAs": str(self.blocks),
+            "loop": str(sum(self.loop.values()) or sum(self.straight.values()) or ""),
             "bound": self.predicted.bound if self.predicted else "",
-            "predicted, H200": self.predicted.rate("H200") if self.predicted else "",
+            "predicted": self.predicted.rate("H200") if self.predicted else "",
             "problem": self.problem,
         }
 

@@ -1,8 +1,10 @@
 """What the commands share: options, tables and JSON."""
 
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any, Literal
 
 import typer
@@ -74,13 +76,17 @@ Debug = Annotated[  # eager: seen before another option is found to be wrong
 ]
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Columns as wide as their widest cell; columns without any text are left out."""
+def print_table(rows: list[dict[str, str]], *, if_wide: Collection[str] = ()) -> None:
+    """Columns as wide as their widest cell; without those that have no text.
+
+    if_wide: columns that a terminal has to be wide enough for.
+    """
     columns = [name for name in (rows[0] if rows else []) if any(row[name] for row in rows)]
-    lines = [columns, *([row[name] for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    if sys.stdout.isatty() and sum(width.values()) + 2 * (len(width) - 1) > get_terminal_size().columns:
+        columns = [name for name in columns if name not in if_wide]
+    for line in (dict(zip(columns, columns, strict=True)), *rows):
+        typer.echo("  ".join(line[name].ljust(width[name]) for name in columns).rstrip())
 
 
 def print_json(value: Any) -> None:

@@ -46,7 +46,8 @@ def report_kernels(
 ) -> None:
     """Compile every kernel, no GPU needed: registers, blocks per multiprocessor, instructions in the loop.
 
-    For bf16 on 9.0 also what bounds the kernel and how fast it would be: a prediction, not a measurement.
+    CTAs: thread blocks on one multiprocessor. For bf16 on 9.0 also what bounds the kernel and how fast an
+    H200 is predicted to run it, not a measurement. A narrow terminal has fewer columns.
     --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
     """
     if step:
@@ -64,7 +65,7 @@ def report_kernels(
         print_json([asdict(row) for row in rows])
     for (arch, dtype), group in groupby([] if as_json else rows, key=lambda row: (row.arch, row.dtype)):
         typer.echo(f"sm_{arch} {dtype}")
-        print_table([row.cells() for row in group])
+        print_table([row.cells() for row in group], if_wide=("loop", "bound"))
         typer.echo()
     if check:
         faulty = [row for row in rows if row.problem]

@@ -148,26 +148,22 @@ class TorchPlan:
     def _muon(
         self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
     ) -> None:
+        """reference.muon of each matrix, in place."""
         assert bucket.shape is not None
-        group = self.groups[bucket.groups[0]]
-        grad, momentum, master = (torch.stack(x) for x in (grads, bucket.exp_avgs, bucket.masters))
+        group, momenta, masters = self.groups[bucket.groups[0]], bucket.exp_avgs, bucket.masters
+        lr, weight = group["lr"], 1.0 - group["momentum"]
+        before = None if skipped is None else [x.clone() for x in (*momenta, *masters)]
+        grads = [grad.to(momenta[0].dtype) for grad in grads]
         if divisor is not None:
-            grad = grad.to(momentum.dtype) / divisor
-        new = reference.muon(
-            master,
-            grad,
-            momentum,
-            lr=group["lr"],
-            beta=group["momentum"],
-            weight_decay=group["weight_decay"],
-            orthogonalised=partial(bucket.orthogonalise, reference.orthogonalise),
-            scale=reference.muon_scale(*bucket.shape),
-        )
-        for values, before, tensors in zip(
-            new, (master, momentum), (bucket.masters, bucket.exp_avgs), strict=True
-        ):
-            kept = values if skipped is None else torch.where(skipped > 0, before, values)
-            torch._foreach_copy_(tensors, list(kept.unbind()))
+            grads = list(torch._foreach_div(grads, divisor))
+        torch._foreach_lerp_(momenta, grads, weight)
+        ahead = torch.stack(torch._foreach_lerp(momenta, grads, weight))  # Nesterov's
+        step = bucket.orthogonalise(reference.orthogonalise, ahead)
+        torch._foreach_mul_(masters, 1.0 - lr * group["weight_decay"])
+        torch._foreach_sub_(masters, (step * (lr * reference.muon_scale(*bucket.shape))).unbind())
+        if before is not None:
+            for new, old in zip((*momenta, *masters), before, strict=True):
+                new.copy_(torch.where(skipped > 0, old, new))
         _round_masters(bucket)
 
 

@@ -21,7 +21,7 @@ import pytest
 from command import FUSEDGPT, Run, process
 
 from fusedgpt.model import hf_config
-from fusedgpt.train.cli.common import print_json
+from fusedgpt.train.cli.common import print_json, print_table
 from fusedgpt.train.cli.main import main
 from fusedgpt.train.config import settings_of
 from fusedgpt.train.report.terminal import printable
@@ -425,6 +425,19 @@ def test_json_loses_nothing_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> 
         first, second = stdout.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
         assert text in first
         assert json.loads(second) == value
+
+
+def test_a_table_leaves_out_what_a_narrow_terminal_lacks_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"kernel": "attention", "loop": "123", "empty": ""}]
+    for terminal, width, kept in ((True, 15, True), (True, 14, False), (False, 10, True)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(rows, if_wide=["loop"])
+        assert capsys.readouterr().out == (
+            "kernel     loop\nattention  123\n" if kept else "kernel\nattention\n"
+        )
 
 
 def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
