@@ -152,7 +152,7 @@ class TorchPlan:
         assert bucket.shape is not None
         group, momenta, masters = self.groups[bucket.groups[0]], bucket.exp_avgs, bucket.masters
         lr, weight = group["lr"], 1.0 - group["momentum"]
-        before = None if skipped is None else [x.clone() for x in (*momenta, *masters)]
+        before = [] if skipped is None else [x.clone() for x in (*momenta, *masters)]
         grads = [grad.to(momenta[0].dtype) for grad in grads]
         if divisor is not None:
             grads = list(torch._foreach_div(grads, divisor))
@@ -161,7 +161,7 @@ class TorchPlan:
         step = bucket.orthogonalise(reference.orthogonalise, ahead)
         torch._foreach_mul_(masters, 1.0 - lr * group["weight_decay"])
         torch._foreach_sub_(masters, (step * (lr * reference.muon_scale(*bucket.shape))).unbind())
-        if before is not None:
+        if skipped is not None:
             for new, old in zip((*momenta, *masters), before, strict=True):
                 new.copy_(torch.where(skipped > 0, old, new))
         _round_masters(bucket)
