@@ -90,11 +90,14 @@ _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; }
 body { font-family: sans-serif; max-width: 1100px; margin: auto; padding: 1em; }
 pre, table { overflow-x: auto; display: block; line-height: 1.5; }
+pre { font-size: min(13px, 1.9vw); }
+td:first-child { white-space: nowrap; }
 th, td { text-align: left; padding-right: 1em; border-bottom: 1px solid #8885; }
 .ours { font-weight: bold; }
 .bad { background: #d9362d66; }

@@ -25,7 +25,6 @@ def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[S
         failures(rows),
         *([comparison(named(old), rows)] if old is not None else []),
         machine(rows),
-        repeatability(rows),
         training(rows),
         table("First step, of all that start at once", of_suite(rows, "train", "first step"), FIRST_STEP),
         ablation(rows),
@@ -33,6 +32,7 @@ def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[S
         kernels(rows),
         table("Sampling, data, checkpoints, start-up", of_suite(rows, "everyday"), EVERYDAY),
         table("Whole jobs", of_suite(rows, "jobs"), JOBS),
+        repeatability(rows),
     ]
     return [section for section in every if section.words or section.table or section.charts]
 
