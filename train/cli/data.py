@@ -22,7 +22,10 @@ def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the texts should teach, in your own words.")],
     output: Annotated[
-        Path, typer.Option(help='JSONL file to write or continue, one {"text": ...} per line.')
+        Path,
+        typer.Option(
+            help='JSONL file to write, one {"text": ...} per line; one from a language model is continued.'
+        ),
     ],
     tokens: Annotated[int, typer.Option(min=1, help="GPT-2 tokens to generate.")] = 30_000,
     domain: Annotated[
