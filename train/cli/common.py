@@ -1,18 +1,20 @@
 """What the commands share: options, tables and JSON."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from fusedgpt.model.files import to_json
 
 MODELS = Path("models")
 LATEST = Path("latest")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _output_option = partial(typer.Option, rich_help_panel="Output")
 
@@ -52,6 +54,32 @@ def _model_folder(path: Path) -> Path:
 def _remember_debug(ctx: typer.Context, value: bool) -> bool:
     ctx.ensure_object(dict)["debug"] = value  # main reads it when an exception reaches it
     return value
+
+
+class _PlainFlags:
+    """Help without <bool> beside a flag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class Group(_PlainFlags, TyperGroup):
+    pass
+
+
+class App(typer.Typer):
+    """Commands with plain flags."""
+
+    def command(self, *args: Any, cls: type[TyperCommand] = Command, **options: Any) -> Callable[[F], F]:  # type: ignore[override]
+        return super().command(*args, cls=cls, **options)
 
 
 ModelFolder = Annotated[

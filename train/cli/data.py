@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fusedgpt.train.cli.common import Debug, Json, Quiet, print_json
+from fusedgpt.train.cli.common import App, Debug, Group, Json, Quiet, print_json
 from fusedgpt.train.cli.settings import SettingsCommand, given_settings
 from fusedgpt.train.report.terminal import progress_bar
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # they take long to import
     from fusedgpt.train.data.synthetic.llm_config import LLMConfig
     from fusedgpt.train.data.synthetic.task import Task
 
-data = typer.Typer(no_args_is_help=True, help="Generate and refine training texts, without training.")
+data = App(cls=Group, no_args_is_help=True, help="Generate and refine training texts, without training.")
 Domain = Literal["cooking", "poetry", "technical", "general", "conversation"]
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusedgpt.kernels.errors import InputError
-from fusedgpt.train.cli.common import Debug, Json, print_json, print_table
+from fusedgpt.train.cli.common import App, Debug, Group, Json, print_json, print_table
 from fusedgpt.train.report.terminal import progress_bar
 
-kernels = typer.Typer(no_args_is_help=True, help="Inspect, check and tune the Triton kernels.")
+kernels = App(cls=Group, no_args_is_help=True, help="Inspect, check and tune the Triton kernels.")
 
 
 class Dtype(StrEnum):  # typer takes no list of a Literal
@@ -46,9 +46,9 @@ def report_kernels(
 ) -> None:
     """Compile every kernel, no GPU needed: registers, blocks per multiprocessor, instructions in the loop.
 
-    CTAs: thread blocks on one multiprocessor. For bf16 on 9.0 also what bounds the kernel and how fast an
-    H200 is predicted to run it, not a measurement. A narrow terminal has fewer columns.
-    --json adds shared memory, instructions by execution unit, widths of loads and stores, configuration.
+    CTAs: thread blocks on one multiprocessor. bound, predicted: for bf16 on 9.0, what an H200 is
+    predicted to do, not a measurement. A narrow terminal has fewer columns.
+    --json adds shared memory, instructions by execution unit, loads, stores, configuration.
     """
     if step:
         parts = _triton_module("train.tools.predict_step").predict_step(dropout=False)

@@ -11,7 +11,7 @@ import typer
 
 from fusedgpt.kernels.errors import InputError, UserError
 from fusedgpt.train.cli import model, training
-from fusedgpt.train.cli.common import MODELS, Debug, Json, OutputDir, print_json, print_table
+from fusedgpt.train.cli.common import MODELS, App, Debug, Group, Json, OutputDir, print_json, print_table
 from fusedgpt.train.cli.data import data
 from fusedgpt.train.cli.kernels import kernels
 from fusedgpt.train.cli.prepare import prepare
@@ -22,7 +22,8 @@ from fusedgpt.train.run.world import among_several
 _INTERRUPTED = 130
 _MAKE, _MODELS, _TOOLS = "Make a model", "Use a model", "Tools"
 
-app = typer.Typer(
+app = App(
+    cls=Group,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from fusedgpt.train.cli.common import Command
 from fusedgpt.train.run.world import World
 
 if TYPE_CHECKING:  # pydantic takes 0.1 s to import, and `fusedgpt --help` needs none of it
     from fusedgpt.train.config import Sections
 
 
-class SettingsCommand(TyperCommand):
+class SettingsCommand(Command):
     """A command that has an option for each of its settings (config.settings_of its name).
 
     typer makes options from a signature, and a pydantic model has one with its fields. The model is made when
@@ -40,6 +40,7 @@ class SettingsCommand(TyperCommand):
                 rich_help_panel=panel,
                 show_default=unset if unset and default is None else True,
                 case_sensitive=False,
+                metavar="" if field.annotation is bool else None,
             )
             options[name] = (Annotated[field.annotation, option], default)
         app = typer.Typer(add_completion=False)

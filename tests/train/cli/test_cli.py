@@ -446,6 +446,13 @@ def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["--help"])
 
 
+@pytest.mark.parametrize("command", ["", "train", "sample", "kernels", "kernels report"])
+def test_help_has_no_type_beside_a_flag(fusedgpt: Run, command: str) -> None:
+    shown = fusedgpt(*command.split(), "--help").stdout
+    assert "--help" in shown
+    assert "<bool>" not in shown
+
+
 def test_help_has_a_width(fusedgpt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "0")
     assert "--learning-rate" in fusedgpt("train", "--help").stdout
