@@ -1,6 +1,6 @@
 """Exported models in llama.cpp itself: the same ids, the same logits (docs/interoperability.md).
 
-`pytest -m llama -s tests/test_llama.py`; FUSEDGPT_LLAMA_PYTHON is the Python that has llama-cpp-python, where
+`pytest -m llama -s tests/model/test_llama.py`; FUSEDGPT_LLAMA_PYTHON is the Python that has llama-cpp-python, where
 that is not the one that runs the tests.
 """
 
@@ -21,6 +21,7 @@ from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.export import export_gguf
 from fusedgpt.model.gpt import GPT
 from fusedgpt.model.tokenizer import Tokenizer, build_tokenizer
+from fusedgpt.train.data.text.tokenizer_training import fitting_tokenizer
 
 pytestmark = pytest.mark.llama
 PYTHON = os.environ.get("FUSEDGPT_LLAMA_PYTHON", sys.executable)
@@ -37,10 +38,13 @@ print(json.dumps({"ids": llama.tokenize(text.encode(), add_bos=False), "eos": ll
 """
 
 
-@pytest.fixture(scope="module", params=["gpt2", "byte"])
+@pytest.fixture(scope="module", params=["gpt2", "byte", "auto"])
 def trained(request: pytest.FixtureRequest) -> tuple[GPT, Tokenizer]:
-    """A model that knows TEXT somewhat: its logits are as large as those of real ones."""
-    tokenizer = build_tokenizer(request.param)
+    """A model that knows TEXT somewhat: its logits are as large as those of real ones.
+
+    auto: with a vocabulary as `create` makes it.
+    """
+    tokenizer = fitting_tokenizer([TEXT] * 9) if request.param == "auto" else build_tokenizer(request.param)
     config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=256, n_layer=3, n_head=4, n_embd=128)
     gpt = GPT(config, seed=3)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
