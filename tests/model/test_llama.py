@@ -1,7 +1,7 @@
 """Exported models in llama.cpp itself: the same ids, the same logits (docs/interoperability.md).
 
-`pytest -m llama -s tests/model/test_llama.py`; FUSEDGPT_LLAMA_PYTHON is the Python that has llama-cpp-python, where
-that is not the one that runs the tests.
+`pytest -m llama -s tests/model/test_llama.py`; FUSEDGPT_LLAMA_PYTHON is the Python that has llama-cpp-python,
+where that is not the one that runs the tests.
 """
 
 from __future__ import annotations
