@@ -99,14 +99,9 @@ def run_full_pipeline(
     that exclude each other, OSError where output_dir cannot be written (before training), LLMError where the
     language model's server fails, and what train raises.
     """
-    config = config or create_config({})
-    if generation_method is not None:
-        if generation_method not in GENERATION_METHODS:
-            methods = ", ".join(GENERATION_METHODS)
-            raise InputError(f"no generation method {generation_method!r}; there are {methods}")
-        llm = config.llm.model_copy(update={"data_source": generation_method})
-        config = config.model_copy(update={"llm": llm})
+    config = _with_source(config or create_config({}), generation_method)
     monitor = monitor or Monitor(quiet=True)
+    resolve_device(world.device(config.train.device))  # raises before anything is written
     if world.first:
         check_writable(output_dir)
     domain = choose_domain(prompt)
@@ -117,10 +112,7 @@ def run_full_pipeline(
         task = Task(prompt=prompt, domain=domain, seed=config.train.seed, note=monitor.note, bar=bar)
         texts, provenance = world.from_first(lambda: _texts_of_run(run, task, config, output_dir / _DATA_DIR))
         prompts = TEST_PROMPTS[choose_language(prompt)]
-        if config.data.tokenizer == "auto":
-            tokenizer = fitting_tokenizer(texts)
-        else:
-            tokenizer = build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *prompts]))
+        tokenizer = _tokenizer_for(texts, prompts, config)
         monitor.note(f"tokenizer: {tokenizer.vocab_size:,} ids")
         dataset_json = json.dumps({**provenance, "samples": texts}, ensure_ascii=False, indent=1) + "\n"
         if world.first:
@@ -143,6 +135,22 @@ def run_full_pipeline(
             judged=(lambda: judge(model, tokenizer, task, texts)) if by_templates else None,
         )
         return _train_and_save(job, profile=profile)
+
+
+def _with_source(config: RunConfig, method: str | None) -> RunConfig:
+    """config with this source of texts, if it is given."""
+    if method is None:
+        return config
+    if method not in GENERATION_METHODS:
+        methods = ", ".join(GENERATION_METHODS)
+        raise InputError(f"no generation method {method!r}; there are {methods}")
+    return config.model_copy(update={"llm": config.llm.model_copy(update={"data_source": method})})
+
+
+def _tokenizer_for(texts: Sequence[str], prompts: Sequence[str], config: RunConfig) -> Tokenizer:
+    if config.data.tokenizer == "auto":
+        return fitting_tokenizer(texts)
+    return build_tokenizer(config.data.tokenizer, text="\n".join([*texts, *prompts]))
 
 
 def _texts_of_run(
@@ -178,6 +186,7 @@ def train_on_files(
     monitor = monitor or Monitor(quiet=True)
     if world.size > 1:
         Source(inputs=tuple(paths)).check_rereadable("every rank reads the text")
+    resolve_device(world.device(config.train.device))  # raises before anything is read
     with ExitStack() as stack:
         files = stack.enter_context(kept(paths))
         dataset, tokenizer = load_data(files, config, monitor.note)
