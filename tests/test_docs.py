@@ -19,7 +19,7 @@ import fusedgpt
 from fusedgpt.train.cli.main import app, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64, "max_length": 64}
 
 

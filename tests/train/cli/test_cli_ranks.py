@@ -190,7 +190,7 @@ def test_a_stop_of_one_rank_is_all_ranks_stop(text: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_end_when_a_rank_is_gone(text: Path, number: signal.Signals) -> None:
-    """Row 9 of docs/reliability.md, with a shorter timeout than users have."""
+    """Row 9 of docs/dev/fault_tests.md, with a shorter timeout than users have."""
     faulty = dict.fromkeys(range(2), impatient)
     processes, _store = launch(2, ["train", "--data", text, *LONG], text.parent, faulty=faulty)
     wait_for_a_save(text.parent)
@@ -277,7 +277,7 @@ def logged(folder: Path) -> list[int]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_kills_at_random_moments_leave_a_run_that_goes_on(text: Path, ranks: int, place: str) -> None:
-    """Row 9 of docs/reliability.md: seven kills of a random rank; no torchrun ends the others."""
+    """Row 9 of docs/dev/fault_tests.md: seven kills of a random rank; no torchrun ends the others."""
     chance, last = random.Random(f"{ranks} {place}"), 0
     run = ["train", "--data", text, *LONG, "--batch-size", 4]
     for _ in range(7):

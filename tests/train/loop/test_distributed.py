@@ -98,7 +98,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4, 1), pytest.param((1, 4, 2, 1), marks=pytest.mark.soak)], ids=str)
 def test_a_run_goes_on_with_any_number_of_ranks(alone: Any, sizes: Sequence[int], tmp_path: Path) -> None:
-    """Row 6 of docs/reliability.md: dropout, uneven micro-batches and validations, DDP, then FSDP2."""
+    """Row 6 of docs/dev/fault_tests.md: dropout, uneven micro-batches and validations, DDP, then FSDP2."""
     (losses, tensors, state), windows = in_parts(tmp_path / "run", sizes)
     (expected, expected_tensors, expected_state), expected_windows = alone
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

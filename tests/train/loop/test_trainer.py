@@ -190,7 +190,7 @@ def test_batches_larger_than_the_text_are_refused(counting: TokenDataset) -> Non
 
 
 def test_micro_batches_are_one_batch(counting: TokenDataset) -> None:
-    """Row 13 of docs/reliability.md: K micro-batches of B windows are one of K x B, the last one smaller."""
+    """Row 13 of docs/dev/fault_tests.md: K micro-batches of B windows are one of K x B, the last one smaller."""
     whole, parts = Losses(), Losses()
     train(GPT(CONFIG, seed=1), counting, settings(steps=20, batch_size=12, learning_rate=1e-3), whole)
     accumulated = settings(steps=20, batch_size=5, batch_tokens=12 * 16, learning_rate=1e-3)
@@ -246,7 +246,7 @@ def test_reading_losses_late_changes_nothing(counting: TokenDataset, log_every: 
 
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_gradients_that_stay_nan_end_the_run(counting: TokenDataset, log_every: int) -> None:
-    """Row 8 of docs/reliability.md: nothing is updated, it is shown, and it ends."""
+    """Row 8 of docs/dev/fault_tests.md: nothing is updated, it is shown, and it ends."""
     model = GPT(CONFIG)
     with torch.no_grad():
         model.wpe.weight[0, 0] = float("nan")

@@ -1,6 +1,6 @@
 """Checkpoints under kills, failing disks, damage and rivals: what is on disk is whole or refused.
 
-The rows of docs/reliability.md's table are named at each part. The small counts run always, the full ones
+The rows of docs/dev/fault_tests.md's table are named at each part. The small counts run always, the full ones
 with `-m soak`.
 """
 

@@ -37,7 +37,7 @@ def same(ours: Any, theirs: Any, point: int) -> bool:
 
 
 def test_a_resume_anywhere_equals_a_run_without_one(uninterrupted: Path) -> None:
-    """Row 5 of docs/reliability.md: in a fresh process, at 12 points, for 50 steps and more."""
+    """Row 5 of docs/dev/fault_tests.md: in a fresh process, at 12 points, for 50 steps and more."""
     expected = outcome(uninterrupted)
     assert len(expected[0]) == 80
     assert "best/wpe.weight" in expected[1]  # the best weights are not the last
