@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `step-00001000` of safetensors files, `state.json` and `manifest.json`, which has
 the size and SHA-256 of each file and of itself. It is written under a hidden name, synced, then renamed.
-docs/reliability.md says what is tested and how.
+docs/dev/fault_tests.md says what is tested and how.
 """
 
 from __future__ import annotations

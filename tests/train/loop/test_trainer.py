@@ -190,7 +190,7 @@ def test_batches_larger_than_the_text_are_refused(counting: TokenDataset) -> Non
 
 
 def test_micro_batches_are_one_batch(counting: TokenDataset) -> None:
-    """Row 13 of docs/dev/fault_tests.md: K micro-batches of B windows are one of K x B, the last one smaller."""
+    """Row 13 of docs/dev/fault_tests.md: K micro-batches of B windows are one of K x B, the last smaller."""
     whole, parts = Losses(), Losses()
     train(GPT(CONFIG, seed=1), counting, settings(steps=20, batch_size=12, learning_rate=1e-3), whole)
     accumulated = settings(steps=20, batch_size=5, batch_tokens=12 * 16, learning_rate=1e-3)

@@ -99,7 +99,7 @@ def test_a_damaged_run_json_is_one_line(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_kill_9_while_training_and_saving(tmp_path: Path, kills: int) -> None:
-    """Row 1 of docs/dev/fault_tests.md: at most one save interval is lost, and the end is the same to the bit."""
+    """Row 1 of docs/dev/fault_tests.md: at most one save interval is lost, the end is the same bits."""
     steps, every = 4 * kills, 3
     in_fresh_process(train_tiny, tmp_path / "expected", steps=steps)
     context = multiprocessing.get_context("forkserver")
