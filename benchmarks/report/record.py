@@ -104,10 +104,10 @@ def machine() -> Row:
     import torch
 
     cpu = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu += f", {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}"
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     return {
-        "device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "driver": gpu_state().get("driver_version"),
         "python": platform.python_version(),
         "torch": torch.__version__,
