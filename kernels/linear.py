@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import reference
-from fusedgpt.kernels.cpu.linear import matmul_nt, product, takes_onednn
+from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn, product, takes_onednn
 
 
 class _Linear(torch.autograd.Function):
@@ -26,7 +26,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = dys[0].flatten(0, -2)  # (N, K)
         dx = matmul_nt(dy, weight.T).view(x.shape)
-        dweight = matmul_nt(dy.T, x.flatten(0, -2).T)
+        dweight = matmul_tn(dy, x.flatten(0, -2))
         dbias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
         return dx, dweight, dbias
 

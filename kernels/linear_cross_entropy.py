@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels.cpu.linear import matmul_nt
+from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn
 from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.numerics import fp32_sums
 
@@ -128,8 +128,7 @@ def _add_weight_gradient(dweight: Tensor | None, dlogits: Tensor, hidden: Tensor
         if dweight is None:
             dweight = hidden.new_empty(dlogits.shape[1], hidden.shape[1], dtype=wide)
         return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
-    part = matmul_nt(dlogits.T, hidden.T)
-    return part.to(wide) if dweight is None else dweight.add_(part)
+    return matmul_tn(dlogits, hidden, dweight).to(wide)
 
 
 def check_targets(targets: Tensor, options: LossOptions) -> None:

@@ -1,7 +1,7 @@
 """Products without autograd, computed by oneDNN for fp32 on a CPU.
 
-torch sends fp32 matmuls on x86 to MKL. On an AMD CPU with AVX-512, oneDNN, also part of torch, is faster
-(docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway.
+torch sends fp32 matmuls on x86 to MKL. On AMD CPUs oneDNN, also part of torch, is faster, without AVX-512 all
+but the gradients of weights (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from fusedgpt.kernels import reference
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def takes_onednn(x: Tensor) -> bool:
@@ -37,6 +39,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
     return _onednn_linear(a, b) if takes_onednn(a) else a @ b.T
+
+
+def matmul_tn(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """a.T @ b for a (N, M) and b (N, K), no autograd. add_to: what it is added to, in place."""
+    if takes_onednn(a) and _HAS_AVX512:
+        found = _onednn_linear(a.T, b.T)
+    elif add_to is not None and add_to.dtype == a.dtype:
+        return add_to.addmm_(a.T, b)
+    else:
+        found = a.T @ b
+    return found if add_to is None else add_to.add_(found)
 
 
 def transposed_storage(weight: Tensor) -> Tensor:

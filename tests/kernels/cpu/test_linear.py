@@ -56,6 +56,21 @@ def test_fp32_on_a_cpu_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.linear(torch.ones(2, 3).double(), torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_over_rows_is_added_up(
+    dtype: torch.dtype, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_HAS_AVX512", avx512)
+    a, b = torch.randn(2, 130, 40, dtype=dtype), torch.randn(2, 130, 24, dtype=dtype)
+    total = kernel.matmul_tn(a[0], b[0]).to(torch.promote_types(dtype, torch.float32))
+    added = kernel.matmul_tn(a[1], b[1], add_to=total)
+    assert added is total
+    tolerance = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    exact = torch.einsum("inm,ink->mk", a.double(), b.double())
+    torch.testing.assert_close(total.double(), exact, **tolerance)  # type: ignore[arg-type]
+
+
 def test_strides_do_not_matter() -> None:
     x, weight = torch.randn(7, 12, 5).transpose(1, 2), torch.randn(12, 9).T
     torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
