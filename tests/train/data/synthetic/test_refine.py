@@ -143,9 +143,12 @@ def test_hostile_texts(samples: list[str], prompt: str) -> None:
 
 def test_speed() -> None:
     samples = list(islice(generate_samples("", domain="conversation"), 5_000))
-    start = time.process_time()
-    run(samples)
-    assert time.process_time() - start < 2.0  # 0.7 s on one quiet core
+    taken = []
+    for _ in range(3):  # the fastest: others on the machine may slow one down
+        start = time.process_time()
+        run(samples)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 2.0  # 0.7 s on one quiet core
 
 
 def test_near_linear_on_one_frame() -> None:
