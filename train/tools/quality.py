@@ -52,7 +52,7 @@ def judge(model: GPT, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) ->
     faults = [fault for text in sampled if (fault := checker.fault(text))]
     return Quality(
         bits_per_byte=bits,
-        well_formed=1 - len(faults) / len(sampled),
+        well_formed=(len(sampled) - len(faults)) / len(sampled),
         copied=sum(text in seen for text in sampled) / len(sampled),
         sampled=len(sampled),
         faults=faults[:_SHOWN],
