@@ -607,6 +607,26 @@ def test_muon_skips_what_is_not_finite(one_block: GPT, backend: str) -> None:
             assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_torchs_ops_skip_a_step_without_the_host(
+    one_block: GPT, skipped: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU `skipped` is not read, as it is on a CPU."""
+    monkeypatch.setenv("FUSEDGPT_KERNELS", "reference")
+    optimizer = build_optimizer(one_block, muon_config())
+    set_gradients(list(one_block.parameters()), 0)
+    optimizer.step()
+    plan = optimizer._plan
+    assert isinstance(plan, optimizer_plan.TorchPlan)
+    bucket = next(bucket for bucket in plan.buckets if bucket.shape == (24, 24))
+    before = [x.clone() for x in (*bucket.masters, *bucket.exp_avgs)]
+    plan._muon(bucket, [torch.ones_like(p) for p in bucket.params], None, torch.tensor(skipped))
+    same = [
+        torch.equal(old, new) for old, new in zip(before, (*bucket.masters, *bucket.exp_avgs), strict=True)
+    ]
+    assert set(same) == {skipped == 1.0}
+
+
 def test_muon_refuses_what_is_no_matrix() -> None:
     for shape, matrices in (((4,), 1), ((4, 3), 3), ((2, 2, 2), 1)):
         groups = [{"params": parameters(shape), "momentum": 0.9, "matrices": matrices}]
