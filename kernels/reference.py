@@ -318,17 +318,14 @@ def muon(
     beta: float,
     weight_decay: float,
     orthogonalised: Callable[[Tensor], Tensor] = orthogonalise,
-    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(param, momentum) after one Muon step with Nesterov momentum; all of one shape.
 
-    scale: of the step, None for that of the shape; both it and `orthogonalised` are for parts of matrices.
     The step's root mean square is lr / sqrt(C), whatever the gradient's.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     wide, grad = param.to(momentum.dtype), grad.to(momentum.dtype)
     momentum = beta * momentum + (1.0 - beta) * grad
     step = orthogonalised(beta * momentum + (1.0 - beta) * grad)
-    scale = muon_scale(*param.shape[-2:]) if scale is None else scale
-    wide = wide - lr * (scale * step + weight_decay * wide)
+    wide = wide - lr * (muon_scale(*param.shape[-2:]) * step + weight_decay * wide)
     return wide.to(param.dtype), momentum
