@@ -136,7 +136,8 @@ def _adamw(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
 def _muon(dtype: torch.dtype, full: bool) -> Iterator[Launch]:
     from fusedgpt.kernels import muon, tensor_table
 
-    for n, R, C in ((48, 768, 768), (12, 3072, 768), (12, 768, 3072), (3, 65, 24))[: 4 if full else 2]:
+    shapes = (432, 64, 768), (12, 768, 768), (12, 3072, 768), (12, 768, 3072), (3, 65, 24)
+    for n, R, C in shapes[: 5 if full else 2]:
         (param, grad), wide = _meta(2, n, R, C, dtype=dtype), _meta(n, R, C).unbind()
         norm = _meta()
         tensors = (list(param), list(grad), wide, wide, wide, [norm] * n)

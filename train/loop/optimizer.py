@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedgpt.kernels import ops
+from fusedgpt.model.gpt import GPT
 from fusedgpt.train.config import TrainConfig
 from fusedgpt.train.loop.optimizer_plan import MOMENTS, Bucket, TorchPlan, TritonPlan, expect_before_capture
 from fusedgpt.train.loop.sharding import local, process_groups
@@ -15,12 +16,12 @@ from fusedgpt.train.loop.sharding import local, process_groups
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, *, micro_batches: int = 1) -> AdamW:
+def build_optimizer(model: GPT, config: TrainConfig, *, micro_batches: int = 1) -> AdamW:
     """The optimizer that `config` names; weight decay on matrices only, never on biases and norms.
 
     muon: Muon for the matrices of a GPT's blocks, AdamW for all else. The projections to queries, keys and
-    values are three matrices. micro_batches: backward passes per step. On a GPU learning rates are tensors
-    there, see AdamW.
+    values are a matrix for each head. micro_batches: backward passes per step. On a GPU learning rates are
+    tensors there, see AdamW.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -39,7 +40,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, *, micro_batches: int
     return AdamW(groups, config.learning_rate, betas, config.eps, fp32_accumulation=micro_batches > 1)
 
 
-def _muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def _muon_groups(model: GPT, config: TrainConfig) -> list[dict[str, Any]]:
     matrices = {
         n: p for n, p in model.named_parameters() if p.ndim == 2 and p.requires_grad and n[:2] == "h."
     }
@@ -50,7 +51,8 @@ def _muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         "weight_decay": config.weight_decay,
         "lr_factor": config.muon_learning_rate / config.learning_rate,
     }
-    return [{"params": single, **shared}, {"params": stacked, "matrices": 3, **shared}]
+    heads = 3 * model.config.n_head
+    return [{"params": single, **shared}, {"params": stacked, "matrices": heads, **shared}]
 
 
 def is_muon(group: dict[str, Any]) -> bool:
@@ -201,14 +203,14 @@ class AdamW(torch.optim.Optimizer):
         buckets: dict[tuple[object, ...], Bucket] = {}
         for n, (i, p, grad) in enumerate(present):
             ranks, group = process_groups(p), self.param_groups[group_of[i]]
-            matrices = group.get("matrices", 1)
-            shape = (len(p) // matrices, p.shape[1]) if is_muon(group) else None
-            shards = p if ranks and shape else None
-            key = (p.dtype, grad.dtype, shape, shards is not None and len(p), *ranks)
+            shape = (len(p) // group.get("matrices", 1), p.shape[1]) if is_muon(group) else None
+            key: tuple[object, ...] = (p.dtype, grad.dtype, shape, shape and p.shape, *ranks)
             key += () if triton else (group_of[i],)
-            made = Bucket(process_groups=list(ranks.values()), shape=shape, shards=shards)
+            made = Bucket(
+                process_groups=list(ranks.values()), shape=shape, shards=p if ranks and shape else None
+            )
             state = self._state_of(p, MOMENTS[:2] if shape is None else MOMENTS[2:])
-            buckets.setdefault(key, made).add(n, group_of[i], p, state, matrices if shards is None else 1)
+            buckets.setdefault(key, made).add(n, group_of[i], p, state)
         kind = TritonPlan if triton else TorchPlan
         results = (self.grad_norm, self.skipped, self.skipped_steps)
         return kind(list(buckets.values()), self.param_groups, results)

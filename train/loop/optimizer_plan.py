@@ -29,46 +29,42 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # in a parameter's state
 class Bucket:
     """What is stepped together: one dtype of parameters, one of gradients, one sharding.
 
-    Muon's buckets hold matrices of one shape; a parameter whose rows are several matrices gives each of them,
-    but a sharded one stays as it is.
+    Muon's buckets hold parameters of one shape, whose rows are one or more matrices on top of each other.
     """
 
     process_groups: list[Any]  # over which the squared norm is summed
     shape: tuple[int, int] | None = None  # of Muon's matrices; None: AdamW
     shards: Any = None  # one of Muon's parameters if they are sharded
     groups: list[int] = field(default_factory=list)  # index of each one's parameter group
-    grads: list[tuple[int, int]] = field(default_factory=list)  # (index in a step's, matrices in it)
+    grads: list[int] = field(default_factory=list)  # index of each one's gradient in a step's
     params: list[Tensor] = field(default_factory=list)  # from here on the local shards
     masters: list[Tensor] = field(default_factory=list)  # what is updated: the parameters themselves if fp32
     exp_avgs: list[Tensor] = field(default_factory=list)  # Muon: the momentum
     exp_avg_sqs: list[Tensor] = field(default_factory=list)  # Muon: the momentum again, not used
     steps: list[Tensor] = field(default_factory=list)
 
-    def add(self, index: int, group: int, p: Tensor, state: dict[str, Tensor], matrices: int) -> None:
-        """A parameter, whose gradient has this index in a step's; its rows are so many matrices."""
+    def add(self, index: int, group: int, p: Tensor, state: dict[str, Tensor]) -> None:
+        """A parameter, whose gradient has this index in a step's."""
         moments = [state[name] for name in MOMENTS if name in state]  # Muon: one
         mine = local(p).detach()
-        self.grads.append((index, matrices))
-        self.groups += [group] * matrices
-        self.params += split(mine, matrices)
-        self.masters += split(local(state["master"]) if "master" in state else mine, matrices)
-        self.exp_avgs += split(local(moments[0]), matrices)
-        self.exp_avg_sqs += split(local(moments[-1]), matrices)
-        self.steps += [state.get("step", torch.zeros((), device=mine.device))] * matrices
+        self.grads.append(index)
+        self.groups.append(group)
+        self.params.append(mine)
+        self.masters.append(local(state["master"]) if "master" in state else mine)
+        self.exp_avgs.append(local(moments[0]))
+        self.exp_avg_sqs.append(local(moments[-1]))
+        self.steps.append(state.get("step", torch.zeros((), device=mine.device)))
 
     def orthogonalise(self, function: Orthogonalise, x: Tensor) -> Tensor:
-        """`function` of Muon's matrices; x (n, rows, C): matrices, or this rank's rows of parameters."""
+        """`function` of Muon's matrices in x, the local rows of all parameters: (n, rows, C)."""
         assert self.shape is not None
-        return function(x) if self.shards is None else on_whole_matrices(function, x, self.shards, self.shape)
+        if self.shards is not None:
+            return on_whole_matrices(function, x, self.shards, self.shape)
+        return function(x.view(-1, *self.shape)).reshape(x.shape)
 
     def of(self, grads: list[Tensor]) -> list[Tensor]:
         """This bucket's of the gradients of a step."""
-        return [matrix for i, n in self.grads for matrix in split(grads[i], n)]
-
-
-def split(x: Tensor, n: int) -> tuple[Tensor, ...]:
-    """x's rows as n matrices of equal height."""
-    return (x,) if n == 1 else x.chunk(n)
+        return [grads[i] for i in self.grads]
 
 
 Orthogonalise = Callable[[Tensor], Tensor]
