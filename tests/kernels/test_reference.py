@@ -96,12 +96,17 @@ def test_gelu_is_the_tanh_form() -> None:
 def test_philox_gives_random123s_known_answers() -> None:
     """Random123's kat_vectors, philox4x32-7 and philox2x32-7."""
     zero = reference.philox4x32(1, torch.tensor(0), torch.tensor(0))[0]
-    assert [hex(x) for x in zero.tolist()] == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
+    assert [hex(x & 0xFFFFFFFF) for x in zero.tolist()] == [
+        "0x5f6fb709",
+        "0xd893f64",
+        "0x4f121f81",
+        "0x4f730a48",
+    ]
     zero = reference.philox2x32(1, torch.tensor(0), torch.tensor(0))[0]
-    assert [hex(x) for x in zero.tolist()] == ["0x257a3673", "0xcd26be2a"]
+    assert [hex(x & 0xFFFFFFFF) for x in zero.tolist()] == ["0x257a3673", "0xcd26be2a"]
     key, counter = torch.tensor(0x13198A2E), torch.tensor(0x85A308D3243F6A88 - (1 << 64))
     pi = reference.philox2x32(1, key, counter)[0]
-    assert [hex(x) for x in pi.tolist()] == ["0xbedbbe6b", "0xe4c770b3"]
+    assert [hex(x & 0xFFFFFFFF) for x in pi.tolist()] == ["0xbedbbe6b", "0xe4c770b3"]
 
 
 @pytest.mark.parametrize("philox", [reference.philox4x32, reference.philox2x32])
@@ -110,8 +115,8 @@ def test_philox_is_a_pure_function_of_its_counter(philox: Callable[..., torch.Te
     assert torch.equal(blocks[10:], philox(54, SEED, OFFSET + 10))
     assert not torch.equal(blocks, philox(64, SEED + 1, OFFSET))
     assert not torch.equal(blocks, philox(64, SEED + (1 << 32), OFFSET))
-    assert blocks.min() >= 0
-    assert blocks.max() < 2**32
+    assert blocks.dtype == torch.int32
+    assert blocks.min() < 0 < blocks.max()  # all 32 bits are random
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
