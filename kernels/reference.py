@@ -153,7 +153,7 @@ def attention_by_weights(
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
     wide, keys = at_least_fp32(q), at_least_fp32(k).transpose(-2, -1)  # bf16 scores would cost precision
     hidden = torch.zeros(visible.shape, dtype=wide.dtype, device=q.device).masked_fill_(~visible, -math.inf)
-    weights = torch.softmax((wide * scale @ keys).add_(hidden), dim=-1)  # (B, H, T, T)
+    weights = torch.softmax(torch.add(hidden, wide @ keys, alpha=scale), dim=-1)  # (B, H, T, T)
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None

@@ -190,7 +190,7 @@ class Shapes:
         if self.config.dropout == 0.0 and not (low_precision and self.T < 256):  # SDPA
             return self.B * self.T * self.config.n_head * 4
         each = self.dtype.itemsize + (8 if self.config.dropout else 4 if low_precision else 0)
-        return self.B * self.config.n_head * self.T**2 * each + 2 * self._copies_on_cpu() + self.T**2
+        return self.B * self.config.n_head * self.T**2 * each + 2 * self._copies_on_cpu()
 
     def _mlp(self) -> int:
         """What the MLP keeps besides its input."""
