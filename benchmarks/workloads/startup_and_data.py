@@ -1,6 +1,6 @@
 """What surrounds the training step: start-up, generating data, tokenising, saving and loading.
 
-    python -m benchmarks.workloads.startup_and_data [NAME ...] [--preset 12M] [--tokens 100000] [--rounds 3]
+    python -m benchmarks.workloads.startup_and_data [NAME ...] [--preset 12M] [--tokens 3000000] [--rounds 3]
 
 NAME is of these, default all:
     help             `fusedgpt --help`, from launch to exit
@@ -161,7 +161,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("names", nargs="*", default=list(MEASURES), metavar="NAME")
     parser.add_argument("--preset", default="12M", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MEASURES):
