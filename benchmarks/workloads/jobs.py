@@ -6,8 +6,10 @@
 NAME is of these, default those that FILE and the machine allow:
     pipeline       `fusedgpt create --config original`, with other presets too: 20 epochs of GPT-2 tokens,
                    batches of 2 x 128
-    shakespeare    FILE, tiny Shakespeare, by characters with nanoGPT's settings for a GPU or a CPU: ours, and
-                   NANOGPT's train.py on the same split, validating as often
+    shakespeare    FILE, tiny Shakespeare, by characters with nanoGPT's settings for a GPU or a CPU: ours,
+                   ours with Muon in half of the steps, and NANOGPT's train.py on the same split
+    muon           gpt2 in bf16, 16 x 1024, on FILE, on a GPU: AdamW, and Muon in half of the steps, to
+                   AdamW's best validation loss
     parity         gpt2 in bf16, 16 x 1024, on FILE: the losses with our kernels and with the reference; on a
                    GPU. No speed if they differ by more than 0.02 on average over the last fifth of the steps
 
@@ -48,6 +50,7 @@ KIND = DEVICE.type
 SHAPE = {"cuda": (6, 384, 256, 64, 0.2), "cpu": (4, 128, 64, 12, 0.0)}[KIND]  # layers, C, T, batch, dropout
 STEPS, EVAL_BATCHES, GOAL = {"cuda": (5000, 200, 1.47), "cpu": (2000, 20, 1.90)}[KIND]
 PARITY_STEPS, LARGEST_GAP = 300, 0.02  # nats
+OPTIMIZER_STEPS = 200  # AdamW's, before gpt2 knows a small text by heart
 VALIDATION = re.compile(r"step \d+: .*val(?:idation)? loss ([\d.]+)")
 
 
@@ -99,23 +102,32 @@ def shakespeare(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     layers, width, length, batch, dropout = SHAPE
     steps = arguments.steps or STEPS
     every, warmup = min(250, steps), min(100, steps // 2)
-    setting = {"n_layer": layers, "n_head": layers, "n_embd": width, "block_size": length, "dropout": dropout}
-    setting |= {"batch_size": batch, "learning_rate": 1e-3, "beta2": 0.99, "weight_decay": 0.1}
+    size = {"n_layer": layers, "n_head": layers, "n_embd": width, "block_size": length, "dropout": dropout}
+    setting = size | {"batch_size": batch, "learning_rate": 1e-3, "beta2": 0.99, "weight_decay": 0.1}
     ours = setting | {"steps": steps, "min_learning_rate": 1e-4, "warmup": warmup, "eval_every": every}
+    half = size | {"batch_size": batch, "steps": steps // 2, "eval_every": max(1, every // 2)}
     theirs = setting | {"max_iters": steps, "lr_decay_iters": steps, "min_lr": 1e-4, "warmup_iters": warmup}
     theirs |= {"eval_interval": every, "eval_iters": EVAL_BATCHES, "gradient_accumulation_steps": 1}
     theirs |= {"device": KIND, "compile": KIND == "cuda", "always_save_checkpoint": False}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in ours.items()]
-    commands = {"ours": [*CLI, "train", f"--data={arguments.text}", "--tokenizer=char", "--json", *flags]}
+    train = [*CLI, "train", f"--data={arguments.text}", "--tokenizer=char", "--json"]
+    commands = {"ours": [*train, *flags(ours)], "ours-muon": [*train, "--optimizer=muon", *flags(half)]}
     if arguments.peer:
         install_nanogpt(arguments.peer, arguments.text, scratch)
-        flags = [f"--{name}={value}" for name, value in theirs.items()]
-        commands["peer"] = [sys.executable, "train.py", "--dataset=text", *flags]
+        named = [f"--{name}={value}" for name, value in theirs.items()]
+        commands["peer"] = [sys.executable, "train.py", "--dataset=text", *named]
     for contender, command in commands.items():
         done = run(command, scratch)
-        shape = f"{layers} layers of {width}, {batch} x {length}, {steps} steps"
-        found = row("shakespeare", shape, contender, done) | {"goal": GOAL}
-        yield found | {"goal_ms": next((ms for ms, loss in done.matches if float(loss) <= GOAL), None)}
+        taken = steps // 2 if contender == "ours-muon" else steps
+        shape = f"{layers} layers of {width}, {batch} x {length}, {taken} steps"
+        yield row("shakespeare", shape, contender, done) | to_goal(done, GOAL)
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def to_goal(done: Run, goal: float) -> Row:
+    return {"goal": goal, "goal_ms": next((ms for ms, loss in done.matches if float(loss) <= goal), None)}
 
 
 def install_nanogpt(peer: Path, text: Path, folder: Path) -> None:
@@ -134,13 +146,31 @@ def install_nanogpt(peer: Path, text: Path, folder: Path) -> None:
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
+def train_gpt2(arguments: argparse.Namespace, options: str) -> list[str]:
+    """The command; on a CPU a toy's."""
+    gpt2 = "--preset=gpt2 --batch-size=16 --max-length=1024"
+    toy = "--n-layer=1 --n-head=2 --n-embd=32 --batch-size=2 --max-length=16 --block-size=16"
+    setting = f"--json --dropout=0 --precision=bf16 {toy if KIND == 'cpu' else gpt2} {options}"
+    return [*CLI, "train", f"--data={arguments.text}", *shlex.split(setting)]
+
+
+def muon(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    steps, goal = arguments.steps or OPTIMIZER_STEPS, None
+    for contender, taken, options in (
+        ("ours", steps, "--optimizer=adamw --learning-rate=6e-4"),
+        ("ours-muon", steps // 2, "--optimizer=muon"),
+    ):
+        often = f"--steps={taken} --eval-every={max(1, taken // 10)}"
+        done = run(train_gpt2(arguments, f"{options} {often}"), scratch)
+        found = row("muon", f"gpt2 16 x 1024, {taken} steps", contender, done, "bf16")
+        goal = goal or found["val_loss"]
+        yield found | to_goal(done, goal)
+
+
 def parity(arguments: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     steps = arguments.steps or PARITY_STEPS
-    options = shlex.split(f"--json --steps={steps} --dropout=0 --log-every=1 --eval-every={steps}")
-    options += shlex.split("--compile=off --cuda-graphs=off --precision=bf16 --learning-rate=6e-4")
-    gpt2 = shlex.split("--preset=gpt2 --batch-size=16 --max-length=1024")
-    toy = shlex.split("--n-layer=1 --n-head=2 --n-embd=32 --batch-size=2 --max-length=16 --block-size=16")
-    command = [*CLI, "train", f"--data={arguments.text}", *options, *(toy if KIND == "cpu" else gpt2)]
+    options = f"--steps={steps} --log-every=1 --eval-every={steps} --learning-rate=6e-4"
+    command = train_gpt2(arguments, f"{options} --compile=off --cuda-graphs=off")
     found, losses = [], []
     for contender, kernels in {"ours": "auto", "ours-reference": "reference"}.items():
         done = run(command, scratch, FUSEDGPT_KERNELS=kernels)
@@ -162,7 +192,7 @@ def judged(rows: list[Row], losses: list[list[float]]) -> list[Row]:
 
 
 Job = Callable[[argparse.Namespace, Path], Iterator[Row]]
-JOBS: dict[str, Job] = {"pipeline": pipeline, "shakespeare": shakespeare, "parity": parity}
+JOBS: dict[str, Job] = {"pipeline": pipeline, "shakespeare": shakespeare, "muon": muon, "parity": parity}
 
 
 def parse() -> argparse.Namespace:
@@ -171,8 +201,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["12M", "33M", "117M"])
     parser.add_argument("--steps", type=int, help="instead of a job's own number")
     found = parser.parse_args()
-    needed = {"pipeline": True, "shakespeare": found.text, "parity": found.text and KIND != "cpu"}
-    found.names = found.names or [name for name, there in needed.items() if there]
+    by_default = ["pipeline"] + ["shakespeare"] * bool(found.text)
+    by_default += ["muon", "parity"] * bool(found.text and KIND != "cpu")
+    found.names = found.names or by_default
     if wrong := [name for name in found.names if name not in JOBS or (name != "pipeline" and not found.text)]:
         parser.error(f"{wrong[0]}: needs --text" if wrong[0] in JOBS else f"no job {wrong[0]}")
     return found

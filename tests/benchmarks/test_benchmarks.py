@@ -167,7 +167,8 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
     for name in ("model.py", "configurator.py"):
         (peer / name).touch()
     (peer / "train.py").write_text(NANOGPTS_LOOP.replace("TEXT", repr(str(text))))
-    options = ["--peer", peer, "--text", text, "--presets", "toy", "--steps", "10"]
+    names = ["pipeline", "shakespeare", "muon"]
+    options = [*names, "--peer", peer, "--text", text, "--presets", "toy", "--steps", "10"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.workloads.jobs", *options],
         capture_output=True,
@@ -175,14 +176,19 @@ def test_whole_jobs_beside_nanogpts_loop(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    pipeline, ours, theirs = map(json.loads, done.stdout.splitlines())
+    pipeline, ours, half, theirs, adamw, muon = map(json.loads, done.stdout.splitlines())
     assert (pipeline["name"], pipeline["shape"]) == ("pipeline", "toy")
     assert pipeline["ms"] > pipeline["train_ms"] > 0
     assert (ours["contender"], ours["shape"]) == ("ours", "4 layers of 128, 12 x 64, 10 steps")
     assert 1.0 < ours["val_loss"] < 4.0
     assert (ours["goal_ms"] is None) is (ours["val_loss"] > ours["goal"])
+    assert (half["contender"], half["shape"]) == ("ours-muon", "4 layers of 128, 12 x 64, 5 steps")
     assert (theirs["contender"], theirs["val_loss"]) == ("peer", 1.85)
     assert 0 < theirs["goal_ms"] < theirs["ms"]
+    assert [adamw["contender"], muon["contender"]] == ["ours", "ours-muon"]
+    assert muon["goal"] == adamw["goal"] == adamw["val_loss"]
+    assert 0 < adamw["goal_ms"] < adamw["ms"]
+    assert (muon["goal_ms"] is None) is (muon["val_loss"] > muon["goal"])
 
 
 def test_a_job_that_fails_is_told_and_a_wrong_one_refused(tmp_path: Path) -> None:
