@@ -16,8 +16,11 @@ from benchmarks.arguments import make_parser
 from benchmarks.clock import CUDA, DEVICE, Call, Timed, choose, nothing
 from benchmarks.report import record
 from fusedgpt.kernels.cpu.linear import matmul_nt
+from fusedgpt.train.loop.precision import resolve_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What is measured by default: bf16 only where the hardware has it.
+PRECISIONS = list(DTYPES) if resolve_precision("auto", DEVICE) == torch.bfloat16 else ["fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=DTYPES)
     for name in parser.parse_args().precisions:
         record.emit({"suite": "ceilings", "dtype": name, **asdict(measure_ceilings(DTYPES[name]))})
 
