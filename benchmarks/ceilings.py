@@ -19,8 +19,6 @@ from fusedgpt.kernels.cpu.linear import matmul_nt
 from fusedgpt.train.loop.precision import resolve_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What is measured by default: bf16 only where the hardware has it.
-PRECISIONS = list(DTYPES) if resolve_precision("auto", DEVICE) == torch.bfloat16 else ["fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +42,14 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     return Ceilings(tflops=2e-9 * n**3 / matmul, gbps=2e-6 * size / copy)
 
 
+def default_precisions() -> list[str]:
+    """What is measured by default: bf16 only where the hardware has it."""
+    return list(DTYPES) if resolve_precision("auto", DEVICE) == torch.bfloat16 else ["fp32"]
+
+
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=DTYPES)
+    parser.add_argument("--precisions", nargs="+", default=default_precisions(), choices=DTYPES)
     for name in parser.parse_args().precisions:
         record.emit({"suite": "ceilings", "dtype": name, **asdict(measure_ceilings(DTYPES[name]))})
 

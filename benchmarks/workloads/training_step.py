@@ -28,7 +28,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.arguments import make_parser
-from benchmarks.ceilings import DTYPES, PRECISIONS, Ceilings, measure_ceilings
+from benchmarks.ceilings import DTYPES, Ceilings, default_precisions, measure_ceilings
 from benchmarks.clock import CUDA, DEVICE
 from benchmarks.report import record
 from benchmarks.report.record import Row
@@ -152,7 +152,7 @@ def parse(*, gpu: bool = CUDA) -> argparse.Namespace:
     parser = make_parser(__doc__, "--peer")
     parser.add_argument("--presets", default=["12M"], nargs="+", choices=SHAPES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=DTYPES)
+    parser.add_argument("--precisions", nargs="+", default=default_precisions(), choices=DTYPES)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128])
     parser.add_argument("--contenders", nargs="+", help="default: ours and the peer, or plain-compiled")
     parser.add_argument("--dropout", type=float, default=0.1)
