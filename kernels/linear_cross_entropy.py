@@ -5,10 +5,9 @@ For the logits z = h W^T of a row, lse = log sum exp z, label smoothing s and z-
     loss = lse - (1 - s) z[target] - s mean(z) + c lse^2
     dz   = (1 + 2 c lse) softmax(z) - (1 - s) onehot(target) - s / V,   dh = dz W,   dW = sum of dz^T h.
 
-The forward pass has all that the gradients need: a row kernel overwrites a chunk's logits with d-logits, and
-these give dh and their part of dW before the next chunk. The backward pass only scales both by the upstream
-gradient. The row kernel is all that differs between Triton (cross_entropy.py) and plain PyTorch
-(cpu/cross_entropy.py).
+The forward pass has all that the gradients need: a row kernel (cross_entropy.py) overwrites a chunk's
+logits with d-logits, and these give dh and their part of dW before the next chunk. The backward pass only
+scales both by the upstream gradient. cpu/linear_cross_entropy.py is the forward pass without Triton.
 
 Shape letters: N rows, n rows of a chunk, C channels, V vocabulary, P padded vocabulary (rows of the weight).
 """
@@ -21,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn
+from fusedgpt.kernels.cpu import linear_cross_entropy as plain
 from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.numerics import fp32_sums
 
-CPU_ROWS = 512  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
 _LOGITS_BYTES = 1 << 30  # of a GPU's buffer at most: 8192 rows of 50304 in bf16
 _ALIGNMENT = 128  # the buffer's row stride is a multiple of this, so that every row is read 16 bytes per load
 
@@ -37,19 +35,6 @@ class LossOptions(NamedTuple):
     ignore_index: int
     label_smoothing: float
     z_loss: float
-
-
-# (logits (n, P), targets (n,), row_scale (n,) or None, losses (n,), options): writes the losses and, where
-# row_scale is given, overwrites the logits with d sum(row_scale * losses) / d logits, 0 in the padding.
-RowKernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, LossOptions], None]
-
-
-def _row_kernel(backend: str) -> RowKernel:
-    if backend == "triton":
-        from fusedgpt.kernels.cross_entropy import cross_entropy
-    else:
-        from fusedgpt.kernels.cpu.cross_entropy import cross_entropy
-    return cross_entropy
 
 
 def rows_per_chunk(P: int, dtype: torch.dtype) -> int:
@@ -85,19 +70,18 @@ def linear_cross_entropy_fwd(
     targets: Tensor,  # (N,) int64
     row_scale: Tensor | None,  # (N,) fp32, or None for the losses alone
     options: LossOptions,
-    backend: str,  # "triton" or "reference"
-    rows: int | None = None,  # per chunk; chosen by device and vocabulary if None
+    rows: int | None = None,  # per chunk; chosen by the vocabulary if None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,) and, given row_scale, the gradients of sum(row_scale * losses).
 
     Returns (losses, dhidden (N, C) in hidden's dtype, dweight (P, C)); losses and dweight in fp32, in fp64
     for fp64. Without row_scale the gradients are empty. Matrix products run in hidden's dtype.
     """
+    from fusedgpt.kernels.cross_entropy import cross_entropy
+
     N, C, P = *hidden.shape, len(weight)
-    cross_entropy, weight = _row_kernel(backend), weight.to(hidden.dtype)
-    has_buffer = backend == "triton" or hidden.device.type == "cuda"  # a CPU's oneDNN allocates its products
-    rows = min(N, rows or (rows_per_chunk(P, hidden.dtype) if has_buffer else CPU_ROWS))
-    buffer = hidden.new_empty((rows, _row_stride(P)) if has_buffer else 0)
+    weight, rows = weight.to(hidden.dtype), min(N, rows or rows_per_chunk(P, hidden.dtype))
+    buffer = hidden.new_empty(rows, _row_stride(P))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(N, dtype=wide)
     dhidden = hidden.new_empty((N, C) if row_scale is not None else 0)
@@ -105,15 +89,11 @@ def linear_cross_entropy_fwd(
     for start in range(0, N, max(rows, 1)):
         chunk = slice(start, min(start + rows, N))
         x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
-        logits = torch.mm(x, weight.T, out=buffer[: len(x), :P]) if has_buffer else matmul_nt(x, weight)
+        logits = torch.mm(x, weight.T, out=buffer[: len(x), :P])
         cross_entropy(logits, targets[chunk], scale, losses[chunk], options)
         if scale is not None:
-            if has_buffer:
-                torch.mm(logits, weight, out=dhidden[chunk])
-            else:
-                dhidden[chunk] = matmul_nt(logits, weight.T)
+            torch.mm(logits, weight, out=dhidden[chunk])
             dweight = _add_weight_gradient(dweight, logits, x)
-        del logits  # before the next chunk's are made
     if dweight is None:
         dweight = hidden.new_zeros((P, C) if row_scale is not None else 0, dtype=wide)
     return losses, dhidden, dweight
@@ -122,13 +102,14 @@ def linear_cross_entropy_fwd(
 def _add_weight_gradient(dweight: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
     """dweight (P, C), None before the first chunk, + dlogits^T (P, n) hidden (n, C), in at least fp32."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.device.type in ("cuda", "meta"):
-        # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the minimum.
-        beta = 0.0 if dweight is None else 1.0
-        if dweight is None:
-            dweight = hidden.new_empty(dlogits.shape[1], hidden.shape[1], dtype=wide)
-        return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
-    return matmul_tn(dlogits, hidden, dweight).to(wide)
+    if hidden.device.type == "cpu":  # in the interpreter
+        found = dlogits.T @ hidden
+        return found.to(wide) if dweight is None else dweight.add_(found)
+    # cuBLAS adds in its epilogue: a chunk reads and writes dweight once, the minimum.
+    beta = 0.0 if dweight is None else 1.0
+    if dweight is None:
+        dweight = hidden.new_empty(dlogits.shape[1], hidden.shape[1], dtype=wide)
+    return torch.addmm(dweight, dlogits.T, hidden, beta=beta, out_dtype=wide, out=dweight)
 
 
 def check_targets(targets: Tensor, options: LossOptions) -> None:
@@ -157,9 +138,8 @@ def _loss_and_gradients(
     if backend != "triton" or targets.device.type == "cpu":  # on a GPU the Triton kernel asserts
         check_targets(targets, options)
     row_scale = None if row_scale is None else row_scale.contiguous()
-    losses, dhidden, dweight = linear_cross_entropy_fwd(
-        hidden, weight, targets.contiguous(), row_scale, options, backend
-    )
+    forward = linear_cross_entropy_fwd if backend == "triton" else plain.linear_cross_entropy_fwd
+    losses, dhidden, dweight = forward(hidden, weight, targets.contiguous(), row_scale, options)
     return losses if row_scale is None else losses @ row_scale, dhidden, dweight
 
 
@@ -239,7 +219,7 @@ def linear_cross_entropy(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    """ops.linear_cross_entropy by the row kernel of `backend`, "triton" or "reference"."""
+    """ops.linear_cross_entropy, its forward pass by `backend`, "triton" or "reference"."""
     row_scale = (targets != options.ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     divisor: Tensor | None = None
     if reduction == "mean":

@@ -116,7 +116,7 @@ def undo(op: str) -> None:
     if op == "linear_cross_entropy":
         ops.linear_cross_entropy = reference.linear_cross_entropy
     if op == "linear":
-        linear.HAS_ONEDNN = False
+        linear.USES_ONEDNN = False
 
 
 def plain(config: GPTConfig, batch: tuple[Tensor, Tensor], precision: str, *, compiled: bool) -> Side:

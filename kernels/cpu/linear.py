@@ -1,7 +1,8 @@
-"""Products without autograd, computed by oneDNN for fp32 on a CPU.
+"""Products without autograd, computed by oneDNN for fp32 on AMD CPUs.
 
 torch sends fp32 matmuls on x86 to MKL. On AMD CPUs oneDNN, also part of torch, is faster, without AVX-512 all
-but the gradients of weights (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to oneDNN anyway.
+but the gradients of weights; on Intel's MKL is (docs/experiments.md, "oneDNN for fp32 matmuls"). bf16 goes to
+oneDNN anyway.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import reference
+from fusedgpt.kernels.cpu.process import cpu_description
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+USES_ONEDNN = HAS_ONEDNN and "AuthenticAMD" in cpu_description()
 
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def takes_onednn(x: Tensor) -> bool:
     """Whether products with x go to oneDNN."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN
+    return x.dtype == torch.float32 and x.device.type == "cpu" and USES_ONEDNN
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,29 +39,30 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return reference.linear(x, weight, bias)
 
 
-def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for a (M, K) and b (N, K), any strides, no autograd."""
-    return _onednn_linear(a, b) if takes_onednn(a) else a @ b.T
-
-
-def matmul_tn(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """a.T @ b for a (N, M) and b (N, K), no autograd. add_to: what it is added to, in place."""
-    if takes_onednn(a) and _HAS_AVX512:
-        found = _onednn_linear(a.T, b.T)
+def matmul_nt(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """a @ b.T for a (M, K) and b (N, K), any strides, no autograd. add_to: what it is added to, in place."""
+    if takes_onednn(a):
+        found = _onednn_linear(a, b)
     elif add_to is not None and add_to.dtype == a.dtype:
-        return add_to.addmm_(a.T, b)
+        return add_to.addmm_(a, b.T)
     else:
-        found = a.T @ b
+        found = a @ b.T
     return found if add_to is None else add_to.add_(found)
+
+
+def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b for a (N, M) and b (N, K), no autograd."""
+    return _onednn_linear(a.T, b.T) if takes_onednn(a) and _HAS_AVX512 else a.T @ b
 
 
 def transposed_storage(weight: Tensor) -> Tensor:
     """`weight` (K, C) stored as its transpose where `inference_linear` reads it faster so: fp32 on a CPU.
 
     oneDNN multiplies one row at little more than half of the memory bandwidth; embedding_bag's weighted sum
-    of the rows of weight.T comes close to it (docs/experiments.md).
+    of the rows of weight.T comes close to it. MKL, too, reads the transpose faster (docs/experiments.md).
     """
-    return weight.T.contiguous().T if takes_onednn(weight) else weight
+    on_x86 = weight.device.type == "cpu" and torch.backends.mkl.is_available()
+    return weight.T.contiguous().T if weight.dtype == torch.float32 and on_x86 else weight
 
 
 @lru_cache

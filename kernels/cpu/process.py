@@ -1,11 +1,21 @@
-"""Settings of the process that make CPU steps fast, and keep them fast beside other work."""
+"""What the CPU is, and settings of the process that make its steps fast, beside other work too."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+from functools import cache
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # <malloc.h>
+
+
+@cache
+def cpu_description() -> str:
+    """What the system says of the CPU, vendor and features among it, in the system's own words."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else platform.processor()
 
 
 def keep_freed_memory() -> bool:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedgpt.kernels.cpu.process import cpu_description
 from fusedgpt.kernels.errors import UsageError
 from fusedgpt.model.gpt import GPT
 
@@ -56,9 +56,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices natively (AVX512-BF16, AMX or Arm's BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return not set(cpu_description().split()).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def cast_parameters(model: GPT, dtype: torch.dtype) -> None:

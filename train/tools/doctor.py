@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fusedgpt.kernels import ops
-from fusedgpt.kernels.cpu.linear import HAS_ONEDNN
+from fusedgpt.kernels.cpu.linear import USES_ONEDNN
 from fusedgpt.train.loop.precision import cpu_has_bf16, resolve_device, resolve_precision
 
 _PACKAGES = ("fusedgpt", "torch", "triton", "transformers", "tiktoken", "tokenizers", "safetensors")
@@ -25,7 +25,7 @@ def examine() -> dict[str, dict[str, str]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cpu cores": f"{os.cpu_count()}, {torch.get_num_threads()} used by torch",
             "cpu bf16": "native" if cpu_has_bf16() else "no",
-            "cpu fp32 matmul": "oneDNN" if HAS_ONEDNN else "torch's default",
+            "cpu fp32 matmul": "oneDNN" if USES_ONEDNN else "torch's default",
             **_gpus(),
         },
         "packages": {name: _version(name) for name in _PACKAGES},

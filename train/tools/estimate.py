@@ -49,7 +49,8 @@ from typing import get_args
 
 import torch
 
-from fusedgpt.kernels.linear_cross_entropy import CPU_ROWS, extra_bytes
+from fusedgpt.kernels.cpu import linear_cross_entropy as plain
+from fusedgpt.kernels.linear_cross_entropy import extra_bytes
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.train.config import TrainConfig, windows_per_step
 from fusedgpt.train.loop.precision import resolve_precision
@@ -212,7 +213,7 @@ class Shapes:
         N, C, P = self.B * self.T, self.config.n_embd, self.config.padded_vocab_size
         if self.on_gpu:
             return extra_bytes(N, C, P, self.dtype, self.weight_dtype)
-        logits = min(N, CPU_ROWS) * P * self.dtype.itemsize
+        logits = min(N, plain.ROWS) * P * self.dtype.itemsize
         return logits + N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)
 
     def _cast(self, numel: int) -> int:

@@ -9,7 +9,13 @@ from torch import Tensor
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear as kernel
 
-needs_onednn = pytest.mark.skipif(not kernel.HAS_ONEDNN, reason="this torch has no oneDNN")
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 goes to oneDNN, as on an AMD CPU."""
+    if not kernel.HAS_ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(kernel, "USES_ONEDNN", True)
 
 
 def results(x: Tensor, weight: Tensor, bias: Tensor | None, linear: object) -> list[Tensor]:
@@ -30,6 +36,7 @@ def results(x: Tensor, weight: Tensor, bias: Tensor | None, linear: object) -> l
         (torch.bfloat16, 1.0 + 1e-6),  # the same code
     ],
 )
+@pytest.mark.usefixtures("onednn")
 def test_error_is_no_larger_than_pytorchs(
     shape: tuple[int, ...], K: int, with_bias: bool, dtype: torch.dtype, factor: float
 ) -> None:
@@ -48,29 +55,38 @@ def test_error_is_no_larger_than_pytorchs(
         assert mine.is_contiguous()
 
 
-@needs_onednn
-def test_fp32_on_a_cpu_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_fp32_on_an_amd_cpu_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "linear", None)
     ops.linear(torch.ones(2, 3), torch.ones(4, 3))
     with pytest.raises(TypeError):
         ops.linear(torch.ones(2, 3).double(), torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize(("onednn", "avx512"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_product_over_rows_is_added_up(
-    dtype: torch.dtype, avx512: bool, monkeypatch: pytest.MonkeyPatch
+def test_products_and_their_sums(
+    dtype: torch.dtype, onednn: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernel, "USES_ONEDNN", onednn and kernel.HAS_ONEDNN)
     monkeypatch.setattr(kernel, "_HAS_AVX512", avx512)
     a, b = torch.randn(2, 130, 40, dtype=dtype), torch.randn(2, 130, 24, dtype=dtype)
     total = kernel.matmul_tn(a[0], b[0]).to(torch.promote_types(dtype, torch.float32))
-    added = kernel.matmul_tn(a[1], b[1], add_to=total)
+    added = kernel.matmul_nt(a[1].T, b[1].T, add_to=total)
     assert added is total
     tolerance = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     exact = torch.einsum("inm,ink->mk", a.double(), b.double())
     torch.testing.assert_close(total.double(), exact, **tolerance)  # type: ignore[arg-type]
 
 
+def test_fp32_elsewhere_is_the_plain_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "USES_ONEDNN", False)
+    args = torch.randn(256, 64), torch.randn(300, 64), torch.randn(300)
+    for mine, plain in zip(results(*args, ops.linear), results(*args, reference.linear), strict=True):
+        assert torch.equal(mine, plain)
+
+
+@pytest.mark.usefixtures("onednn")
 def test_strides_do_not_matter() -> None:
     x, weight = torch.randn(7, 12, 5).transpose(1, 2), torch.randn(12, 9).T
     torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
@@ -125,7 +141,7 @@ def test_bad_input_is_named(weight: Tensor, bias: Tensor | None, message: str) -
         ops.linear(torch.ones(2, 3), weight, bias)
 
 
-@needs_onednn
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("K", "threads", "bags"), [(4, 4, 4), (301, 2, 1), (300, 7, 6)])
 def test_inference_linear_of_one_row(
@@ -149,7 +165,7 @@ def test_inference_linear_of_one_row(
     assert torch.equal(product(x), torch.zeros(K) if used is None else used)  # a view, no copy
 
 
-@needs_onednn
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_fp32_is_stored_transposed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
@@ -162,7 +178,7 @@ def test_only_fp32_is_stored_transposed(dtype: torch.dtype, monkeypatch: pytest.
         assert len(used) == bags
 
 
-@needs_onednn
+@pytest.mark.usefixtures("onednn")
 def test_transposed_storage_can_be_trained() -> None:
     weight, x = kernel.transposed_storage(torch.randn(16, 8)).requires_grad_(), torch.randn(1, 8)
     ops.linear(x, weight).sum().backward()

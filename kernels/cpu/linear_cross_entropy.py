@@ -1,0 +1,95 @@
+"""Linear + cross-entropy in plain PyTorch, made for CPUs; the formulas are in ../linear_cross_entropy.py.
+
+A chunk's logits are made transposed, (P, n): two of the three matrix products are faster so in bf16
+(docs/experiments.md, "Transposed logits").
+
+Shape letters: N rows, n rows of a chunk, C channels, V vocabulary, P padded vocabulary (rows of the weight).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn
+
+if TYPE_CHECKING:
+    from fusedgpt.kernels.linear_cross_entropy import LossOptions
+
+ROWS = 1024  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
+_SOFTMAX_LOGITS = 1 << 19  # at a time: 2 MiB in fp32, which stay in a core's cache
+
+
+def linear_cross_entropy_fwd(
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (P, C)
+    targets: Tensor,  # (N,) int64
+    row_scale: Tensor | None,  # (N,) fp32, or None for the losses alone
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ../linear_cross_entropy.py. Half precision but bf16 is computed in fp32."""
+    N, C, P = *hidden.shape, len(weight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
+    weight, has_gradient = weight.to(dtype), row_scale is not None
+    losses = hidden.new_empty(N, dtype=wide)
+    dhidden = hidden.new_empty((N, C) if has_gradient else 0)
+    dweight: Tensor | None = None
+    for start in range(0, N, ROWS):
+        chunk = slice(start, start + ROWS)
+        x, scale = hidden[chunk].to(dtype), None if row_scale is None else row_scale[chunk]
+        logits = matmul_nt(weight, x)
+        losses[chunk], total = _losses(logits, targets[chunk], options, has_gradient=has_gradient)
+        if scale is not None:
+            scale = (torch.where(targets[chunk] == options.ignore_index, 0.0, scale) / total)[:, None]
+            dhidden[chunk] = matmul_tn(logits, weight) * scale
+            dweight = matmul_nt(logits, (x * scale).to(dtype).T, add_to=dweight).to(wide)
+        del logits  # before the next chunk's are made
+    if dweight is None:
+        dweight = hidden.new_zeros((P, C) if has_gradient else 0, dtype=wide)
+    return losses, dhidden, dweight
+
+
+def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bool) -> tuple[Tensor, Tensor]:
+    """(losses (n,), totals (n,)); logits (P, n) become total * d loss / d logits if that is asked for.
+
+    Each column's total is its sum of exponentials: the division is left for n rows of C channels.
+    """
+    counted, logits[o.vocab_size :] = targets != o.ignore_index, 0.0
+    logits = logits[: o.vocab_size]
+    target = torch.where(counted, targets, 0), torch.arange(len(targets), device=targets.device)
+    at_target = logits[target].to(torch.promote_types(logits.dtype, torch.float32))
+    peak = _largest(logits).to(at_target.dtype)
+    total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
+    blocks = logits.split(max(1, _SOFTMAX_LOGITS // len(peak)))
+    for block in blocks:
+        exps = block.to(peak.dtype)  # of fp32 a view, so written in place
+        if o.label_smoothing:
+            mean += exps.sum(0) / o.vocab_size
+        total += exps.sub_(peak).exp_().sum(0)
+        if has_gradient:
+            block.copy_(exps)
+    lse = peak + total.log()
+    if has_gradient:
+        factor, shift = 1 + 2 * o.z_loss * lse, o.label_smoothing / o.vocab_size * total
+        if o.z_loss or o.label_smoothing:
+            for block in blocks:
+                block.copy_(block.to(peak.dtype).mul_(factor).sub_(shift))
+        d_target = (at_target - peak).exp() * factor - shift - (1 - o.label_smoothing) * total
+        logits[target] = d_target.to(logits.dtype)  # scatter_ would copy all logits, twice
+    loss = lse - (1 - o.label_smoothing) * at_target - o.label_smoothing * mean + o.z_loss * lse * lse
+    return torch.where(counted, loss, 0.0), total
+
+
+def _largest(x: Tensor) -> Tensor:
+    """x.amax(0), which torch does slowly in bf16.
+
+    Read as integers, numbers that are not negative are in order, and the negative ones in reverse.
+    """
+    if x.dtype != torch.bfloat16:
+        return x.amax(0)
+    bits = x.view(torch.int16)
+    largest = bits.amax(0)
+    return torch.where(largest >= 0, largest, bits.amin(0)).view(torch.bfloat16)
