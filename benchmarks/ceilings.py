@@ -2,7 +2,7 @@
 
     python -m benchmarks.ceilings [--precisions fp32 bf16]
 
-On a CPU the matmul is the faster of torch's and oneDNN's, which ours uses in fp32 (kernels/cpu/linear.py).
+On a CPU the matmul is the faster of torch's and ours (kernels/cpu/linear.py).
 """
 
 from __future__ import annotations

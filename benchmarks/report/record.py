@@ -4,7 +4,7 @@
     ms          median time of one call, step or job
     interval    [low, high], ms with 95% confidence; where there are 6 repetitions
     spread      p80 - p20 within a run as a fraction of ms: the noise; null if nothing was repeated in a run
-    runs_ms     medians of the separate runs, two for each contender of a `contest` that came to its end
+    runs_ms     medians of the separate runs, two a round for each contender of a `contest` that ended
     fault       why there is no ms; `skipped` if that is no failure, e.g. out of memory
 and where they apply
     rate, unit               work per second
@@ -71,8 +71,9 @@ def contest(
     contenders: Iterable[str],
     run: Callable[[str], Row],
     figures: Callable[[Row, list[Row]], Row] = lambda row, runs: {},
+    rounds: int = 1,
 ) -> list[Row]:
-    """Run every contender twice, in the order A B C C B A; the last row of each.
+    """Run every contender twice a round, in the order A B C C B A; the last row of each.
 
     A row is emitted after each run, of all runs so far: whatever is cut short leaves figures.
 
@@ -83,7 +84,7 @@ def contest(
     contenders = list(contenders)
     runs: dict[str, list[Row]] = {name: [] for name in contenders}
     rows: dict[str, Row] = {}
-    for name in (*contenders, *reversed(contenders)):
+    for name in [*contenders, *reversed(contenders)] * rounds:
         mine = runs[name]
         if mine and "times" not in mine[0]:
             continue

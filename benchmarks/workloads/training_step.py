@@ -1,12 +1,13 @@
 """Training steps of ours and its rivals, and what each fused op and checkpointing change.
 
     python -m benchmarks.workloads.training_step [--peer NANOGPT] [--presets 12M] [--batch-sizes 2 16]
-        [--lengths 128] [--contenders ours plain-compiled ours-without-linear ...]
+        [--lengths 128] [--contenders ours plain-compiled ours-without-linear ...] [--rounds 4]
 
 contenders.py says who they are. Each is a process of its own. They start and compile, all at once on a GPU,
-then take turns in the order A B C C B A; --steps 0 ends before that, with the times to the first step. Tokens
-are Zipf-distributed. A contender gets no speed unless its losses without dropout, before and after the first
-steps, are those of eager plain PyTorch, and the steps that are timed lower the loss; else the exit code is 1.
+then take turns in the order A B C C B A, --rounds times; --steps 0 ends before that, with the times to the
+first step. Tokens are Zipf-distributed. A contender gets no speed unless its losses without dropout, before
+and after the first steps, are those of eager plain PyTorch, and the steps that are timed lower the loss; else
+the exit code is 1.
 
 MFU is given for two counts of FLOPs per token, 6 N + 12 L C T (PaLM's and nanoGPT's) and 6 M + 6 L C T (what
 the matmuls and causal attention need; M counts the weights of the blocks and the output projection), as
@@ -51,7 +52,7 @@ def judged(row: Row, truth: Row, precision: str) -> Row:
     return {"fault": f"no speed: losses {shown[0]}, of plain PyTorch {shown[1]}"}
 
 
-def compare(names: list[str], point: Point, steps: int) -> list[Row]:
+def compare(names: list[str], point: Point, steps: int, rounds: int = 1) -> list[Row]:
     """All contenders at one point; without steps, how long the first one takes to come."""
     kinds = {"ablation": "-without-", "checkpointing": "-checkpointing-"}
     kind = next((kind for kind, sign in kinds.items() if any(sign in name for name in names)), "step")
@@ -97,7 +98,7 @@ def compare(names: list[str], point: Point, steps: int) -> list[Row]:
         wait_for(entrant for name, entrant in entrants.items() if name not in gates)
         ceilings = measure_ceilings(DTYPES[point.precision])
         torch.cuda.empty_cache()  # for the contenders
-        return record.contest(base, names, run, lambda row, runs: figures(row, runs, point, ceilings))
+        return record.contest(base, names, run, lambda row, runs: figures(row, runs, point, ceilings), rounds)
 
 
 def doubles(names: list[str]) -> dict[str, str]:
@@ -157,6 +158,7 @@ def parse(*, gpu: bool = CUDA) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="default: ours and the peer, or plain-compiled")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1, help="several where the machine's speed drifts")
     found = parser.parse_args()
     found.contenders = found.contenders or ["ours", "peer" if found.peer else "plain-compiled"]
     known = contenders.names(gpu=gpu, peer=bool(found.peer))
@@ -173,7 +175,7 @@ def main() -> int:
     axes = (arguments.presets, arguments.precisions, arguments.batch_sizes, arguments.lengths)
     for preset, precision, batch_size, length in itertools.product(*axes):
         point = Point(preset=preset, precision=precision, batch_size=batch_size, length=length, **same)
-        rows += compare(arguments.contenders, point, arguments.steps)
+        rows += compare(arguments.contenders, point, arguments.steps, arguments.rounds)
     return 1 if record.faults(rows) else 0
 
 

@@ -57,7 +57,8 @@ def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bo
 
     Each column's total is its sum of exponentials: the division is left for n rows of C channels.
     """
-    counted, logits[o.vocab_size :] = targets != o.ignore_index, 0.0
+    counted = targets != o.ignore_index
+    logits[o.vocab_size :] = 0.0
     logits = logits[: o.vocab_size]
     target = torch.where(counted, targets, 0), torch.arange(len(targets), device=targets.device)
     at_target = logits[target].to(torch.promote_types(logits.dtype, torch.float32))
@@ -65,7 +66,7 @@ def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bo
     total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
     blocks = logits.split(max(1, _SOFTMAX_LOGITS // len(peak)))
     for block in blocks:
-        exps = block.to(peak.dtype)  # of fp32 a view, so written in place
+        exps = block.to(peak.dtype)  # fp32 blocks themselves, so written in place
         if o.label_smoothing:
             mean += exps.sum(0) / o.vocab_size
         total += exps.sub_(peak).exp_().sum(0)

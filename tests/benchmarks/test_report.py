@@ -221,6 +221,9 @@ def test_every_run_leaves_a_figure_and_the_last_row_counts(capsys: pytest.Captur
     assert [(row["ms"], row["n"]) for row in rows if row["contender"] == "ours"] == [(1.1, 1), (1.1, 2)]
     assert "runs_ms" in rows[-1]
     assert [row["contender"] for row in last if "fault" in row] == ["wrong", "flaky"]
+    asked.clear()
+    record.contest(base, ["ours", "theirs"], lambda name: asked.append(name) or {"times": [1.0]}, rounds=2)
+    assert "".join(name[0] for name in asked) == "ottootto"
     assert {row["contender"] for row in record.timed(rows).values()} == {"ours"}  # flaky lost its figure
 
 

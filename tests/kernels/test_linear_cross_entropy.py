@@ -127,6 +127,35 @@ def test_plain_error_is_no_larger_than_pytorchs(
         assert abs((x.double() - true).mean()) <= 1e-3 * true.abs().mean()  # no bias
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # from even to certain: p - 1 of the target is then small
+def test_plain_error_with_options_and_certain_rows(options: dict[str, float], scale: float) -> None:
+    hidden, weight, _ = problem(64, 32, 300, torch.bfloat16)
+    hidden = (hidden.detach() * scale).requires_grad_()
+    targets = (hidden @ weight[:300].T).argmax(1).where(torch.arange(64) % 3 > 0, torch.arange(64))
+    kwargs: dict[str, Any] = {"vocab_size": 300, **options}
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = gradients(reference.linear_cross_entropy, *exact, targets, **kwargs)
+    ours = gradients(ops.linear_cross_entropy, hidden, weight, targets, **kwargs)
+    theirs = gradients(reference.linear_cross_entropy, hidden, weight, targets, **kwargs)
+    for x, y, true, factor in zip(ours, theirs, truth, (1.5, 2.0, 2.0), strict=True):  # the standard's
+        assert relative_error(x, true) <= factor * relative_error(y, true) + torch.finfo(torch.float32).eps
+
+
+def test_the_largest_of_each_column_in_bf16() -> None:
+    columns = [
+        [-3.0, 2.0, 1.0],
+        [-300.0, -2.0, -2.5],
+        [0.0, -0.0, -1.0],
+        [5.0, 5.0, 5.0],
+        [-1e30, 0.0, 1e-30],
+    ]
+    x = torch.tensor(columns).T.bfloat16()
+    assert plain._largest(x).tolist() == x.float().amax(0).tolist()
+    x[1] = torch.nan
+    assert plain._largest(x).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("N", "C", "V", "reduction", "options"),
     [
