@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import cross_entropy, ops, reference
 from fusedgpt.kernels import linear_cross_entropy as lce
+from fusedgpt.kernels.cpu import linear
 from fusedgpt.kernels.cpu import linear_cross_entropy as plain
 from fusedgpt.kernels.tools import cases, check
 
@@ -112,9 +113,11 @@ def test_plain_equals_the_reference_in_float64(
         (torch.bfloat16, 65, (1.5, 2.0, 2.0)),
     ],
 )
+@pytest.mark.parametrize("onednn", [False, True])
 def test_plain_error_is_no_larger_than_pytorchs(
-    dtype: torch.dtype, V: int, allowed: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, V: int, allowed: tuple[float, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(linear, "USES_ONEDNN", onednn and linear.HAS_ONEDNN)
     monkeypatch.setattr(plain, "ROWS", 64)
     args = problem(200, 64, V, dtype)
     exact = [args[0].detach().double().requires_grad_(), args[1].detach().double().requires_grad_(), args[2]]
