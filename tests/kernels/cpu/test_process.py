@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from fusedgpt.kernels.cpu import process
 
 PAGE_FAULTS = """
 import resource, sys, torch
@@ -64,3 +68,11 @@ def test_spinning_is_short_unless_the_user_says_otherwise(
         "print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     assert run(code, **environment) == spin_count
+
+
+def test_without_proc_the_processors_name_says_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    process.cpu_description.cache_clear()
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD")
+    assert "AuthenticAMD" in process.cpu_description()
+    process.cpu_description.cache_clear()
