@@ -185,6 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """dhidden (N, C), dweight (P, C) in their inputs' dtypes; dloss () or, without row_scale, (N,)."""
         none = [None] * (2 + len(ctx.options))
         if not ctx.has_gradients:
             _, dhidden, dweight = _op(*ctx.saved_tensors, dloss, *ctx.options)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn
+from fusedgpt.kernels.numerics import fp32_sums
 
 if TYPE_CHECKING:
     from fusedgpt.kernels.linear_cross_entropy import LossOptions
@@ -22,6 +23,7 @@ ROWS = 1024  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
 _SOFTMAX_LOGITS = 1 << 19  # at a time: 2 MiB in fp32, which stay in a core's cache
 
 
+@fp32_sums()
 def linear_cross_entropy_fwd(
     hidden: Tensor,  # (N, C)
     weight: Tensor,  # (P, C)
@@ -29,23 +31,22 @@ def linear_cross_entropy_fwd(
     row_scale: Tensor | None,  # (N,) fp32, or None for the losses alone
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ../linear_cross_entropy.py. Half precision but bf16 is computed in fp32."""
+    """See ../linear_cross_entropy.py."""
     N, C, P = *hidden.shape, len(weight)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
-    weight, has_gradient = weight.to(dtype), row_scale is not None
+    weight, has_gradient = weight.to(hidden.dtype), row_scale is not None
     losses = hidden.new_empty(N, dtype=wide)
     dhidden = hidden.new_empty((N, C) if has_gradient else 0)
     dweight: Tensor | None = None
     for start in range(0, N, ROWS):
         chunk = slice(start, start + ROWS)
-        x, scale = hidden[chunk].to(dtype), None if row_scale is None else row_scale[chunk]
+        x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
         logits = matmul_nt(weight, x)
-        losses[chunk], total = _losses(logits, targets[chunk], options, has_gradient=has_gradient)
+        losses[chunk], unit = _losses(logits, targets[chunk], options, has_gradient=has_gradient)
         if scale is not None:
-            scale = (torch.where(targets[chunk] == options.ignore_index, 0.0, scale) / total)[:, None]
+            scale = (torch.where(targets[chunk] == options.ignore_index, 0.0, scale) / unit)[:, None]
             dhidden[chunk] = matmul_tn(logits, weight) * scale
-            dweight = matmul_nt(logits, (x * scale).to(dtype).T, add_to=dweight).to(wide)
+            dweight = matmul_nt(logits, (x * scale).to(x.dtype).T, add_to=dweight).to(wide)
         del logits  # before the next chunk's are made
     if dweight is None:
         dweight = hidden.new_zeros((P, C) if has_gradient else 0, dtype=wide)
@@ -53,9 +54,10 @@ def linear_cross_entropy_fwd(
 
 
 def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bool) -> tuple[Tensor, Tensor]:
-    """(losses (n,), totals (n,)); logits (P, n) become total * d loss / d logits if that is asked for.
+    """(losses (n,), units (n,)); logits (P, n) become unit * d loss / d logits if that is asked for.
 
-    Each column's total is its sum of exponentials: the division is left for n rows of C channels.
+    A column's unit is its sum of exponentials: the division is left for n rows of C channels. fp16 is too
+    narrow for that, so its unit is 1.
     """
     counted = targets != o.ignore_index
     logits[o.vocab_size :] = 0.0
@@ -72,16 +74,17 @@ def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bo
         total += exps.sub_(peak).exp_().sum(0)
         if has_gradient:
             block.copy_(exps)
-    lse = peak + total.log()
+    lse, narrow = peak + total.log(), logits.dtype == torch.float16
+    unit = torch.ones_like(total) if narrow else total
     if has_gradient:
-        factor, shift = 1 + 2 * o.z_loss * lse, o.label_smoothing / o.vocab_size * total
-        if o.z_loss or o.label_smoothing:
+        factor, shift = (1 + 2 * o.z_loss * lse) * unit / total, o.label_smoothing / o.vocab_size * unit
+        if narrow or o.z_loss or o.label_smoothing:
             for block in blocks:
                 block.copy_(block.to(peak.dtype).mul_(factor).sub_(shift))
-        d_target = (at_target - peak).exp() * factor - shift - (1 - o.label_smoothing) * total
+        d_target = (at_target - peak).exp() * factor - shift - (1 - o.label_smoothing) * unit
         logits[target] = d_target.to(logits.dtype)  # scatter_ would copy all logits, twice
     loss = lse - (1 - o.label_smoothing) * at_target - o.label_smoothing * mean + o.z_loss * lse * lse
-    return torch.where(counted, loss, 0.0), total
+    return torch.where(counted, loss, 0.0), unit
 
 
 def _largest(x: Tensor) -> Tensor:

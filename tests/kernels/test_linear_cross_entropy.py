@@ -111,6 +111,7 @@ def test_plain_equals_the_reference_in_float64(
         (torch.bfloat16, 50257, (1.5, 2.0, 2.0)),
         (torch.bfloat16, 50304, (1.5, 2.0, 2.0)),
         (torch.bfloat16, 65, (1.5, 2.0, 2.0)),
+        (torch.float16, 50257, (1.5, 2.0, 2.0)),
     ],
 )
 @pytest.mark.parametrize("onednn", [False, True])

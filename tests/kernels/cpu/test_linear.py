@@ -63,12 +63,12 @@ def test_fp32_on_an_amd_cpu_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> N
         ops.linear(torch.ones(2, 3).double(), torch.ones(4, 3))
 
 
-@pytest.mark.parametrize(("onednn", "avx512"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("by_onednn", "avx512"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_and_their_sums(
-    dtype: torch.dtype, onednn: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, by_onednn: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "USES_ONEDNN", onednn and kernel.HAS_ONEDNN)
+    monkeypatch.setattr(kernel, "USES_ONEDNN", by_onednn and kernel.HAS_ONEDNN)
     monkeypatch.setattr(kernel, "_HAS_AVX512", avx512)
     a, b = torch.randn(2, 130, 40, dtype=dtype), torch.randn(2, 130, 24, dtype=dtype)
     total = kernel.matmul_tn(a[0], b[0]).to(torch.promote_types(dtype, torch.float32))
