@@ -146,6 +146,18 @@ def test_plain_error_with_options_and_certain_rows(options: dict[str, float], sc
         assert relative_error(x, true) <= factor * relative_error(y, true) + torch.finfo(torch.float32).eps
 
 
+def test_a_vocabulary_larger_than_fp16s_numbers() -> None:
+    """A sum of 70,000 equal exponentials is infinite there."""
+    hidden, weight, targets = problem(8, 16, 70000, torch.float16)
+    weight = weight.detach().zero_().requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = gradients(reference.linear_cross_entropy, *exact, targets, vocab_size=70000, reduction="sum")
+    ours = gradients(ops.linear_cross_entropy, hidden, weight, targets, vocab_size=70000, reduction="sum")
+    assert relative_error(ours[0], truth[0]) < 1e-6
+    assert ours[1].abs().max() == 0
+    assert relative_error(ours[2], truth[2]) < 1e-3  # fp16 has 11 bits
+
+
 def test_the_largest_of_each_column_in_bf16() -> None:
     columns = [
         [-3.0, 2.0, 1.0],
