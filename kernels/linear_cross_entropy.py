@@ -170,7 +170,8 @@ _scaled_op = register_op("linear_cross_entropy_scaled", _scaled, _scaled_fake)
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of _loss_and_gradients, whose gradients are made along with it.
 
-    Without row_scale the losses; the backward pass then makes the logits a second time.
+    Without row_scale the losses; the backward pass then makes the logits a second time. So it does on a CPU
+    in a second backward pass: the first gives its gradients away, for others to add to them in place.
     """
 
     @staticmethod
@@ -179,19 +180,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss: Tensor
         loss, *gradients = _op(hidden, weight, targets, row_scale, *options)
-        ctx.options, ctx.has_gradients, ctx.weight_dtype = options, row_scale is not None, weight.dtype
-        ctx.save_for_backward(*(gradients if ctx.has_gradients else (hidden, weight, targets)))
+        ctx.options, ctx.weight_dtype, ctx.gradients = options, weight.dtype, None
+        ctx.keeps_gradients = row_scale is not None and not _on_eager_cpu(hidden)
+        if ctx.keeps_gradients:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, row_scale)
+            ctx.gradients = None if row_scale is None else gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         """dhidden (N, C), dweight (P, C) in their inputs' dtypes; dloss () or, without row_scale, (N,)."""
         none = [None] * (2 + len(ctx.options))
-        if not ctx.has_gradients:
-            _, dhidden, dweight = _op(*ctx.saved_tensors, dloss, *ctx.options)
-            return dhidden, dweight.to(ctx.weight_dtype), *none
-        dhidden, dweight = ctx.saved_tensors
-        if _is_one(dloss):  # loss.backward() itself: nothing to scale
+        if ctx.keeps_gradients:
+            dhidden, dweight = ctx.saved_tensors
+        elif ctx.gradients:
+            (dhidden, dweight), ctx.gradients = ctx.gradients, None
+        else:
+            *inputs, row_scale = ctx.saved_tensors
+            _, dhidden, dweight = _op(*inputs, dloss if row_scale is None else row_scale, *ctx.options)
+        if dloss.ndim == 1 or _is_one(dloss):  # loss.backward() itself: nothing to scale
             return dhidden, dweight.to(ctx.weight_dtype), *none
         # Out of place: after retain_graph=True another backward needs both as they are.
         return (
@@ -204,11 +213,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 _loss: Callable[..., Tensor] = _LinearCrossEntropy.apply
 
 
+def _on_eager_cpu(x: Tensor) -> bool:
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _is_one(x: Tensor) -> bool:
-    """Whether x is 1, where that can be seen for nothing: on a CPU, and not while tracing."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return x.item() == 1.0
+    """Whether x is 1, where that can be seen for nothing."""
+    return _on_eager_cpu(x) and x.item() == 1.0
 
 
 def linear_cross_entropy(

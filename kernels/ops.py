@@ -33,6 +33,7 @@ from fusedgpt.kernels.arguments import (
     unexpected,
 )
 from fusedgpt.kernels.cpu import attention as attention_cpu
+from fusedgpt.kernels.cpu.embedding import tied_embedding
 from fusedgpt.kernels.reference import attention_dropout_blocks as attention_dropout_blocks
 from fusedgpt.kernels.reference import dropout_blocks as dropout_blocks
 
@@ -341,6 +342,17 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     if _takes_triton("bias_gelu", x, bias):
         return activation_.bias_gelu(x, bias)
     return reference.bias_gelu(x, bias)
+
+
+def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(the rows weight[idx] (..., C), the weight for a head tied to them).
+
+    idx: (...) int64; weight: (P, C). The head's use of the weight must be that of the second tensor, and the
+    only one: on a CPU the backward pass adds the rows' gradients to the head's in place.
+    """
+    if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+        return tied_embedding(idx, weight)
+    return reference.embedding(idx, weight)
 
 
 def linear_cross_entropy(

@@ -210,6 +210,11 @@ def dropout_add_layer_norm(
     return layer_norm(residual, weight, bias, eps), residual
 
 
+def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See ops.embedding."""
+    return F.embedding(idx, weight), weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in x's dtype; x (..., C), weight (K, C), bias (K,)."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedgpt.kernels import ops
@@ -251,27 +250,21 @@ class GPT(nn.Module):
 
     def hidden(
         self, idx: Tensor, *, documents: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """The final LayerNorm's output (B, T, C) for token ids idx (B, T); see forward."""
+    ) -> tuple[Tensor, Tensor]:
+        """(the final LayerNorm's output (B, T, C), the head's weight (P, C)) for ids (B, T); see forward."""
         B, T = idx.shape
         if self.config.block_size < T:
             raise ValueError(f"idx: {T} tokens, but block_size is {self.config.block_size}")
         dropout = self._next_dropout(B, T)
-        # The head's gradient of wte is dense; adding the embedding's few rows to it beats a second dense one.
-        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe(torch.arange(T, device=idx.device))
+        x, head = ops.embedding(idx, self.wte.weight)
+        x = x + self.wpe(torch.arange(T, device=idx.device))
         x = x.to(dtype or x.dtype)  # (B, T, C)
         x_bias: Tensor | None = None
         residual: Tensor | None = None
         prepared = None if documents is None else ops.prepare_documents(documents)
         for layer, block in enumerate(self.blocks()):
             x, x_bias, residual = block(x, x_bias, residual, dropout.of_block(layer), prepared)
-        y: Tensor = self.ln_f(x, x_bias, residual, dropout.at(-1))[0]
-        return y
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), without the vocabulary's padding."""
-        return ops.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
+        return self.ln_f(x, x_bias, residual, dropout.at(-1))[0], head
 
     def forward(
         self,
@@ -289,12 +282,12 @@ class GPT(nn.Module):
         label_smoothing, z_loss: see ops.linear_cross_entropy. Raises ValueError where idx is longer than
         block_size or a target is out of the vocabulary.
         """
-        hidden = self.hidden(idx, documents=documents, dtype=dtype)
+        hidden, head = self.hidden(idx, documents=documents, dtype=dtype)
         if targets is None:
-            return self.logits(hidden)
+            return ops.linear(hidden, head)[..., : self.config.vocab_size]
         return ops.linear_cross_entropy(
             hidden.view(-1, self.config.n_embd),
-            self.wte.weight,
+            head,
             targets.reshape(-1),
             vocab_size=self.config.vocab_size,
             reduction=reduction,

@@ -67,6 +67,14 @@ class Bucket:
         return [grads[i] for i in self.grads]
 
 
+def _squares(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Each gradient's squared norm, computed in dtype."""
+    if grads[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(grads, 2.0, dtype=dtype)).square()
+    # On a CPU torch's norm is slower, and of 20M fp32 numbers 6e-4 off (docs/experiments.md, "Gradient norm").
+    return torch.stack([torch.dot(x, x) for x in (grad.flatten().to(dtype) for grad in grads)])
+
+
 Orthogonalise = Callable[[Tensor], Tensor]
 Results = tuple[Tensor, Tensor, Tensor]  # AdamW's grad_norm, skipped and skipped_steps: written by a step
 
@@ -103,17 +111,13 @@ class TorchPlan:
             step(bucket, bucket.of(grads), divisor, None if on_cpu else skipped)
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
-        norms = []
+        squares = []
         for bucket in self.buckets:
-            mine = bucket.of(grads)
-            dtype = bucket.exp_avgs[0].dtype
-            norm = torch.stack(torch._foreach_norm(mine, 2.0, dtype=dtype))  # of each gradient
+            square = _squares(bucket.of(grads), bucket.exp_avgs[0].dtype)
             for ranks in bucket.process_groups:
-                square = norm.square()
                 torch.distributed.all_reduce(square, group=ranks)
-                norm = square.sqrt()
-            norms.append(norm)
-        return torch.linalg.vector_norm(torch.cat(norms)).float() if norms else torch.zeros(())
+            squares.append(square)
+        return torch.cat(squares).sum().sqrt().float() if squares else torch.zeros(())
 
     def _adamw(
         self, bucket: Bucket, grads: list[Tensor], divisor: Tensor | None, skipped: Tensor | None
