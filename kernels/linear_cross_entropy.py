@@ -23,6 +23,7 @@ from torch import Tensor
 from fusedgpt.kernels.cpu import linear_cross_entropy as plain
 from fusedgpt.kernels.library import register_op
 from fusedgpt.kernels.numerics import fp32_sums
+from fusedgpt.kernels.reference import on_eager_cpu
 
 _LOGITS_BYTES = 1 << 30  # of a GPU's buffer at most: 8192 rows of 50304 in bf16
 _ALIGNMENT = 128  # the buffer's row stride is a multiple of this, so that every row is read 16 bytes per load
@@ -181,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss: Tensor
         loss, *gradients = _op(hidden, weight, targets, row_scale, *options)
         ctx.options, ctx.weight_dtype, ctx.gradients = options, weight.dtype, None
-        ctx.keeps_gradients = row_scale is not None and not _on_eager_cpu(hidden)
+        ctx.keeps_gradients = row_scale is not None and not on_eager_cpu(hidden)
         if ctx.keeps_gradients:
             ctx.save_for_backward(*gradients)
         else:
@@ -213,13 +214,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 _loss: Callable[..., Tensor] = _LinearCrossEntropy.apply
 
 
-def _on_eager_cpu(x: Tensor) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _is_one(x: Tensor) -> bool:
     """Whether x is 1, where that can be seen for nothing."""
-    return _on_eager_cpu(x) and x.item() == 1.0
+    return on_eager_cpu(x) and x.item() == 1.0
 
 
 def linear_cross_entropy(

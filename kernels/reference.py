@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _LOW_MASK = 0xFFFFFFFF
 _PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Random123, section 5.2)
+_NUMPY_BLOCKS = 1 << 15  # up to which torch has one thread for them; docs/experiments.md, "Philox by NumPy"
+
+
+def on_eager_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU with nothing tracing: a scalar is read for nothing then."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -30,21 +38,39 @@ def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
     seed, offset: int64 scalars. Returns (n, 4) int32, each entry 32 random bits.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
+    counter, key = _counters(n, seed, offset)
     c0, c1 = counter & _LOW_MASK, counter >> 32  # bits of c1 and c3 above the low 32 do not count
-    c2 = c3 = torch.zeros_like(c0)
-    k0, k1 = seed & _LOW_MASK, (seed >> 32) & _LOW_MASK
+    c2 = c3 = counter ^ counter
+    k0, k1 = key & _LOW_MASK, (key >> 32) & _LOW_MASK
     for _ in range(_PHILOX_ROUNDS):
         left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap mod 2^64, as they should
         c0, c1 = _high_word(right, c1, k0), right
         c2, c3 = _high_word(left, c3, k1), left
         k0, k1 = (k0 + 0x9E3779B9) & _LOW_MASK, (k1 + 0xBB67AE85) & _LOW_MASK
-    return torch.stack([c.to(torch.int32) for c in (c0, c1, c2, c3)], dim=-1)
+    return _interleaved(c0, c1, c2, c3)
 
 
-def _high_word(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+def _counters(n: int, seed: Tensor, offset: Tensor) -> tuple[Any, Any]:
+    """(offset .. offset + n - 1 (n,) int64, the seed): NumPy's where it is faster, else torch's."""
+    if n <= _NUMPY_BLOCKS and on_eager_cpu(offset):
+        return np.arange(n, dtype=np.int64) + int(offset), int(seed)
+    return torch.arange(n, dtype=torch.int64, device=offset.device) + offset, seed
+
+
+def _high_word(product: Any, word: Any, key: Any) -> Any:
     """The product's high 32 bits, xor word and key; in place of what it makes, which is twice as fast."""
-    return (product >> 32).bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW_MASK)
+    high = product >> 32
+    high ^= word
+    high ^= key
+    high &= _LOW_MASK
+    return high
+
+
+def _interleaved(*words: Any) -> Tensor:
+    """(n, len(words)) int32: the low 32 bits of each word (n,)."""
+    if isinstance(words[0], Tensor):
+        return torch.stack([word.to(torch.int32) for word in words], dim=-1)
+    return torch.from_numpy(np.stack([word.astype(np.int32) for word in words], axis=-1))
 
 
 def dropout_blocks(C: int) -> int:
@@ -74,13 +100,13 @@ def dropout_threshold(p: float) -> int:
 
 def philox2x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
     """n Philox-2x32 blocks, otherwise as philox4x32; returns (n, 2). Both halves of the seed make the key."""
-    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
-    c0, c1, key = counter & _LOW_MASK, counter >> 32, (seed ^ (seed >> 32)) & _LOW_MASK
+    counter, key = _counters(n, seed, offset)
+    c0, c1, key = counter & _LOW_MASK, counter >> 32, (key ^ (key >> 32)) & _LOW_MASK
     for _ in range(_PHILOX_ROUNDS):
         product = c0 * 0xD256D193
         c0, c1 = _high_word(product, c1, key), product
         key = (key + 0x9E3779B9) & _LOW_MASK
-    return torch.stack((c0.to(torch.int32), c1.to(torch.int32)), dim=-1)
+    return _interleaved(c0, c1)
 
 
 def attention_dropout_blocks(T: int) -> int:

@@ -8,6 +8,7 @@
     plain-compiled      the same under torch.compile; plain-fa2, plain-cudnn: with that attention, on a GPU
     peer                nanoGPT's model and loop, unmodified; peer-cudnn: with cuDNN's attention, on a GPU
     plain-kept-memory, peer-kept-memory    on a CPU with the malloc settings that ours gives itself
+    products            on a CPU the matrix products of ours and AdamW alone: no loss, so no gate
 
 All start from the same weights and see the same tokens. On a GPU nanoGPT runs as its train.py does: TF32
 allowed, compiled, bf16 autocast, fused AdamW. Its own loop uses bf16 on CUDA only; its bf16 on a CPU is the
@@ -30,6 +31,7 @@ from torch import Tensor
 from benchmarks.ceilings import DTYPES
 from benchmarks.clock import CUDA, DEVICE, moment
 from benchmarks.workloads.plain_gpt import PlainGPT
+from benchmarks.workloads.products import products
 from fusedgpt.kernels import ops, reference
 from fusedgpt.kernels.cpu import linear
 from fusedgpt.kernels.cpu.process import keep_freed_memory
@@ -57,14 +59,15 @@ ABLATIONS = {
     "cuda": [*_FUSED, "compile", "graphs"],
     "cpu": ["linear_cross_entropy", "linear", "kept_memory"],
 }
-Side = tuple[Callable[[], Tensor], Callable[[], object], Any]  # (the loss, one training step, the model)
+Side = tuple[Callable[[], Tensor] | None, Callable[[], object], Any]  # (the loss, a training step, the model)
 
 
 def names(*, gpu: bool, peer: bool) -> list[str]:
     """Every contender on a GPU or a CPU."""
     found = ["ours", "ours-eager", *(f"ours-without-{op}" for op in ABLATIONS["cuda" if gpu else "cpu"])]
     found += [f"ours-checkpointing-{mode}" for mode in CHECKPOINTING if mode != "none"]
-    found += ["plain", "plain-compiled", *(["plain-fa2", "plain-cudnn"] if gpu else ["plain-kept-memory"])]
+    found += ["plain", "plain-compiled"]
+    found += ["plain-fa2", "plain-cudnn"] if gpu else ["plain-kept-memory", "products"]
     return found + (["peer", "peer-cudnn" if gpu else "peer-kept-memory"] if peer else [])
 
 
@@ -180,8 +183,10 @@ def build(
     """The contender of that name."""
     if name.startswith("ours"):
         return ours(name, config, batch, precision)
-    if name.endswith("kept-memory"):
+    if name.endswith("kept-memory") or name == "products":
         keep_freed_memory()
+    if name == "products":
+        return None, *products(config, batch, precision)
     if name.startswith("peer"):
         assert nanogpt is not None
         return peer(nanogpt, config, batch, precision)

@@ -84,11 +84,10 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def gate(loss: Callable[[], Tensor], step: Callable[[], object], began: float) -> Row:
+def gate(loss: Callable[[], Tensor] | None, step: Callable[[], object], began: float) -> Row:
     """The losses before and after GATE_STEPS steps, and the seconds from `began` to the end of the first."""
     start = time.time()
-    with torch.no_grad():
-        before = float(loss())
+    before = loss_of(loss)
     lost = time.time() - start
     step()
     if CUDA:
@@ -96,18 +95,21 @@ def gate(loss: Callable[[], Tensor], step: Callable[[], object], began: float) -
     first_step_s = time.time() - began - lost
     for _ in range(GATE_STEPS - 1):
         step()
-    with torch.no_grad():
-        after = float(loss())
+    after = loss_of(loss)
     if CUDA:
         torch.cuda.empty_cache()  # for the other contenders
     return {"losses": [before, after], "first_step_s": first_step_s}
 
 
-def stopped_learning(loss: Callable[[], Tensor], first: Row) -> Row:
+@torch.no_grad()
+def loss_of(loss: Callable[[], Tensor] | None) -> float | None:
+    return None if loss is None else float(loss())
+
+
+def stopped_learning(loss: Callable[[], Tensor] | None, first: Row) -> Row:
     """A fault if the steps that were timed have not lowered the loss; {} if they have."""
-    with torch.no_grad():
-        after = float(loss())
-    lower = after < first["losses"][0]  # False for NaN
+    after = loss_of(loss)
+    lower = after is None or after < first["losses"][0]  # False for NaN
     return {} if lower else {"fault": f"no speed: the loss after the timed steps is {after:.4f}"}
 
 

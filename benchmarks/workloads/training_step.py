@@ -7,7 +7,7 @@ contenders.py says who they are. Each is a process of its own. They start and co
 then take turns in the order A B C C B A, --rounds times; --steps 0 ends before that, with the times to the
 first step. Tokens are Zipf-distributed. A contender gets no speed unless its losses without dropout, before
 and after the first steps, are those of eager plain PyTorch, and the steps that are timed lower the loss; else
-the exit code is 1.
+the exit code is 1. `products` has no loss: its time is the floor of whoever multiplies with PyTorch.
 
 MFU is given for two counts of FLOPs per token, 6 N + 12 L C T (PaLM's and nanoGPT's) and 6 M + 6 L C T (what
 the matmuls and causal attention need; M counts the weights of the blocks and the output projection), as
@@ -45,7 +45,8 @@ def judged(row: Row, truth: Row, precision: str) -> Row:
     """A contender's row of the gate, with its time to the first step; a fault if its losses are wrong."""
     if "losses" not in row:
         return row
-    gap = max(abs(a - b) for a, b in zip(row["losses"], truth["losses"], strict=True))
+    has_none = row["losses"] == [None, None]  # products
+    gap = 0.0 if has_none else max(abs(a - b) for a, b in zip(row["losses"], truth["losses"], strict=True))
     if gap <= contenders.LOSS_TOLERANCE[precision]:  # False for NaN
         return {**row, "ms": 1e3 * row["first_step_s"]}
     shown = [", ".join(f"{x:.4f}" for x in found["losses"]) for found in (row, truth)]
