@@ -39,9 +39,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def prepared_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter a quarter faster: it prepares the language once, not for each call of a function."""
+    """The interpreter nearly twice as fast: it prepares the language once, not for each call of a function."""
     from triton.runtime import interpreter
 
     prepare, prepared = interpreter._patch_lang, {}
@@ -58,7 +58,7 @@ def prepared_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def triton_kernels(monkeypatch: pytest.MonkeyPatch, prepared_interpreter: None) -> Iterator[None]:
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The seam insists on Triton, and memory that is not written is NaN: a kernel that skips some fails."""
     monkeypatch.setenv("FUSEDGPT_KERNELS", "triton")
     before = torch.are_deterministic_algorithms_enabled()

@@ -23,7 +23,7 @@ class _TiedEmbedding(torch.autograd.Function):
         return F.embedding(idx, weight), weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no annotations
+    @once_differentiable
     def backward(ctx: Any, drows: Tensor, dweight: Tensor) -> tuple[None, Tensor]:
         """None and dweight (P, C), to which drows (..., C) are added; zeros come for an output not used."""
         (idx,) = ctx.saved_tensors

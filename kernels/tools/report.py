@@ -79,13 +79,15 @@ class Row:
 def report(
     stems: Iterable[str] = (),
     architectures: Iterable[int] = ARCHITECTURES,
+    dtypes: Iterable[str] = (),
     *,
     full: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """Compile the kernels of the files `stems` (all if empty) for each architecture, e.g. 90.
 
-    full adds fp16 and less common shapes. progress(done, total) counts files per architecture and dtype.
+    dtypes: bf16 and fp32 if empty. full adds fp16 to these, and less common shapes.
+    progress(done, total) counts files per architecture and dtype.
     Raises ValueError for an unknown stem or architecture, and under TRITON_INTERPRET=1.
     """
     stems, architectures = tuple(stems) or tuple(LAUNCHES), tuple(architectures)
@@ -97,7 +99,7 @@ def report(
             raise InputError(f"no architecture {arch}; there are {', '.join(map(str, MULTIPROCESSORS))}")
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET=1 interprets the kernels; unset it to compile them")
-    dtypes = _MORE_DTYPES if full else _DTYPES
+    dtypes = tuple(dtypes) or tuple(_MORE_DTYPES if full else _DTYPES)
     tasks = [(stem, arch, dtype, full) for stem in stems for arch in architectures for dtype in dtypes]
     # fork: a spawned worker would spend seconds importing torch.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(tasks)), get_context("fork")) as pool:

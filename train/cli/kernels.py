@@ -35,6 +35,7 @@ def report_kernels(
         list[int] | None,
         typer.Option(help="Compute capability; may be repeated.", show_default="80, 90, 100"),
     ] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Add more dtypes and shapes.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a kernel has a problem.")] = False,
     step: Annotated[
@@ -59,7 +60,8 @@ def report_kernels(
         return
     inspection = _triton_module("kernels.tools.report")
     with progress_bar("compiling") as progress:
-        rows = inspection.report(kernel or (), arch or inspection.ARCHITECTURES, full=full, progress=progress)
+        only = kernel or (), arch or inspection.ARCHITECTURES, dtype or ()
+        rows = inspection.report(*only, full=full, progress=progress)
     rows.sort(key=lambda row: (row.arch, row.dtype))
     if as_json:
         print_json([asdict(row) for row in rows])
