@@ -41,7 +41,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def prepared_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter nearly twice as fast: it prepares the language once, not for each call of a function."""
+    """The interpreter twice as fast: it prepares the language once a test, not in each call of a function."""
     from triton.runtime import interpreter
 
     prepare, prepared = interpreter._patch_lang, {}

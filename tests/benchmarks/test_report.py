@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import clock
 from benchmarks.ceilings import Ceilings
@@ -21,6 +22,7 @@ from benchmarks.kernels import harness
 from benchmarks.report import bench, page, record, runner, sections
 from benchmarks.workloads import contenders, entrant, jobs, training_step
 from fusedgpt.kernels import ops
+from fusedgpt.kernels.cpu import linear
 from fusedgpt.model.config import GPTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -313,6 +315,24 @@ def test_the_inputs_that_take_turns_have_other_values() -> None:
     first, second = (x["hidden"] @ x["weight"].T for x in (inputs, harness.shifted(inputs, 1)))
     assert (first - second).norm() > 0.3 * first.norm()
     assert [x.requires_grad for x in harness.shifted(inputs, 1).values()] == [True, False]
+
+
+def test_the_products_of_a_step_are_all_and_need_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "USES_ONEDNN", False)  # whose products torch does not count
+    config, (B, T) = entrant.TOY, (2, 32)
+    batch = contenders.tokens(B, T, config.vocab_size)
+    loss, step, model = contenders.build("products", config, batch, "fp32", None)
+    before = model.wte.weight.clone()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+    assert counter.get_total_flops() == B * T * (6 * weights + 12 * config.n_layer * T * config.n_embd)
+    assert not torch.equal(model.wte.weight, before)
+    first = {"losses": [None, None], "first_step_s": 1.0}
+    assert training_step.judged(first, {"losses": [4.0, 3.9]}, "fp32")["ms"] == 1000.0
+    assert loss is None
+    assert entrant.stopped_learning(loss, first) == {}
+    assert "products" not in contenders.names(gpu=True, peer=True)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
