@@ -347,9 +347,13 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def embedding(idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(the rows weight[idx] (..., C), the weight for a head tied to them).
 
-    idx: (...) int64; weight: (P, C). The head's use of the weight must be that of the second tensor, and the
-    only one: on a CPU the backward pass adds the rows' gradients to the head's in place.
+    idx: (...) int64; weight: (P, C), floating point. The head uses the second tensor in place of weight: on
+    a CPU the backward pass adds the rows' gradients to that of it, in place. Raises ValueError.
     """
+    check_floating(weight=weight)
+    if weight.ndim != 2:
+        raise unexpected("weight", "(P, C)", weight.shape)
+    check_integers("idx", idx, idx.shape, weight.device)
     if idx.device.type == "cpu" and not torch.compiler.is_compiling():
         return tied_embedding(idx, weight)
     return reference.embedding(idx, weight)

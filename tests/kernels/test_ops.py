@@ -75,6 +75,9 @@ def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ops.layer_norm(X, W, W, eps=0.0), "eps: expected a positive number"),
         (lambda: ops.dropout_add_layer_norm(X, X[:1], W, W), "residual: expected the shape of x"),
         (lambda: ops.bias_gelu(X, W[:7]), r"bias: expected \(8,\)"),
+        (lambda: ops.embedding(X, X[0]), "idx: expected an integer tensor"),
+        (lambda: ops.embedding(X.long(), W), r"weight: expected \(P, C\)"),
+        (lambda: ops.embedding(X.long(), X[0].long()), "weight: expected a floating-point tensor"),
         (lambda: ops.dropout(X, -0.1), "dropout_p: expected"),
         (
             lambda: ops.dropout(X, 0.1, torch.tensor(1), torch.tensor(1, device="meta")),
