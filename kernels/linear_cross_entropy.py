@@ -172,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of _loss_and_gradients, whose gradients are made along with it.
 
     Without row_scale the losses; the backward pass then makes the logits a second time. So it does on a CPU
-    in a second backward pass: the first gives its gradients away, for others to add to them in place.
+    in a second backward pass: the first gives the gradients away, for others to add to them in place.
     """
 
     @staticmethod
@@ -182,7 +182,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss: Tensor
         loss, *gradients = _op(hidden, weight, targets, row_scale, *options)
         ctx.options, ctx.weight_dtype, ctx.gradients = options, weight.dtype, None
-        ctx.keeps_gradients = row_scale is not None and not on_eager_cpu(hidden)
+        gives = options[0] == "reference" and on_eager_cpu(hidden)
+        ctx.keeps_gradients = row_scale is not None and not gives
         if ctx.keeps_gradients:
             ctx.save_for_backward(*gradients)
         else:
@@ -201,7 +202,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             *inputs, row_scale = ctx.saved_tensors
             _, dhidden, dweight = _op(*inputs, dloss if row_scale is None else row_scale, *ctx.options)
-        if dloss.ndim == 1 or _is_one(dloss):  # loss.backward() itself: nothing to scale
+        nothing_to_scale = dloss.ndim == 1 or (not ctx.keeps_gradients and _is_one(dloss))
+        if nothing_to_scale:  # as by loss.backward() itself
             return dhidden, dweight.to(ctx.weight_dtype), *none
         # Out of place: after retain_graph=True another backward needs both as they are.
         return (

@@ -1,7 +1,7 @@
 """An embedding whose weight is also the head's: one gradient for both uses, where autograd makes three.
 
 Autograd would make the rows' gradient as large as the weight, the head's as well, and their sum out of place.
-Here the head's comes back through the embedding, which adds the rows' to it where it stands: a tenth of a
+Here the head's comes back through the embedding, which adds the rows' to it where it stands: 5% of a
 12M model's step on two windows (docs/experiments.md, "Tied embedding").
 """
 

@@ -214,7 +214,7 @@ class Shapes:
         if self.on_gpu:
             return extra_bytes(N, C, P, self.dtype, self.weight_dtype)
         logits = min(N, plain.ROWS) * P * self.dtype.itemsize
-        return logits + N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)
+        return logits + 2 * N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)  # hidden is kept
 
     def _cast(self, numel: int) -> int:
         return numel * self.dtype.itemsize if self.weight_dtype != self.dtype else 0

@@ -50,9 +50,13 @@ def kept_bytes(gpt: GPT, idx: Tensor, dtype: torch.dtype) -> int:
 
 
 def expected_bytes(shapes: Shapes, checkpointing: str) -> int:
-    """By formula, with what the loss keeps: the gradients of hidden and of the embedding, in fp32."""
-    C, P = shapes.config.n_embd, shapes.config.padded_vocab_size
-    return shapes.kept(checkpointing) + shapes.B * shapes.T * C * shapes.dtype.itemsize + P * C * 4
+    """By formula, with what the loss keeps: the gradients of hidden and of the embedding, in fp32.
+
+    On a CPU it keeps hidden and a factor for each row, and the gradients where autograd does not see them.
+    """
+    N, C, P = shapes.B * shapes.T, shapes.config.n_embd, shapes.config.padded_vocab_size
+    rest = P * C * 4 if shapes.on_gpu else N * 4
+    return shapes.kept(checkpointing) + N * C * shapes.dtype.itemsize + rest
 
 
 def assert_all_but_positions(measured: int, shapes: Shapes, checkpointing: str) -> None:
