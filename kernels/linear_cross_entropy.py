@@ -179,6 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_scale: Tensor | None, *options: Any
     ) -> Tensor:
+        """The loss (), or without row_scale the losses (N,); arguments as of _loss_and_gradients."""
         loss: Tensor
         loss, *gradients = _op(hidden, weight, targets, row_scale, *options)
         ctx.options, ctx.weight_dtype, ctx.gradients = options, weight.dtype, None

@@ -71,7 +71,7 @@ def _squares(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Each gradient's squared norm, computed in dtype."""
     if grads[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(grads, 2.0, dtype=dtype)).square()
-    # torch's norm on a CPU is slower, and of 20M fp32 numbers 6e-4 off (docs/experiments.md, Gradient norm).
+    # torch's norm on a CPU is slower, and of 17M fp32 numbers 6e-4 off (docs/experiments.md, Gradient norm).
     return torch.stack([torch.dot(x, x) for x in (grad.flatten().to(dtype) for grad in grads)])
 
 
