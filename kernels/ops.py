@@ -33,6 +33,8 @@ from fusedgpt.kernels.arguments import (
     unexpected,
 )
 from fusedgpt.kernels.cpu import attention as attention_cpu
+from fusedgpt.kernels.cpu import dropout as dropout_cpu
+from fusedgpt.kernels.cpu import layer_norm as layer_norm_cpu
 from fusedgpt.kernels.cpu.embedding import tied_embedding
 from fusedgpt.kernels.reference import attention_dropout_blocks as attention_dropout_blocks
 from fusedgpt.kernels.reference import dropout_blocks as dropout_blocks
@@ -118,7 +120,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | No
     assert offset is not None
     if _takes_triton("dropout", x):
         return dropout_.dropout(x, p, seed, offset)
-    return reference.dropout(x, p, seed, offset)
+    return dropout_cpu.dropout(x, p, seed, offset)
 
 
 class Documents(NamedTuple):
@@ -305,7 +307,9 @@ def dropout_add_layer_norm(
     if _takes_triton("dropout_add_layer_norm", x, residual, *vectors):
         check_size("x", "rows", x.shape[-1], layer_norm_.MAX_C)
         return layer_norm_.layer_norm(x, x_bias, residual, weight, bias, eps, dropout_p, seed, offset)
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset, x_bias)
+    return layer_norm_cpu.dropout_add_layer_norm(
+        x, residual, weight, bias, eps, dropout_p, seed, offset, x_bias
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _LOW_MASK = 0xFFFFFFFF
 _PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Random123, section 5.2)
-_NUMPY_BLOCKS = 1 << 15  # up to which torch has one thread for them; docs/experiments.md, "Philox by NumPy"
+MakeMask = Callable[[torch.Size, float, Tensor, Tensor], Tensor]  # (shape, p, seed, offset) -> what is kept
 
 
 def on_eager_cpu(x: Tensor) -> bool:
@@ -38,39 +36,21 @@ def philox4x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
     seed, offset: int64 scalars. Returns (n, 4) int32, each entry 32 random bits.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    counter, key = _counters(n, seed, offset)
+    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
     c0, c1 = counter & _LOW_MASK, counter >> 32  # bits of c1 and c3 above the low 32 do not count
-    c2 = c3 = counter ^ counter
-    k0, k1 = key & _LOW_MASK, (key >> 32) & _LOW_MASK
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & _LOW_MASK, (seed >> 32) & _LOW_MASK
     for _ in range(_PHILOX_ROUNDS):
         left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap mod 2^64, as they should
         c0, c1 = _high_word(right, c1, k0), right
         c2, c3 = _high_word(left, c3, k1), left
         k0, k1 = (k0 + 0x9E3779B9) & _LOW_MASK, (k1 + 0xBB67AE85) & _LOW_MASK
-    return _interleaved(c0, c1, c2, c3)
+    return torch.stack([c.to(torch.int32) for c in (c0, c1, c2, c3)], dim=-1)
 
 
-def _counters(n: int, seed: Tensor, offset: Tensor) -> tuple[Any, Any]:
-    """(offset .. offset + n - 1 (n,) int64, the seed): NumPy's where it is faster, else torch's."""
-    if n <= _NUMPY_BLOCKS and on_eager_cpu(offset):
-        return np.arange(n, dtype=np.int64) + int(offset), int(seed)
-    return torch.arange(n, dtype=torch.int64, device=offset.device) + offset, seed
-
-
-def _high_word(product: Any, word: Any, key: Any) -> Any:
+def _high_word(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
     """The product's high 32 bits, xor word and key; in place of what it makes, which is twice as fast."""
-    high = product >> 32
-    high ^= word
-    high ^= key
-    high &= _LOW_MASK
-    return high
-
-
-def _interleaved(*words: Any) -> Tensor:
-    """(n, len(words)) int32: the low 32 bits of each word (n,)."""
-    if isinstance(words[0], Tensor):
-        return torch.stack([word.to(torch.int32) for word in words], dim=-1)
-    return torch.from_numpy(np.stack([word.astype(np.int32) for word in words], axis=-1))
+    return (product >> 32).bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW_MASK)
 
 
 def dropout_blocks(C: int) -> int:
@@ -100,13 +80,13 @@ def dropout_threshold(p: float) -> int:
 
 def philox2x32(n: int, seed: Tensor, offset: Tensor) -> Tensor:
     """n Philox-2x32 blocks, otherwise as philox4x32; returns (n, 2). Both halves of the seed make the key."""
-    counter, key = _counters(n, seed, offset)
-    c0, c1, key = counter & _LOW_MASK, counter >> 32, (key ^ (key >> 32)) & _LOW_MASK
+    counter = torch.arange(n, dtype=torch.int64, device=offset.device) + offset
+    c0, c1, key = counter & _LOW_MASK, counter >> 32, (seed ^ (seed >> 32)) & _LOW_MASK
     for _ in range(_PHILOX_ROUNDS):
         product = c0 * 0xD256D193
         c0, c1 = _high_word(product, c1, key), product
         key = (key + 0x9E3779B9) & _LOW_MASK
-    return _interleaved(c0, c1)
+    return torch.stack((c0.to(torch.int32), c1.to(torch.int32)), dim=-1)
 
 
 def attention_dropout_blocks(T: int) -> int:
@@ -128,10 +108,10 @@ def attention_dropout_mask(shape: torch.Size, p: float, seed: Tensor, offset: Te
     return lanes[..., :T, :T] >= dropout_threshold(p)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor, mask: MakeMask = dropout_mask) -> Tensor:
     """x with elements dropped with probability p and the rest scaled by 1 / (1 - p). Any shape and dtype."""
     wide = at_least_fp32(x)
-    return (wide * _factors(dropout_mask(x.shape, p, seed, offset), 1.0 / (1.0 - p), wide.dtype)).to(x.dtype)
+    return (wide * _factors(mask(x.shape, p, seed, offset), 1.0 / (1.0 - p), wide.dtype)).to(x.dtype)
 
 
 def _factors(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -149,13 +129,14 @@ def attention(
     offset: Tensor | None = None,
     scale: float | None = None,
     documents: Tensor | None = None,  # (B, T) int
+    mask: MakeMask = attention_dropout_mask,
 ) -> Tensor:
     """Causal self-attention; see ops.attention. Returns (B, T, H, D)."""
     if dropout_p == 0.0 and documents is None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     return attention_by_weights(
-        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents
+        q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents, mask=mask
     )
 
 
@@ -169,6 +150,7 @@ def attention_by_weights(
     offset: Tensor | None = None,
     scale: float | None = None,
     documents: Tensor | None = None,  # (B, T) int
+    mask: MakeMask = attention_dropout_mask,
 ) -> Tensor:
     """The same with all weights (B, H, T, T) in memory."""
     T, D = q.shape[1], q.shape[3]
@@ -183,7 +165,7 @@ def attention_by_weights(
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None
-        keep = attention_dropout_mask(weights.shape, dropout_p, seed, offset)
+        keep = mask(weights.shape, dropout_p, seed, offset)
         weights = weights * _factors(keep, 256 / (256 - dropout_threshold(dropout_p)), weights.dtype)
     return (weights.to(q.dtype) @ v).transpose(1, 2)
 
@@ -223,6 +205,7 @@ def dropout_add_layer_norm(
     seed: Tensor | None = None,
     offset: Tensor | None = None,
     x_bias: Tensor | None = None,  # (C,)
+    mask: MakeMask = dropout_mask,
 ) -> tuple[Tensor, Tensor]:
     """layer_norm(z) and z = residual + dropout(x + x_bias); see ops.dropout_add_layer_norm."""
     wide = at_least_fp32(x)
@@ -231,7 +214,7 @@ def dropout_add_layer_norm(
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None
-        wide = dropout(wide, dropout_p, seed, offset)
+        wide = dropout(wide, dropout_p, seed, offset, mask)
     residual = (wide + residual).to(residual.dtype)
     return layer_norm(residual, weight, bias, eps), residual
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt.kernels import reference
+from fusedgpt.kernels.cpu.dropout import attention_dropout_mask
 
 _SLOW_SDPA = 256  # tokens up to which SDPA in bf16 is slow: docs/experiments.md, "SDPA in bf16 on a CPU"
 
@@ -25,7 +26,17 @@ def attention(
     """See ops.attention."""
     slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] < _SLOW_SDPA
     function = reference.attention_by_weights if slow_sdpa else reference.attention
-    return function(q, k, v, dropout_p=dropout_p, seed=seed, offset=offset, scale=scale, documents=documents)
+    return function(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        seed=seed,
+        offset=offset,
+        scale=scale,
+        documents=documents,
+        mask=attention_dropout_mask,
+    )
 
 
 def decode_attention(

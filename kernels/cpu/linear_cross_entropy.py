@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ROWS = 1024  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
 _SOFTMAX_LOGITS = 1 << 19  # at a time: 2 MiB in fp32, which stay in a core's cache
+_LARGEST_UNIT = 1e25  # of exponentials above the target's logit: of a loss of 57
 
 
 @fp32_sums()
@@ -41,8 +42,7 @@ def linear_cross_entropy_fwd(
     for start in range(0, N, ROWS):
         chunk = slice(start, start + ROWS)
         x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
-        logits = matmul_nt(weight, x)
-        losses[chunk], unit = _losses(logits, targets[chunk], options, has_gradient=has_gradient)
+        logits, losses[chunk], unit = _chunk(weight, x, targets[chunk], options, has_gradient=has_gradient)
         if scale is not None:
             scale = (torch.where(targets[chunk] == options.ignore_index, 0.0, scale) / unit)[:, None]
             dhidden[chunk] = matmul_tn(logits, weight) * scale
@@ -53,18 +53,36 @@ def linear_cross_entropy_fwd(
     return losses, dhidden, dweight
 
 
-def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bool) -> tuple[Tensor, Tensor]:
+def _chunk(
+    weight: Tensor, x: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits (P, n) or unit * d loss / d logits, losses (n,), units (n,)); see _losses."""
+    narrow, waits = x.dtype == torch.float16, x.device.type != "cpu"
+    if not (narrow or waits):
+        logits = matmul_nt(weight, x)
+        losses, unit = _losses(logits, targets, o, "target", has_gradient=has_gradient)
+        if (unit < _LARGEST_UNIT).all():
+            return logits, losses, unit
+        del logits
+    logits = matmul_nt(weight, x)
+    return logits, *_losses(logits, targets, o, "largest", has_gradient=has_gradient)
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, o: LossOptions, origin: str, *, has_gradient: bool
+) -> tuple[Tensor, Tensor]:
     """(losses (n,), units (n,)); logits (P, n) become unit * d loss / d logits if that is asked for.
 
     A column's unit is its sum of exponentials: the division is left for n rows of C channels. fp16 is too
-    narrow for that, so its unit is 1.
+    narrow for that, so its unit is 1. Exponentials are taken of what a logit has above its column's `origin`:
+    the "target"'s logit, which takes no pass over all to find, or the "largest", which never overflows.
     """
     counted = targets != o.ignore_index
     logits[o.vocab_size :] = 0.0
     logits = logits[: o.vocab_size]
     target = torch.where(counted, targets, 0), torch.arange(len(targets), device=targets.device)
     at_target = logits[target].to(torch.promote_types(logits.dtype, torch.float32))
-    peak = _largest(logits).to(at_target.dtype)
+    peak = at_target if origin == "target" else logits.amax(0).to(at_target.dtype)
     total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
     blocks = logits.split(max(1, _SOFTMAX_LOGITS // len(peak)))
     for block in blocks:
@@ -85,15 +103,3 @@ def _losses(logits: Tensor, targets: Tensor, o: LossOptions, *, has_gradient: bo
         logits[target] = d_target.to(logits.dtype)  # scatter_ would copy all logits, twice
     loss = lse - (1 - o.label_smoothing) * at_target - o.label_smoothing * mean + o.z_loss * lse * lse
     return torch.where(counted, loss, 0.0), unit
-
-
-def _largest(x: Tensor) -> Tensor:
-    """x.amax(0), which torch does slowly in bf16.
-
-    Read as integers, numbers that are not negative are in order, and the negative ones in reverse.
-    """
-    if x.dtype != torch.bfloat16:
-        return x.amax(0)
-    bits = x.view(torch.int16)
-    largest = bits.amax(0)
-    return torch.where(largest >= 0, largest, bits.amin(0)).view(torch.bfloat16)

@@ -158,18 +158,26 @@ def test_a_vocabulary_larger_than_fp16s_numbers() -> None:
     assert relative_error(ours[2], truth[2]) < 1e-3  # fp16 has 11 bits
 
 
-def test_the_largest_of_each_column_in_bf16() -> None:
-    columns = [
-        [-3.0, 2.0, 1.0],
-        [-300.0, -2.0, -2.5],
-        [0.0, -0.0, -1.0],
-        [5.0, 5.0, 5.0],
-        [-1e30, 0.0, 1e-30],
-    ]
-    x = torch.tensor(columns).T.bfloat16()
-    assert plain._largest(x).tolist() == x.float().amax(0).tolist()
-    x[1] = torch.nan
-    assert plain._largest(x).isnan().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_above_57_is_made_again_from_the_largest_logit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origins = []
+    losses = plain._losses
+    monkeypatch.setattr(plain, "_losses", lambda *a, **k: origins.append(a[3]) or losses(*a, **k))
+    hidden, weight, targets = problem(8, 16, 300, dtype)
+    gradients(ops.linear_cross_entropy, hidden, weight, targets, vocab_size=300)
+    assert origins == ["target"]
+    row = int((targets != -100).nonzero()[0])
+    with torch.no_grad():
+        weight[targets[row]] = -70 * hidden[row] / hidden[row].square().sum()  # a logit of -70
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = gradients(reference.linear_cross_entropy, *exact, targets, vocab_size=300, reduction="sum")
+    ours = gradients(ops.linear_cross_entropy, hidden, weight, targets, vocab_size=300, reduction="sum")
+    assert origins == ["target", "target", "largest"]
+    assert truth[0] > 70
+    for found, expected in zip(ours, truth, strict=True):
+        assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(

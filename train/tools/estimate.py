@@ -23,7 +23,7 @@ The final norm adds C e + 8; the first block has one input only, the others on a
 matrices are wider than activations (w = 4 on a CPU), "none" keeps each block's cast weights, 12 C^2 e, too.
 The loss keeps the gradients it made in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
 
-A CPU runs plain PyTorch. There every dropout keeps an fp32 mask, every norm of low-precision rows their fp32
+A CPU runs plain PyTorch. There every dropout keeps a mask, C e, every norm of low-precision rows their fp32
 copy, and attention, unless it is SDPA's, its fp32 weights, their mask and product, B H T^2 (8 + e), and q and
 k in fp32, but no log-sum-exp.
 
@@ -151,10 +151,6 @@ class Shapes:
         """Bytes of M rows of C activations."""
         return self.B * self.T * self.config.n_embd * self.dtype.itemsize
 
-    @property
-    def _fp32_row(self) -> int:
-        return self.B * self.T * self.config.n_embd * 4
-
     def kept(self, checkpointing: str) -> int:
         """Activations kept from the forward to the backward pass, the loss's not counted."""
         L = self.config.n_layer
@@ -176,7 +172,8 @@ class Shapes:
 
     def _norm(self) -> int:
         """What dropout + add + norm keeps."""
-        return self._row + self.B * self.T * 8 + self._copies_on_cpu() + self._mask_on_cpu()
+        mask = 0 if self.on_gpu or self.config.dropout == 0.0 else self._row
+        return self._row + self.B * self.T * 8 + mask + self._copies_on_cpu()
 
     def _attention(self) -> int:
         """What attention keeps besides its input."""
@@ -197,12 +194,9 @@ class Shapes:
         """What the MLP keeps besides its input."""
         return 8 * self._row + self._cast(8 * self.config.n_embd**2)
 
-    def _mask_on_cpu(self) -> int:
-        return 0 if self.on_gpu or self.config.dropout == 0.0 else self._fp32_row
-
     def _copies_on_cpu(self) -> int:
         """How much larger rows in fp32 are, where they are needed in fp32."""
-        return 0 if self.on_gpu else self._fp32_row - self._row
+        return 0 if self.on_gpu else self.B * self.T * self.config.n_embd * (4 - self.dtype.itemsize)
 
     def passing(self) -> int:
         """Gradients on their way through a block."""
