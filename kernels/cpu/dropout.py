@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,13 +27,14 @@ def _takes_numpy(offset: Tensor) -> bool:
     return offset.device.type == "cpu" and os.environ.get("FUSEDGPT_KERNELS", "auto") != "reference"
 
 
-def _random_words(n: int, seed: int, start: int) -> Any:
-    """Words start .. start + n - 1 of the stream of `seed`: NumPy's (n,) uint64.
+def _random_words(n: int, seed: int, start: int) -> NDArray[np.uint64]:
+    """Words start .. start + n - 1 of the stream of `seed` (n,).
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; numpy.random.Philox.
     """
-    block, skipped = divmod(start, 4)
-    return np.random.Philox(key=seed % (1 << 64), counter=block).random_raw(skipped + n)[skipped:]
+    block, skipped = divmod(start % (1 << 64), 4)
+    words: NDArray[np.uint64] = np.random.Philox(key=seed % (1 << 64), counter=block).random_raw(skipped + n)
+    return words[skipped:]
 
 
 def _dropout_mask(shape: Sequence[int], p: float, seed: Tensor, offset: Tensor) -> Tensor:

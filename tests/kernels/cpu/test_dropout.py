@@ -51,7 +51,12 @@ def test_other_seeds_and_offsets_give_other_masks(draw: Callable[..., Tensor]) -
     shape = torch.Size((2, 2, 300, 300))
     base = draw(shape, 0.5, SEED, OFFSET)
     assert torch.equal(draw(shape, 0.5, SEED, OFFSET), base)
-    for seed, offset in (SEED + 1, OFFSET), (SEED + (1 << 32), OFFSET), (SEED, OFFSET + (1 << 20)):
+    for seed, offset in (
+        (-SEED, OFFSET),
+        (SEED + (1 << 32), OFFSET),
+        (SEED, OFFSET + (1 << 20)),
+        (SEED, -OFFSET),
+    ):
         agreement = (base == draw(shape, 0.5, seed, offset)).double().mean().item()
         assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(base.numel())
 
