@@ -142,13 +142,18 @@ def test_hostile_texts(samples: list[str], prompt: str) -> None:
 
 
 def test_speed() -> None:
+    """In times of what splitting the texts into words takes on the same core at the same time."""
     samples = list(islice(generate_samples("", domain="conversation"), 5_000))
-    taken = []
-    for _ in range(3):  # the fastest: others on the machine may slow one down
+    taken, splitting = [], []
+    for _ in range(3):
         start = time.process_time()
         run(samples)
-        taken.append(time.process_time() - start)
-    assert min(taken) < 2.0  # 0.7 s on one quiet core
+        refined = time.process_time()
+        for _ in range(4):
+            assert all(text.lower().split() for text in samples)
+        taken.append(refined - start)
+        splitting.append(time.process_time() - refined)
+    assert min(taken) < 28 * min(splitting)  # 15 to 17 times; in all 0.7 s on an EPYC, 1.9 s on a Xeon
 
 
 def test_near_linear_on_one_frame() -> None:
