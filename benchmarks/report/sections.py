@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 
 from benchmarks.report import record
 from benchmarks.report.page import OURS, Bar, Cells, Section
@@ -91,20 +92,27 @@ def with_interval(row: Row) -> str:
     return f"{number(row['ms'])} ({' to '.join(map(number, row['interval']))})"
 
 
+def ratio(row: Row, ours: Row) -> float:
+    """How many times faster ours is: the median of runs side by side, so that a machine's drift cancels."""
+    times = ({"runs_ms": [found["ms"]], **found}["runs_ms"] for found in (row, ours))
+    return median(theirs / mine for theirs, mine in zip(*times, strict=False))  # one may have been cut short
+
+
 def speed_up(row: Row) -> str:
-    """How many times faster ours is, where `ours_ms` is known; empty for ours itself."""
-    return f"{row['ms'] / row['ours_ms']:.2f}x" if row.get("ours_ms") and row["contender"] != OURS else ""
+    """How many times faster ours is, where that is known; empty for ours itself."""
+    return f"{row['ratio']:.2f}x" if row.get("ratio") and row["contender"] != OURS else ""
 
 
 def beside_ours(rows: Iterable[Row], *point: str) -> list[Row]:
-    """The rows with `ours_ms`, the time of ours at the same point, fastest first at each point."""
+    """The rows with their `ratio` to ours at the same point, None without; fastest first at each point."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in point), []).append(row)
     found: list[Row] = []
     for group in groups.values():
-        ours_ms = next((row["ms"] for row in group if row["contender"] == OURS), None)
-        found += sorted(({**row, "ours_ms": ours_ms} for row in group), key=lambda row: row["ms"])
+        ours = next((row for row in group if row["contender"] == OURS), None)
+        compared = [{**row, "ratio": ours and ratio(row, ours)} for row in group]
+        found += sorted(compared, key=lambda row: row["ms"])
     return found
 
 
@@ -244,7 +252,7 @@ def training(rows: Sequence[Row]) -> Section:
     """Training steps of ours and its rivals."""
     found = beside_ours(of_suite(rows, "train", "step"), "shape", "dtype")
     bars = [
-        Bar(f"{step_name(row)}, {row['contender']}", row["ms"] / row["ours_ms"], speed_up(row))
+        Bar(f"{step_name(row)}, {row['contender']}", row["ratio"], speed_up(row))
         for row in found
         if speed_up(row) and row["contender"] != _NAMES["products"]
     ]
@@ -301,12 +309,9 @@ def kernels(rows: Sequence[Row]) -> Section:
     best: dict[str, Row] = {}
     for row in found if on_gpu else ():  # fastest first at each point
         whole = not row["name"].endswith(("forward", "backward")) or row["name"].startswith("decode")
-        if whole and row["ours_ms"] and not row["contender"].startswith(OURS):
+        if whole and row["ratio"] and not row["contender"].startswith(OURS):
             best.setdefault(f"{row['name']} {row['shape']}", row)
-    bars = [
-        Bar(label, row["ms"] / row["ours_ms"], f"{speed_up(row)} {row['contender']}")
-        for label, row in best.items()
-    ]
+    bars = [Bar(label, row["ratio"], f"{speed_up(row)} {row['contender']}") for label, row in best.items()]
     toy = ["Toy sizes on a CPU: every line runs, the times mean nothing."]
     return Section(
         title="Kernels",

@@ -137,6 +137,20 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(tmp_path: Path) -> 
     assert "color-scheme: light dark" in html
 
 
+def test_the_ratio_is_of_runs_side_by_side() -> None:
+    """A machine that was half as fast for a while, in which one run of ours was cut."""
+    ours = step("ours", 20.0, runs_ms=[10.0, 20.0])
+    rows = [ours, step("plain", 15.0, runs_ms=[15.0, 30.0, 15.0]), step("plain-compiled", 12.0)]
+    del rows[2]["runs_ms"]
+    beside = sections.beside_ours(rows, "shape")
+    assert [(row["contender"], sections.speed_up(row)) for row in beside] == [
+        ("plain-compiled", "1.20x"),
+        ("plain", "1.50x"),
+        ("ours", ""),
+    ]
+    assert [row["ratio"] for row in sections.beside_ours(rows[1:], "shape")] == [None, None]
+
+
 def test_a_fault_has_no_speed_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fault = {**STAMP, "suite": "train", "name": "step", "shape": "gpt2 4 x 64", "contender": "ours"}
     write(tmp_path / "results.jsonl", [*made_up(), {**fault, "fault": "no speed: losses 9.1, of plain 10.9"}])
