@@ -211,8 +211,7 @@ def _attention(
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
     options["scale"] = _checked_scale(scale, D)
     if not _takes_triton("attention", x):
-        q, k, v = projections if len(projections) == 3 else x.unbind(2)
-        return attention_cpu.attention(q, k, v, **options, documents=ids)
+        return attention_cpu.attention(projections, **options, documents=ids)
     check_size(name, "a head size D", D, _LARGEST_HEAD)
     if isinstance(documents, Tensor):
         documents = prepare_documents(documents)

@@ -153,21 +153,29 @@ def attention_by_weights(
     mask: MakeMask = attention_dropout_mask,
 ) -> Tensor:
     """The same with all weights (B, H, T, T) in memory."""
-    T, D = q.shape[1], q.shape[3]
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    if documents is not None:
-        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
     wide, keys = at_least_fp32(q), at_least_fp32(k).transpose(-2, -1)  # bf16 scores would cost precision
-    hidden = torch.zeros(visible.shape, dtype=wide.dtype, device=q.device).masked_fill_(~visible, -math.inf)
+    hidden = hidden_scores(q.shape[2], documents, wide)
     weights = torch.softmax(torch.add(hidden, wide @ keys, alpha=scale), dim=-1)  # (B, H, T, T)
     if dropout_p > 0.0:
         assert seed is not None
         assert offset is not None
-        keep = mask(weights.shape, dropout_p, seed, offset)
-        weights = weights * _factors(keep, 256 / (256 - dropout_threshold(dropout_p)), weights.dtype)
+        weights = weights * attention_factors(mask(weights.shape, dropout_p, seed, offset), dropout_p, wide)
     return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+
+def hidden_scores(T: int, documents: Tensor | None, like: Tensor) -> Tensor:
+    """What masks scores when added: 0 for keys that a query sees, else -inf; (T, T) or (B, 1, T, T)."""
+    visible = torch.ones(T, T, dtype=torch.bool, device=like.device).tril()
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, -math.inf)
+
+
+def attention_factors(keep: Tensor, dropout_p: float, like: Tensor) -> Tensor:
+    """What attention weights are multiplied by: 0 where dropped, else 1 / (1 - p), p in steps of 1/256."""
+    return _factors(keep, 256 / (256 - dropout_threshold(dropout_p)), like.dtype)
 
 
 def decode_attention(

@@ -24,8 +24,8 @@ matrices are wider than activations (w = 4 on a CPU), "none" keeps each block's 
 The loss keeps the gradients it made in the forward pass and uses a buffer: linear_cross_entropy.extra_bytes.
 
 A CPU runs plain PyTorch. There every dropout keeps a mask, C e, every norm of low-precision rows their fp32
-copy, and attention, unless it is SDPA's, its fp32 weights, their mask and product, B H T^2 (8 + e), and q and
-k in fp32, but no log-sum-exp.
+copy, and attention, unless it is SDPA's, its fp32 weights, their mask and product, B H T^2 (8 + e), but no
+log-sum-exp.
 
 The peak is at one of two moments; between them activations give way to gradients. The backward pass enters
 the last block (all activations, the embedding's gradient, what is recomputed of a block, and six tensors of
@@ -183,12 +183,12 @@ class Shapes:
         return weights + self._weights_on_cpu()
 
     def _weights_on_cpu(self) -> int:
-        """Of plain PyTorch's attention (reference.py)."""
+        """Of plain PyTorch's attention (kernels/cpu/attention.py)."""
         low_precision = self.dtype.itemsize < 4
         if self.config.dropout == 0.0 and not (low_precision and self.T < 256):  # SDPA
             return self.B * self.T * self.config.n_head * 4
         each = self.dtype.itemsize + (8 if self.config.dropout else 4 if low_precision else 0)
-        return self.B * self.config.n_head * self.T**2 * each + 2 * self._copies_on_cpu()
+        return self.B * self.config.n_head * self.T**2 * each
 
     def _mlp(self) -> int:
         """What the MLP keeps besides its input."""
@@ -207,7 +207,7 @@ class Shapes:
         N, C, P = self.B * self.T, self.config.n_embd, self.config.padded_vocab_size
         if self.on_gpu:
             return extra_bytes(N, C, P, self.dtype, self.weight_dtype)
-        logits = min(N, plain.ROWS) * P * self.dtype.itemsize
+        logits = min(N, plain.rows_per_chunk(self.dtype)) * P * self.dtype.itemsize
         return logits + 2 * N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)  # hidden is kept
 
     def _cast(self, numel: int) -> int:

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fusedgpt.kernels import ops, reference
-from fusedgpt.kernels.cpu import attention as kernel
+from fusedgpt.kernels.cpu.dropout import attention_dropout_mask
 
 
 @pytest.mark.parametrize("T", [1, 2, 17, 130])
-def test_attention_is_the_references(T: int) -> None:
-    q, k, v = torch.randn(3, 2, T, 2, 8, dtype=torch.float64)
-    torch.testing.assert_close(kernel.attention(q, k, v), reference.attention(q, k, v))
-    torch.testing.assert_close(kernel.attention(q, k, v, scale=0.7), reference.attention(q, k, v, scale=0.7))
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("packs", [False, True])
+def test_attention_is_the_references(T: int, p: float, packs: bool) -> None:
+    """Of q, k and v, and of the fused projection, whose gradient is made by hand."""
+    exact = torch.randn(2, T, 3, 2, 8, dtype=torch.float64)
+    dy = torch.randn(2, T, 2, 8, dtype=torch.float64)
+    dropout = {"dropout_p": p, "seed": torch.tensor(5), "offset": torch.tensor(3), "scale": 0.7}
+    for documents in (None, batch_documents(2, T)):
+        results = []
+        for attention in (ops.qkv_attention if packs else separate(ops.attention), separate(by_weights)):
+            qkv = exact.clone().requires_grad_()
+            y = attention(qkv, **dropout, documents=documents)
+            results.append((y, *torch.autograd.grad(y, qkv, dy)))
+        torch.testing.assert_close(*results)
+
+
+def batch_documents(B: int, T: int) -> Tensor:
+    """(B, T): two documents a row, of other lengths in each."""
+    return (torch.arange(T) >= torch.arange(1, B + 1)[:, None] * T // 3).long()
+
+
+def separate(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attention` of q, k and v as a function of (B, T, 3, H, D)."""
+    return lambda qkv, **options: attention(*qkv.unbind(2), **options)
+
+
+def by_weights(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return reference.attention_by_weights(q, k, v, **options, mask=attention_dropout_mask)
 
 
 @pytest.mark.parametrize("T", [17, 128, 255, 256])
-def test_attention_in_bf16_is_as_exact_as_sdpa(T: int) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_attention_in_bf16_is_as_exact_as_sdpa(T: int, packs: bool) -> None:
     generator = torch.Generator().manual_seed(T)
-    exact = torch.randn(3, 1, T, 2, 64, dtype=torch.float64, generator=generator).bfloat16().double()
+    exact = torch.randn(1, T, 3, 2, 64, dtype=torch.float64, generator=generator).bfloat16().double()
     errors = []
-    for attention in (kernel.attention, sdpa):
+    for attention in (ops.qkv_attention if packs else separate(ops.attention), separate(sdpa)):
         inputs = exact.bfloat16().requires_grad_()
         wide = exact.clone().requires_grad_()
-        out, truth = attention(*inputs), sdpa(*wide)
+        out, truth = attention(inputs), separate(sdpa)(wide)
         out.float().square().sum().backward()
         truth.square().sum().backward()
         assert inputs.grad is not None
