@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.ceilings import DTYPES
 from fusedgpt.kernels.cpu.linear import matmul_nt, matmul_tn, product
-from fusedgpt.kernels.cpu.linear_cross_entropy import rows_per_chunk
+from fusedgpt.kernels.cpu.linear_cross_entropy import ROWS
 from fusedgpt.model.config import GPTConfig
 from fusedgpt.model.gpt import GPT
 
@@ -40,7 +40,7 @@ def products(
             product(x, weight)
             product(dy, weight.T)
             matmul_tn(dy, x)
-        for x in rows[config.n_embd].split(rows_per_chunk(dtype)):
+        for x in rows[config.n_embd].split(ROWS):
             logits = matmul_nt(head, x)
             matmul_tn(logits, head)
             matmul_nt(logits, x.T)

@@ -19,14 +19,9 @@ from fusedgpt.kernels.numerics import fp32_sums
 if TYPE_CHECKING:
     from fusedgpt.kernels.linear_cross_entropy import LossOptions
 
-_CHUNK_BYTES = 4096  # of logits of each id; docs/experiments.md, "Chunked linear + cross-entropy"
+ROWS = 1024  # per chunk; docs/experiments.md, "Chunked linear + cross-entropy"
 _SOFTMAX_LOGITS = 1 << 19  # at a time: 2 MiB in fp32, which stay in a core's cache
 _LARGEST_UNIT = 1e25  # of exponentials above the target's logit: of a loss of 57
-
-
-def rows_per_chunk(dtype: torch.dtype) -> int:
-    """2,048 rows of bf16 logits, 1,024 of fp32."""
-    return _CHUNK_BYTES // dtype.itemsize
 
 
 @fp32_sums()
@@ -38,14 +33,14 @@ def linear_cross_entropy_fwd(
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ../linear_cross_entropy.py."""
-    N, C, P, rows = *hidden.shape, len(weight), rows_per_chunk(hidden.dtype)
+    N, C, P = *hidden.shape, len(weight)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     weight, has_gradient = weight.to(hidden.dtype), row_scale is not None
     losses = hidden.new_empty(N, dtype=wide)
     dhidden = hidden.new_empty((N, C) if has_gradient else 0)
     dweight: Tensor | None = None
-    for start in range(0, N, rows):
-        chunk = slice(start, start + rows)
+    for start in range(0, N, ROWS):
+        chunk = slice(start, start + ROWS)
         x, scale = hidden[chunk], None if row_scale is None else row_scale[chunk]
         logits, losses[chunk], unit = _chunk(weight, x, targets[chunk], options, has_gradient=has_gradient)
         if scale is not None:

@@ -92,7 +92,7 @@ def launched(hidden: Tensor, weight: Tensor, targets: Tensor, V: int, rows: int)
 def test_plain_equals_the_reference_in_float64(
     N: int, V: int, reduction: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "_CHUNK_BYTES", 32 * 8)  # 32 rows
+    monkeypatch.setattr(plain, "ROWS", 32)
     monkeypatch.setattr(plain, "_SOFTMAX_LOGITS", 5 * V)
     args = problem(N, 24, V, torch.float64)
     kwargs: dict[str, Any] = {"vocab_size": V, "reduction": reduction, **options}
@@ -119,7 +119,7 @@ def test_plain_error_is_no_larger_than_pytorchs(
     dtype: torch.dtype, V: int, allowed: tuple[float, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "USES_ONEDNN", onednn and linear.HAS_ONEDNN)
-    monkeypatch.setattr(plain, "_CHUNK_BYTES", 64 * dtype.itemsize)  # 64 rows
+    monkeypatch.setattr(plain, "ROWS", 64)
     args = problem(200, 64, V, dtype)
     exact = [args[0].detach().double().requires_grad_(), args[1].detach().double().requires_grad_(), args[2]]
     truth = gradients(reference.linear_cross_entropy, *exact, vocab_size=V)
@@ -226,7 +226,7 @@ def test_the_plain_gradient_does_not_depend_on_the_chunks(monkeypatch: pytest.Mo
     args = problem(1024, 32, 300, torch.float32)
     truth = gradients(reference.linear_cross_entropy, *args, vocab_size=300)
     for rows in (1024, 64, 4, 1):
-        monkeypatch.setattr(plain, "_CHUNK_BYTES", rows * 4)
+        monkeypatch.setattr(plain, "ROWS", rows)
         for ours, true in zip(gradients(ops.linear_cross_entropy, *args, vocab_size=300), truth, strict=True):
             assert relative_error(ours, true.double()) < 1e-6  # fp32 sums of 1024 rows in another order
 

@@ -165,7 +165,7 @@ def test_orthogonalised_singular_values_lie_near_1(shape: tuple[int, int]) -> No
     x = u * values @ vh
     bound = (x @ x.T if shape[0] <= shape[1] else x.T @ x).abs().sum(1).max().sqrt()
     now = (u.T @ reference.orthogonalise(x) @ vh.T).diagonal()  # the singular vectors stay
-    assert (now - 1).abs()[values > 0.01 * bound].max() < 0.27
+    assert (now - 1).abs()[values > 0.01 * bound].max() < 0.2703  # 0.2702 is the most on [0.01, 1]
     torch.testing.assert_close(u * now @ vh, reference.orthogonalise(x))
 
 

@@ -207,7 +207,7 @@ class Shapes:
         N, C, P = self.B * self.T, self.config.n_embd, self.config.padded_vocab_size
         if self.on_gpu:
             return extra_bytes(N, C, P, self.dtype, self.weight_dtype)
-        logits = min(N, plain.rows_per_chunk(self.dtype)) * P * self.dtype.itemsize
+        logits = min(N, plain.ROWS) * P * self.dtype.itemsize
         return logits + 2 * N * C * self.dtype.itemsize + P * C * 4 + self._cast(P * C)  # hidden is kept
 
     def _cast(self, numel: int) -> int:
