@@ -94,7 +94,7 @@ def with_interval(row: Row) -> str:
 
 def ratio(row: Row, ours: Row) -> float:
     """How many times faster ours is: the median of runs side by side, so that a machine's drift cancels."""
-    times = ({"runs_ms": [found["ms"]], **found}["runs_ms"] for found in (row, ours))
+    times = (found.get("runs_ms", [found["ms"]]) for found in (row, ours))
     return median(theirs / mine for theirs, mine in zip(*times, strict=False))  # one may have been cut short
 
 

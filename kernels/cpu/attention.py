@@ -65,6 +65,7 @@ class _QKVAttention(torch.autograd.Function):
         scale: float,
         documents: Tensor | None,
     ) -> Tensor:
+        """(B, T, H, D) in qkv's dtype; keep: the weights that dropout keeps; documents (B, T) int."""
         heads = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, D)
         q, k, v = heads
         scores = reference.at_least_fp32(q) @ reference.at_least_fp32(k).transpose(-2, -1)
