@@ -44,10 +44,16 @@ PARTS = tomllib.loads(Path(__file__).with_name("parts.toml").read_text())
 
 
 def all_parts(
-    *, gpu: bool, peer: Path | None = None, text: Path | None = None, toy: bool = False
+    *, gpu: bool, out: Path, peer: Path | None = None, text: Path | None = None, toy: bool = False
 ) -> list[Part]:
     """Everything there is to measure, in its order; jobs need the text for them, or have no commands."""
-    given = {"peer": "", "rivals": "", "text": shlex.quote(str(text)), "pytest": PYTEST}
+    given = {
+        "peer": "",
+        "rivals": "",
+        "pytest": PYTEST,
+        "text": shlex.quote(str(text)),
+        "out": shlex.quote(str(out)),
+    }
     if peer:
         given |= {
             "peer": f"--peer {shlex.quote(str(peer))}",
@@ -167,7 +173,9 @@ def main() -> int:
         import torch
 
         gpu = torch.cuda.is_available()
-        every = all_parts(gpu=gpu, peer=arguments.peer, text=arguments.text, toy=arguments.toy)
+        every = all_parts(
+            gpu=gpu, out=arguments.out, peer=arguments.peer, text=arguments.text, toy=arguments.toy
+        )
         chosen = choose_parts("bench", every, arguments.parts)
         code = run_parts(chosen, arguments.out, 60 * arguments.minutes - (time.monotonic() - start))
     return max(code, render(arguments.out, arguments.compare))

@@ -1,6 +1,6 @@
 """Checks, tests and measures everything on a CUDA GPU within a time limit: scripts/gpu_check.
 
-    scripts/gpu_check --out DIR --minutes N [--peer NANOGPT] [--text FILE] [--parts A,B] [--tune]
+    scripts/gpu_check --out DIR --minutes N [--peer NANOGPT] [--text FILE] [--parts A,B]
 
 A part is one or more processes with a share of the time that is left; a part that fails, hangs or breaks its
 CUDA context does not stop the next. `first` and `second` are the sets of parts in parts.toml. All is in
@@ -9,7 +9,8 @@ DIR as soon as it is known:
     log.txt                    the output of every command
     results.jsonl              every figure, finding and verdict, with the state of the GPU after each part
     report.html, report.md     the page of bench.py, whose parts are among these
-    tuning.json                with --tune
+    step-*.json.gz             traces of a training step
+    tuning.json                the fastest attention tiles of this GPU
 Exit code: 0 if every part passed, 1 if not, 2 for wrong usage or no GPU.
 """
 
@@ -49,10 +50,8 @@ GRAPH_TESTS = [
 ]
 
 
-def all_parts(
-    out: Path, *, gpu: bool, peer: Path | None = None, text: Path | None = None, tune: bool = False
-) -> list[Part]:
-    """Every part in its order; tuning, which is long and no check, only if asked for."""
+def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, text: Path | None = None) -> list[Part]:
+    """Every part in its order."""
     ops = list(dict.fromkeys(case.op for case in cases.cases(torch.device("cuda"))))
     dtypes = ("bf16", "fp16", "fp32") if gpu else ("fp32", "fp16")
     checks = [[*CLI, "kernels", "check", "--json", "--op", op, "--dtype", d] for d in dtypes for op in ops]
@@ -73,20 +72,21 @@ def all_parts(
     ]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun lands in another tensor, unseen
     render = [*MODULE, "benchmarks.report.bench", "--out", str(out), "--render"]
-    tuning = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}"]
+    tune = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}", "--head-size", "64", "--feature"]
+    tuning = [[*tune, feature] for feature in ("plain", "dropout")]  # what the presets train with
     tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
     consan = {"TRITON_INSTRUMENTATION_MODE": "consan"}  # Triton's own check of what is shared in a kernel
     tests = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests/train/loop").glob("test_*.py")]
     return [
         *on_any,
         Part(name="graphs", seconds=35, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
-        *bench.all_parts(gpu=gpu, peer=peer, text=text),
-        Part(name="gpu_tests", seconds=65, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        *bench.all_parts(gpu=gpu, out=out, peer=peer, text=text),
+        Part(name="gpu_tests", seconds=55, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
         Part(name="report", seconds=4, commands=[render]),
         Part(name="consan", seconds=70, commands=small_checks, jobs=jobs, environment=consan),
         Part(name="sanitizer", seconds=16, commands=sanitized, jobs=jobs, environment=uncached),
-        *([Part(name="tune", seconds=200, commands=[tuning], environment=tuned)] if tune else []),
+        Part(name="tune", seconds=90, commands=tuning, environment=tuned),
     ]
 
 
@@ -117,7 +117,6 @@ def small_check(name: str) -> list[str]:
 def main() -> int:
     start = time.monotonic()
     parser = make_parser(__doc__, "--out", "--minutes", "--parts", "--peer", "--text")
-    parser.add_argument("--tune", action="store_true", help="search for faster attention tiles at the end")
     parser.add_argument("--small-check", metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.small_check:
@@ -127,7 +126,7 @@ def main() -> int:
     if not (arguments.out and arguments.minutes):
         parser.error("--out and --minutes are needed")
     gpu = torch.cuda.is_available()
-    options = {"peer": arguments.peer, "text": arguments.text, "tune": arguments.tune}
+    options = {"peer": arguments.peer, "text": arguments.text}
     parts = all_parts(arguments.out, gpu=gpu, **options)
     if not (gpu or arguments.parts):
         names = ", ".join(part.name for part in parts)

@@ -14,8 +14,9 @@ and where they apply
     peak_mb, predicted_mb    memory, and what `fusedgpt train --estimate` predicts
     train_ms, val_loss, goal, goal_ms, loss_gap    of a job, see workloads/jobs.py
     curve                                          of a training, see workloads/optimizers.py
+    idle_ms, between_us, kernels                   of a profile, see workloads/step_profile.py
 `stamp` adds the machine, its clocks, the versions and the commit.
-Suites: ceilings, kernels, train, everyday, jobs, optimizers.
+Suites: ceilings, kernels, train, profile, everyday, jobs, optimizers.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Command:
         self.rows: list[Row] = []
         self.began = time.monotonic()
         self.read = 0  # bytes of the output that were harvested
-        self.arguments = [a.replace("{minutes}", f"{0.8 * seconds / 60:.2f}") for a in part.commands[index]]
+        minutes = f"{0.8 * seconds / 60 / len(part.commands):.2f}"  # for one that ends by itself
+        self.arguments = [a.replace("{minutes}", minutes) for a in part.commands[index]]
         # Not in DIR, which holds only what is to be kept. Closed by `finish`.
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
@@ -19,6 +20,8 @@ _NAMES = {
     "products": "matmuls and AdamW alone",
 }
 
+_PRODUCT = re.compile(r"gemm|nvjet|cutlass|splitK|aten\.\w*mm")  # kernels of cuBLAS, and what is predicted
+
 
 def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[Section]:
     """The whole report; `old` is a run to compare with."""
@@ -29,6 +32,7 @@ def sections(rows: Sequence[Row], *, old: Sequence[Row] | None = None) -> list[S
         machine(rows),
         training(rows),
         table("First step, of all that start at once", of_suite(rows, "train", "first step"), FIRST_STEP),
+        step_profile(rows),
         ablation(rows),
         table("Gradient checkpointing", of_suite(rows, "train", "checkpointing"), CHECKPOINTING),
         kernels(rows),
@@ -268,6 +272,46 @@ def training(rows: Sequence[Row]) -> Section:
         charts={"Training: how many times faster ours is than": bars} if bars else {},
         table=tabulate(found, TRAINING),
     )
+
+
+def step_profile(rows: Sequence[Row]) -> Section:
+    """Where the GPU's time of a step goes, beside what was predicted."""
+    found = {row["contender"]: row for row in of_suite(rows, "profile", "step")}
+    titles = {OURS: "CUDA graph", "ours-eager": "eager", "predicted": "predicted"}
+    parts = {titles[name]: by_work(row) for name, row in found.items()}
+    graph, guess = (parts.get(titles[name], {}) for name in (OURS, "predicted"))
+    cells = []
+    for work in sorted(
+        {name for part in parts.values() for name in part}, key=lambda x: -graph.get(x, [0, 0])[1]
+    ):
+        launches, ms = graph.get(work, [0, 0.0])
+        known = ms and guess.get(work)
+        cells.append(
+            {
+                "kernel": work,
+                "launches": number(launches),
+                "of the step": percent(ms / found[OURS]["ms"]) if OURS in found else "",
+                **{f"{title}, ms": number(part.get(work, [0, 0.0])[1]) for title, part in parts.items()},
+                "measured / predicted": f"{ms / known[1]:.2f}" if known else "",
+            }
+        )
+    words = [
+        f"{titles[name]}: a step takes {number(row['ms'])} ms with the profiler on, idle for "
+        f"{number(row['idle_ms'])} of them, {number(row['between_us'])} us between two kernels."
+        for name, row in found.items()
+        if "idle_ms" in row
+    ]
+    return Section(title="Where the time of a step goes", words=words, table=cells)
+
+
+def by_work(row: Row) -> dict[str, list[float]]:
+    """[launches, milliseconds] of our kernels by name, of matrix products, and of all others."""
+    found: dict[str, list[float]] = {}
+    for name, figures in row["kernels"].items():
+        ours = re.fullmatch(r"_(\w+)_kernel", name)
+        work = ours[1] if ours else "matrix products" if _PRODUCT.search(name) else "others"
+        found[work] = [a + b for a, b in zip(found.get(work, [0, 0.0]), figures, strict=True)]
+    return found
 
 
 def ablation(rows: Sequence[Row]) -> Section:

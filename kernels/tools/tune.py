@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ Timer = Callable[[Callable[[], object]], float]
 KERNELS = ("fwd", "dkdv", "dq")
 LENGTHS = (1024, tuning.SHORT)  # of long and of short sequences
 _TOKENS, _WIDTH = 16384, 768  # of the problem that is timed: enough to fill any GPU
+_TIMER = partial(triton.testing.do_bench, warmup=10, rep=50, return_mode="median")  # milliseconds of each
 _CHECKED = {False: 320, True: 192}  # tokens of the problem that is checked, by whether it is short
 
 
@@ -37,7 +42,7 @@ class Choice:
     default_ms: float  # the whole forward or backward pass with the default tile
     ms: float  # the same with `tile`
     tile: Tile
-    tried: int  # tiles timed
+    timed: list[tuple[Tile, float]]  # the others and their milliseconds, before the fastest were checked
 
     def cells(self) -> dict[str, str]:
         """Column -> text, for a table."""
@@ -50,7 +55,7 @@ class Choice:
             "tile": ", ".join(
                 [sizes, launch, *(name for name in ("descriptors", "ahead") if getattr(self.tile, name))]
             ),
-            "tried": str(self.tried),
+            "timed": str(1 + len(self.timed)),
         }
 
 
@@ -87,7 +92,7 @@ def tune(
     path, gpu = tuning.tuning_path(), torch.cuda.get_device_name(device)
     searches = list(itertools.product(LENGTHS, head_sizes))
     tiles = sum(len(candidates(device, kernel)) for kernel in KERNELS)
-    total, done = len(searches) * tiles, itertools.count(1)
+    total, done = 2 * len(searches) * tiles, itertools.count(1)  # compiled, then timed
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "feature": feature, "deadline": deadline}
     found: list[Choice] = []
     for T, head_size in searches:
@@ -105,20 +110,23 @@ def search(
     feature: str = "plain",
     T: int = 1024,
     tiles: Iterable[Tile] | None = None,
-    timer: Timer = triton.testing.do_bench,
+    timer: Timer = _TIMER,
     deadline: float = float("inf"),
     step: Callable[[], None] = lambda: None,
 ) -> list[Choice]:
     """The fastest tile of each kernel at (B, T, H, head_size), one kernel after the other.
 
-    A tile is timed if it compiles without a spill, fits the GPU and keeps to `check`'s standard. deadline: on
-    time.monotonic(), in seconds; kernels not begun by then are left out. step is called after each tile.
-    timer returns milliseconds.
+    A tile is timed if it compiles without a spill and fits the GPU, and taken if it also keeps to `check`'s
+    standard. deadline: on time.monotonic(), in seconds; kernels not begun by then are left out. step is
+    called after each tile that was compiled or timed. timer returns milliseconds.
     """
     forward, backward, q = _problem(device, head_size, dtype, feature, T)
     options: dict[str, Any] = {"dropout_p": 0.1} if feature == "dropout" else {}
     options["documents"] = feature == "documents"
     checked = cases.attention_case(1, _CHECKED[T <= tuning.SHORT], 2, head_size, **options)
+    given = None if tiles is None else list(tiles)
+    work = [(kernel, tile) for kernel in KERNELS for tile in given or candidates(device, kernel)]
+    fitting = set(work if device.type == "cpu" else _fitting(work, q, feature, deadline, step))
     found: list[Choice] = []
     for kernel in KERNELS:
         if time.monotonic() > deadline:
@@ -128,32 +136,53 @@ def search(
         default = tuning.default_attention(kernel, q, feature, describable=True)
         with tuning.override(key, default):
             default_ms = timer(run)
-        best, best_ms, tried = default, default_ms, 1
-        for tile in candidates(device, kernel) if tiles is None else tiles:
+        best, best_ms, timed = default, default_ms, []
+        for tile in (tile for other, tile in work if other == kernel):
             if time.monotonic() > deadline:
                 break
             step()
+            if tile == default or (kernel, tile) not in fitting:
+                continue
             with tuning.override(key, tile):
-                if tile == default or not _fits(kernel, q, feature) or not _is_right(checked, dtype, device):
-                    continue
-                ms = timer(run)
-            tried += 1
-            if ms < best_ms:
-                best, best_ms = tile, ms
-        found.append(Choice(key=key, default_ms=default_ms, ms=best_ms, tile=best, tried=tried))
+                timed.append((tile, ms := timer(run)))
+                if ms < best_ms and _is_right(checked, dtype, device):
+                    best, best_ms = tile, ms
+        found.append(Choice(key=key, default_ms=default_ms, ms=best_ms, tile=best, timed=timed))
     return found
 
 
-def _fits(kernel: str, q: Tensor, feature: str) -> bool:
-    """Whether the kernel compiles for the GPU of q, without a spill and within its limits."""
-    if q.device.type == "cpu":  # interpreted
-        return True
+def _fitting(
+    work: list[tuple[str, Tile]], q: Tensor, feature: str, deadline: float, step: Callable[[], None]
+) -> list[tuple[str, Tile]]:
+    """Those of (kernel, tile) that `_fits`: compiled on all cores, into Triton's cache."""
     major, minor = tuning.capability(q.device)
-    arch = 10 * major + minor
-    B, T, H, D = q.shape
-    meta = torch.empty(B, T, 3, H, D, dtype=q.dtype, device="meta")
-    with only_compile(arch) as compiled:
-        forward, backward, _ = _passes(meta, feature)
+    fits = partial(_fits, arch=10 * major + minor, shape=tuple(q.shape), dtype=q.dtype, feature=feature)
+    found = []
+    # spawn: a fork of a process that has used CUDA cannot be relied on.
+    pool = ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(work)), get_context("spawn"))
+    try:
+        futures = {pool.submit(fits, *one): one for one in work}
+        left = None if deadline == float("inf") else deadline - time.monotonic()
+        for future in as_completed(futures, left):
+            step()
+            if future.result():
+                found.append(futures[future])
+    except TimeoutError:  # what has not compiled by the deadline is left out
+        pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _fits(
+    kernel: str, tile: Tile, *, arch: int, shape: tuple[int, ...], dtype: torch.dtype, feature: str
+) -> bool:
+    """Whether the kernel compiles with this tile for q of `shape`, without a spill and within its limits."""
+    B, T, H, D = shape
+    qkv = torch.empty(B, T, 3, H, D, dtype=dtype, device="meta")
+    key = tuning.attention_key(kernel, qkv.select(2, 0), feature)
+    with only_compile(arch) as compiled, tuning.override(key, tile):
+        forward, backward, _ = _passes(qkv, feature)
         (forward if kernel == "fwd" else backward)()
     results = [one.result for one in compiled if one.kernel == f"_attention_{kernel}_kernel"]
     return all(not isinstance(x, Exception) and not list(problems(x, arch)) for x in results)

@@ -202,12 +202,12 @@ def test_compare_marks_regressions_and_fails(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_parts_for_a_gpu_name_contenders_and_presets_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
-    for part in bench.all_parts(gpu=True, peer=ROOT, text=ROOT / "README.md"):
+    for part in bench.all_parts(gpu=True, out=Path(), peer=ROOT, text=ROOT / "README.md"):
         lines += [command for command in part.commands if command[2] == "benchmarks.workloads.training_step"]
-        for command in part.commands if part.name == "jobs" else ():
+        for command in part.commands if part.name in ("jobs", "pipeline") else ():
             monkeypatch.setattr("sys.argv", command[2:])
-            assert jobs.parse().peer == ROOT
-    assert len(lines) == 14
+            assert ("pipeline" in jobs.parse().names) == (part.name == "pipeline")
+    assert len(lines) == 13
     for line in lines:
         monkeypatch.setattr("sys.argv", line[2:])
         assert training_step.parse(gpu=True).contenders[0] == "ours"
