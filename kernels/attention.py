@@ -344,6 +344,7 @@ def _launch(kernel: Any, tile: Tile, rows_per_program: int, x: Tensor, **argumen
             heads=_cdiv(B * H, groups),
             **constants,
             num_warps=tile.num_warps,
+            maxnreg=tile.maxnreg,
             num_stages=tile.num_stages,
         )
 

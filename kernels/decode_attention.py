@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fusedgpt.kernels.common import LOG2_E, LOWEST, block_size
 
-_BLOCK_N = 64  # cache rows that a program reads at once
+_BLOCK_N, _BLOCK = 64, 4096  # cache rows that a program reads at once, at most, and elements
 _ROWS, _MAX_SPLITS = 128, 64  # rows of a split, until a cache has too many splits for one program to combine
 
 
@@ -144,7 +144,7 @@ def decode_attention_fwd(
             scale * LOG2_E.value,
             D=D,
             BLOCK_D=BLOCK_D,
-            BLOCK_N=_BLOCK_N,
+            BLOCK_N=min(_BLOCK_N, _BLOCK // BLOCK_D),
             num_warps=4,
         )
         if S > 1:

@@ -9,7 +9,8 @@ With z the row that is normalised, x^ = (z - mean) * rstd, g = dy * weight and <
 
 A tile is (CHUNKS, ROWS, WIDTH): column chunk * WIDTH + i of each row. The compiler gives the last axis to the
 lanes of a warp and ROWS to the warps, so up to 1,024 columns a row belongs to one warp: its means need no
-barrier, and warps wait for memory each on its own.
+barrier, and warps wait for memory each on its own. Triton 3.6 gives the first axis to the warps: there a tile
+is (ROWS, CHUNKS, WIDTH).
 
 Each program of the backward loops over rows and keeps partial sums over them in fp32; a second kernel adds
 them in a fixed order: no atomics, and the same call gives the same bits.
@@ -33,33 +34,42 @@ from fusedgpt.kernels.library import register_op
 MAX_C = 8192
 _TILE = 4096  # elements: narrow rows share one
 _WARPS_PER_SM = 8  # of the backward: at its 255 registers per thread no more fit at once
+_ROWS_AXIS = tl.constexpr(0 if triton.__version__.startswith("3.6.") else 1)
+_CHUNKS_AXIS = tl.constexpr(1 - _ROWS_AXIS.value)
 
 
 @triton.jit
 def _columns(CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
     """The columns of a tile: (CHUNKS, 1, WIDTH)."""
-    return tl.arange(0, CHUNKS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    chunks = tl.expand_dims(tl.arange(0, CHUNKS), (_ROWS_AXIS, 2))
+    return chunks * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def _of_rows(x):
+    """x (ROWS,) along the rows of a tile: (1, ROWS, 1)."""
+    return tl.expand_dims(x, (_CHUNKS_AXIS, 2))
 
 
 @triton.jit
 def _load_vector(x_ptr, C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """A vector (C,) in fp32, repeated for every row so that it gets a tile's layout."""
-    offs_c = tl.broadcast_to(_columns(CHUNKS, WIDTH), (CHUNKS, ROWS, WIDTH))
+    offs_c = _columns(CHUNKS, WIDTH) + _of_rows(tl.zeros((ROWS,), tl.int32))
     return tl.load(x_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _row_means(x, C: tl.constexpr):
-    """The row means (ROWS,) of a tile."""
-    return tl.sum(tl.sum(x, axis=0), axis=1) / C
+    """The row means of a tile, along its rows: (1, ROWS, 1)."""
+    return _of_rows(tl.sum(tl.sum(x, axis=_CHUNKS_AXIS), axis=1) / C)
 
 
 @triton.jit
 def _keep_rows(seed, offset, rows, threshold, C: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
     """The dropout mask of a tile; see dropout.py."""
-    blocks = (offset + rows * tl.cdiv(C, 8))[None, :, None] + _columns(CHUNKS, WIDTH // 8)
+    blocks = _of_rows(offset + rows * tl.cdiv(C, 8)) + _columns(CHUNKS, WIDTH // 8)
     lanes = philox_lanes(seed, blocks)  # (CHUNKS, ROWS, WIDTH / 8, 2, 2, 2)
-    return tl.reshape(lanes, [CHUNKS, rows.shape[0], WIDTH]) >= threshold
+    return tl.reshape(lanes, (_of_rows(rows) + _columns(CHUNKS, WIDTH)).shape) >= threshold
 
 
 @triton.jit(do_not_specialize=["N", "threshold"])
@@ -86,7 +96,7 @@ def _layer_norm_fwd_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offs_c = _columns(CHUNKS, WIDTH)
-    offs, mask = (rows * C)[None, :, None] + offs_c, (rows < N)[None, :, None] & (offs_c < C)
+    offs, mask = _of_rows(rows * C) + offs_c, _of_rows(rows < N) & (offs_c < C)
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += _load_vector(x_bias_ptr, C, CHUNKS, ROWS, WIDTH)
@@ -99,14 +109,14 @@ def _layer_norm_fwd_kernel(
         tl.store(new_residual_ptr + offs, rounded, mask=mask)
         z = rounded.to(tl.float32)  # what the backward will read
     mean = _row_means(z, C)  # columns beyond C are 0
-    centred = tl.where(offs_c < C, z - mean[None, :, None], 0.0)
+    centred = tl.where(offs_c < C, z - mean, 0.0)
     rest = _row_means(centred, C)  # of a mean far from zero, which was rounded coarsely
     rstd = tl.rsqrt(_row_means(centred * centred, C) - rest * rest + eps)
-    tl.store(mean_ptr + rows, mean + rest, mask=rows < N)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+    tl.store(mean_ptr + _of_rows(rows), mean + rest, mask=_of_rows(rows < N))
+    tl.store(rstd_ptr + _of_rows(rows), rstd, mask=_of_rows(rows < N))
     weight = _load_vector(weight_ptr, C, CHUNKS, ROWS, WIDTH)
     bias = _load_vector(bias_ptr, C, CHUNKS, ROWS, WIDTH)
-    normed = (centred - rest[None, :, None]) * rstd[None, :, None]
+    normed = (centred - rest) * rstd
     tl.store(y_ptr + offs, normed * weight + bias, mask=mask)
 
 
@@ -114,7 +124,7 @@ def _layer_norm_fwd_kernel(
 def _store_partial(partial_ptr, sums, offs_c, C: tl.constexpr):
     """A program's row of the partial sums (P, C), from (CHUNKS, ROWS, WIDTH)."""
     offs = tl.program_id(0) * C + offs_c  # P is a few hundred: no int64
-    tl.store(partial_ptr + offs, tl.sum(sums, axis=1, keep_dims=True), mask=offs_c < C)
+    tl.store(partial_ptr + offs, tl.sum(sums, axis=_ROWS_AXIS, keep_dims=True), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["N", "threshold"])
@@ -143,25 +153,24 @@ def _layer_norm_bwd_kernel(
     offs_c = _columns(CHUNKS, WIDTH)
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
-    dweight = tl.zeros((CHUNKS, ROWS, WIDTH), dtype=tl.float32)
-    dbias = tl.zeros((CHUNKS, ROWS, WIDTH), dtype=tl.float32)
-    dx_bias = tl.zeros((CHUNKS, ROWS, WIDTH), dtype=tl.float32)
+    shape: tl.constexpr = (offs_c + _of_rows(tl.arange(0, ROWS))).shape
+    dweight, dbias, dx_bias = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
     for first_row in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=1):
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)
-        offs, mask = (rows * C)[None, :, None] + offs_c, (rows < N)[None, :, None] & (offs_c < C)
+        offs, mask = _of_rows(rows * C) + offs_c, _of_rows(rows < N) & (offs_c < C)
         # All loads first, to wait for memory once.
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if dnew_residual_ptr is not None:
             dnew_residual = tl.load(dnew_residual_ptr + offs, mask=mask, other=0.0)
-        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
+        mean = _of_rows(tl.load(mean_ptr + rows, mask=rows < N, other=0.0))
+        rstd = _of_rows(tl.load(rstd_ptr + rows, mask=rows < N, other=0.0))
         weight = _load_vector(weight_ptr, C, CHUNKS, ROWS, WIDTH)  # from L1: registers are scarce
         normed = (z - mean) * rstd  # where there is no column dy is 0, and so is what is summed
         dweight += dy * normed
         dbias += dy
         g = dy * weight
-        mean_g, mean_gn = _row_means(g, C)[None, :, None], _row_means(g * normed, C)[None, :, None]
+        mean_g, mean_gn = _row_means(g, C), _row_means(g * normed, C)
         dz = g * rstd - (normed * (mean_gn * rstd) + mean_g * rstd)
         if dnew_residual_ptr is not None:
             dz += dnew_residual.to(tl.float32)

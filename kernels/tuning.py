@@ -63,6 +63,7 @@ class Tile:
     num_stages: int
     descriptors: bool = False  # read through the tensor memory accelerator (9.0 and newer)
     ahead: bool = False  # forward: the next tile's Q K^T runs beside this tile's softmax
+    maxnreg: int | None = None  # registers per thread
 
 
 _Sizes = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
@@ -87,6 +88,7 @@ _HOPPER: _Table = {
     ("dq", 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
 }
 _AHEAD = {("fwd", 128, "dropout")}  # of _HOPPER
+_MAXNREG = {("dq", 64, "plain"): 128}  # of _HOPPER: for two blocks on a multiprocessor; Triton 3.6 takes 136
 _HOPPER_SHORT: _Table = {  # less of a smaller tile lies above the diagonal
     ("fwd", 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     ("dkdv", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -169,8 +171,10 @@ def _default(problem: _Problem, describable: bool) -> Tile:
         sizes = row[FEATURES.index(feature)]
     M, N, warps, stages = sizes
     tile = Tile(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, descriptors=descriptors)
-    ahead = descriptors and architecture[0] == 9 and not short and (kernel, largest, feature) in _AHEAD
-    return replace(tile, ahead=ahead)
+    if descriptors and architecture[0] == 9 and not short:
+        entry = (kernel, largest, feature)
+        tile = replace(tile, ahead=entry in _AHEAD, maxnreg=_MAXNREG.get(entry))
+    return tile
 
 
 def attention_key(kernel: str, q: Tensor, feature: str) -> str:
@@ -235,7 +239,8 @@ def load_tiles(path: Path, gpu: str) -> dict[str, Tile]:
 
 
 def _checked(tile: Tile) -> Tile:
-    sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages)
+    registers = 1 if tile.maxnreg is None else tile.maxnreg
+    sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages, registers)
     if not all(type(size) is int and 0 < size <= 256 for size in sizes):
         raise ValueError(f"{tile} has a size that is not a number from 1 to 256")
     if any(size & (size - 1) for size in sizes[:3]) or tile.BLOCK_M < 16 or tile.BLOCK_N < 32:

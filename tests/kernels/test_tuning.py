@@ -84,6 +84,7 @@ def test_saved_tiles_come_back_and_add_up(tuning_file: Path) -> None:
         '{"A": {"one": {"BLOCK_M": 96, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
         '{"A": {"one": {"BLOCK_M": 64, "BLOCK_N": 8, "num_warps": 4, "num_stages": 1}}}',
         '{"A": {"one": {"BLOCK_M": "64", "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}}}',
+        '{"A": {"one": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 0}}}',
     ],
 )
 def test_a_bad_tuning_file_is_ignored_with_its_remedy(content: str, tuning_file: Path) -> None:
