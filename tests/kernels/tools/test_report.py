@@ -157,6 +157,21 @@ def test_half_precision_rows_are_loaded_16_bytes_at_once(shipped: list[dict[str,
         assert row["tensor_core"] == {}
 
 
+def test_a_row_of_layer_norm_belongs_to_one_warp(shipped: list[dict[str, Any]]) -> None:
+    """Its means need no shared memory, which only turns them into the order in which they are stored."""
+    found = [row for row in shipped if row["kernel"] == "_layer_norm_fwd_kernel" and row["dtype"] == "bf16"]
+    assert len(found) > 20
+    for row in found:
+        assert row["shared"] == 16, row
+
+
+def test_two_blocks_of_hoppers_dq_share_a_multiprocessor(shipped: list[dict[str, Any]]) -> None:
+    """In the shape that GPT-2 trains with."""
+    of = ("_attention_dq_kernel", 90, "bf16", "D 64")
+    (found,) = (row for row in shipped if (row["kernel"], row["arch"], row["dtype"], row["label"]) == of)
+    assert found["blocks"] == 2
+
+
 def test_adamw_accesses_full_blocks_16_bytes_at_once() -> None:
     """16-byte accesses alone move every byte of a full block, and, for the update, of the partial sums.
 
