@@ -115,8 +115,10 @@ def dropout(x: Tensor, p: float, seed: Tensor, offset: Tensor, mask: MakeMask = 
 
 
 def _factors(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`scale` where `keep`, else 0. A CPU converts bytes several times as fast as bools."""
-    return keep.view(torch.uint8).to(dtype).mul_(scale)
+    """`scale` where `keep`, else 0."""
+    if not torch.compiler.is_compiling():  # torch 2.11 could not compile the view
+        keep = keep.view(torch.uint8)  # which a CPU converts several times as fast
+    return keep.to(dtype).mul_(scale)
 
 
 def attention(

@@ -198,3 +198,18 @@ def test_gradcheck() -> None:
     x, residual, weight, bias = tensor(3, 8), tensor(3, 8), tensor(8), tensor(8)
     assert gradcheck(lambda *x: reference.dropout_add_layer_norm(*x, **dropout), (x, residual, weight, bias))
     assert gradcheck(reference.bias_gelu, (x, bias))
+
+
+def test_a_compiler_sees_no_bools_viewed_as_bytes() -> None:
+    """PyTorch 2.11's inductor cannot compile that."""
+    seen: list[torch.fx.Node] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        seen.extend(module.graph.nodes)
+        return module
+
+    x = torch.randn(4, 40, dtype=torch.bfloat16)
+    compiled = torch.compile(reference.dropout, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x, 0.3, SEED, OFFSET), reference.dropout(x, 0.3, SEED, OFFSET))
+    assert len(seen) > 20
+    assert not [node for node in seen if torch.uint8 in node.args]
