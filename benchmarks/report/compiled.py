@@ -16,19 +16,20 @@ Key = tuple[str, ...]  # kernel, size, dtype, architecture
 
 
 def worst(rows: Iterable[Mapping[str, Any]]) -> dict[Key, str]:
-    """registers / bytes spilled / blocks per multiprocessor: the worst of each over a kernel's features."""
+    """registers / bytes spilled / blocks per multiprocessor / predicted us: the worst of a kernel's features."""
     found = defaultdict(list)
     for row in rows:
         kernel = row["kernel"].removeprefix("_").removesuffix("_kernel")
         size = row["label"].split(",")[0]
         found[kernel, size, row["dtype"], f"sm_{row['arch']}"].append(row)
-    return {
-        key: " / ".join(
-            str(pick(row[name] for row in group))
-            for name, pick in (("registers", max), ("stack", max), ("blocks", min))
-        )
-        for key, group in found.items()
-    }
+    return {key: " / ".join(_worst(group)) for key, group in found.items()}
+
+
+def _worst(group: list[Mapping[str, Any]]) -> Iterator[str]:
+    for name, pick in (("registers", max), ("stack", max), ("blocks", min)):
+        yield str(pick(row[name] for row in group))
+    if predicted := [row["predicted"]["microseconds"]["H200"] for row in group if row["predicted"]]:
+        yield f"{max(predicted):.0f}"
 
 
 def side_by_side(old: dict[Key, str], new: dict[Key, str]) -> Iterator[str]:
@@ -44,5 +45,7 @@ def side_by_side(old: dict[Key, str], new: dict[Key, str]) -> Iterator[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print("registers / bytes spilled / blocks per multiprocessor\n")
+    print(
+        "registers / bytes spilled / blocks per multiprocessor / predicted us on an H200, where it is known\n"
+    )
     print("\n".join(side_by_side(*(worst(json.loads(Path(path).read_text())) for path in sys.argv[1:]))))
