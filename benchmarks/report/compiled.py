@@ -16,7 +16,7 @@ Key = tuple[str, ...]  # kernel, size, dtype, architecture
 
 
 def worst(rows: Iterable[Mapping[str, Any]]) -> dict[Key, str]:
-    """registers / bytes spilled / blocks per multiprocessor / predicted us: the worst of a kernel's features."""
+    """registers / bytes spilled / blocks per multiprocessor / predicted us: a kernel's worst."""
     found = defaultdict(list)
     for row in rows:
         kernel = row["kernel"].removeprefix("_").removesuffix("_kernel")
