@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
@@ -276,42 +277,40 @@ def training(rows: Sequence[Row]) -> Section:
 
 def step_profile(rows: Sequence[Row]) -> Section:
     """Where the GPU's time of a step goes, beside what was predicted."""
-    found = {row["contender"]: row for row in of_suite(rows, "profile", "step")}
     titles = {OURS: "CUDA graph", "ours-eager": "eager", "predicted": "predicted"}
-    parts = {titles[name]: by_work(row) for name, row in found.items()}
-    graph, guess = (parts.get(titles[name], {}) for name in (OURS, "predicted"))
-    cells = []
-    for work in sorted(
-        {name for part in parts.values() for name in part}, key=lambda x: -graph.get(x, [0, 0])[1]
-    ):
-        launches, ms = graph.get(work, [0, 0.0])
-        known = ms and guess.get(work)
-        cells.append(
-            {
-                "kernel": work,
-                "launches": number(launches),
-                "of the step": percent(ms / found[OURS]["ms"]) if OURS in found else "",
-                **{f"{title}, ms": number(part.get(work, [0, 0.0])[1]) for title, part in parts.items()},
-                "measured / predicted": f"{ms / known[1]:.2f}" if known else "",
-            }
-        )
+    found = {titles[row["contender"]]: row for row in of_suite(rows, "profile", "step")}
+    times = {title: by_work(row, 1) for title, row in found.items()}
+    nothing: Counter[str] = Counter()
+    measured, predicted = (times.get(title, nothing) for title in ("CUDA graph", "predicted"))
+    launches = by_work(found["CUDA graph"], 0) if measured else nothing
+    cells = [
+        {
+            "kernel": work,
+            "launches": number(launches[work]),
+            "of the step": percent(measured[work] / found["CUDA graph"]["ms"]) if measured else "",
+            **{f"{title}, ms": number(ms[work]) for title, ms in times.items()},
+            "measured / predicted": f"{measured[work] / predicted[work]:.2f}"
+            if measured[work] and predicted[work]
+            else "",
+        }
+        for work in sorted({work for ms in times.values() for work in ms}, key=lambda work: -measured[work])
+    ]
     words = [
-        f"{titles[name]}: a step takes {number(row['ms'])} ms with the profiler on, idle for "
+        f"{title}: a step takes {number(row['ms'])} ms with the profiler on, idle for "
         f"{number(row['idle_ms'])} of them, {number(row['between_us'])} us between two kernels."
-        for name, row in found.items()
+        for title, row in found.items()
         if "idle_ms" in row
     ]
     return Section(title="Where the time of a step goes", words=words, table=cells)
 
 
-def by_work(row: Row) -> dict[str, list[float]]:
-    """[launches, milliseconds] of our kernels by name, of matrix products, and of all others."""
-    found: dict[str, list[float]] = {}
+def by_work(row: Row, column: int) -> Counter[str]:
+    """Launches (column 0) or milliseconds (1) of our kernels by name, matrix products and all others."""
+    sums: Counter[str] = Counter()
     for name, figures in row["kernels"].items():
         ours = re.fullmatch(r"_(\w+)_kernel", name)
-        work = ours[1] if ours else "matrix products" if _PRODUCT.search(name) else "others"
-        found[work] = [a + b for a, b in zip(found.get(work, [0, 0.0]), figures, strict=True)]
-    return found
+        sums[ours[1] if ours else "matrix products" if _PRODUCT.search(name) else "others"] += figures[column]
+    return sums
 
 
 def ablation(rows: Sequence[Row]) -> Section:
