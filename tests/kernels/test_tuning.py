@@ -41,12 +41,13 @@ def test_every_gpu_has_a_tile(capability: tuple[int, int], kernel: str, D: int, 
                 assert tile.descriptors == may_describe
 
 
-def test_hopper_takes_larger_tiles_than_the_default() -> None:
-    with tuning.assume_capability((9, 0)):
-        hopper = tuning.attention("dkdv", Q.expand(1, 4, 2, 64).repeat(1, 100, 1, 1), describable=True)
-    with tuning.assume_capability((8, 9)):
-        default = tuning.attention("dkdv", Q, describable=True)
-    assert hopper.BLOCK_N > default.BLOCK_N
+def test_hopper_has_tiles_of_its_own() -> None:
+    q, tiles = Q.repeat(1, 100, 1, 1), {}
+    for capability in ((9, 0), (8, 9)):
+        with tuning.assume_capability(capability):
+            tiles[capability] = [tuning.attention(k, q, describable=True) for k in tune.KERNELS]
+    for hopper, default in zip(*tiles.values(), strict=True):
+        assert hopper != replace(default, descriptors=True)
 
 
 def test_the_batch_does_not_decide_on_the_tile() -> None:
