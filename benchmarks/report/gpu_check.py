@@ -10,7 +10,7 @@ DIR as soon as it is known:
     results.jsonl              every figure, finding and verdict, with the state of the GPU after each part
     report.html, report.md     the page of bench.py, whose parts are among these
     step-*.json.gz             traces of a training step
-    tuning.json                the fastest attention tiles of this GPU
+    tuning.json                the fastest attention tiles of this GPU, which parts after tune use
 Exit code: 0 if every part passed, 1 if not, 2 for wrong usage or no GPU.
 """
 
@@ -23,7 +23,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +75,6 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, text: Path | No
     render = [*MODULE, "benchmarks.report.bench", "--out", str(out), "--render"]
     tune = [*CLI, "kernels", "tune", "--json", "--minutes", "{minutes}", "--head-size", "64", "--feature"]
     tuning = [[*tune, feature] for feature in ("plain", "dropout")]  # what the presets train with
-    tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
     consan = {"TRITON_INSTRUMENTATION_MODE": "consan"}  # Triton's own check of what is shared in a kernel
     tests = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests/train/loop").glob("test_*.py")]
     return [
@@ -86,8 +86,16 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, text: Path | No
         Part(name="report", seconds=4, commands=[render]),
         Part(name="consan", seconds=70, commands=small_checks, jobs=jobs, environment=consan),
         Part(name="sanitizer", seconds=16, commands=sanitized, jobs=jobs, environment=uncached),
-        Part(name="tune", seconds=90, commands=tuning, environment=tuned),
+        Part(name="tune", seconds=90, commands=tuning),
     ]
+
+
+def with_tuned_tiles(parts: Sequence[Part], out: Path) -> list[Part]:
+    """The parts: tune writes into `out`, and those after it launch attention with what it has found."""
+    names = [part.name for part in parts]
+    first = names.index("tune") if "tune" in names else len(names)
+    tuned = {"FUSEDGPT_TUNING": str(out / "tuning.json")}
+    return [*parts[:first], *(replace(p, environment=p.environment | tuned) for p in parts[first:])]
 
 
 def files_with_gpu_tests() -> list[Path]:
@@ -134,7 +142,7 @@ def main() -> int:
         return 2
     sets = bench.PARTS["sets"]
     names = [name for asked in arguments.parts or () for name in sets.get(asked, [asked])]
-    chosen = choose_parts("gpu_check", parts, names)
+    chosen = with_tuned_tiles(choose_parts("gpu_check", parts, names), arguments.out)
     return run_parts(chosen, arguments.out, 60 * arguments.minutes - (time.monotonic() - start))
 
 

@@ -185,6 +185,19 @@ def test_the_sets_name_parts_and_fit_the_time_they_are_for() -> None:
     assert all(sum("test_bench" in word for word in command) == 1 for part in kernels for command in part)
 
 
+def test_tune_writes_where_the_parts_after_it_look(tmp_path: Path) -> None:
+    before, tune, after = parts = [
+        runner.Part(name=name, seconds=1, commands=[], environment={"A": "1"}) for name in ("a", "tune", "b")
+    ]
+    tuned = {"A": "1", "FUSEDGPT_TUNING": str(tmp_path / "tuning.json")}
+    assert gpu_check.with_tuned_tiles(parts, tmp_path) == [
+        before,
+        replace(tune, environment=tuned),
+        replace(after, environment=tuned),
+    ]
+    assert gpu_check.with_tuned_tiles([before, after], tmp_path) == [before, after]
+
+
 def test_consan_and_the_sanitizer_look_at_every_op_and_their_finding_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
