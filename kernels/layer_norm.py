@@ -154,11 +154,9 @@ def _layer_norm_bwd_kernel(
     if seed_ptr is not None:
         seed, offset = tl.load(seed_ptr), tl.load(offset_ptr)
     shape: tl.constexpr = (offs_c + _of_rows(tl.arange(0, ROWS))).shape
-    dweight, dbias, dx_bias = (
-        tl.zeros(shape, tl.float32),
-        tl.zeros(shape, tl.float32),
-        tl.zeros(shape, tl.float32),
-    )
+    dweight = tl.zeros(shape, tl.float32)
+    dbias = tl.zeros(shape, tl.float32)
+    dx_bias = tl.zeros(shape, tl.float32)
     for first_row in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=1):
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)
         offs, mask = _of_rows(rows * C) + offs_c, _of_rows(rows < N) & (offs_c < C)
