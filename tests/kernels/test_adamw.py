@@ -126,7 +126,7 @@ STABLE, DECAY = (PLAIN, DECAYING), (DECAYING, PLAIN)  # of tensors 0 and 1
             300,
         ),  # two chunks; 7 ms per step, 4 more per chunk
         (F32, 0.0, DECAY, (256,), 300),
-        (F16, 1.0, STABLE, (31,), 1000),
+        (F16, 1.0, STABLE, (31,), 500),
         (F16, 0.0, DECAY, (256,), 300),
         *(
             pytest.param(dtype, clip, STABLE, (20_000, 31), 1000, marks=pytest.mark.gpu)

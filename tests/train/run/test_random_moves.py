@@ -266,7 +266,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [70, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_random_moves_lose_nothing(tmp_path: Path, losses: dict[int, float], count: int) -> None:
     moves = Moves(tmp_path, seed=count, losses=losses)
     for _ in range(count):
