@@ -81,12 +81,12 @@ def all_parts(out: Path, *, gpu: bool, peer: Path | None = None, text: Path | No
         *on_any,
         Part(name="graphs", seconds=35, commands=by_file("gpu", GRAPH_TESTS), jobs=jobs),
         *bench.all_parts(gpu=gpu, out=out, peer=peer, text=text),
-        Part(name="gpu_tests", seconds=55, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
+        Part(name="gpu_tests", seconds=50, commands=by_file("gpu", files_with_gpu_tests()), jobs=jobs),
         Part(name="tests", seconds=90, commands=by_file("not gpu", tests), jobs=jobs),
         Part(name="report", seconds=4, commands=[render]),
         Part(name="consan", seconds=70, commands=small_checks, jobs=jobs, environment=consan),
         Part(name="sanitizer", seconds=16, commands=sanitized, jobs=jobs, environment=uncached),
-        Part(name="tune", seconds=90, commands=tuning),
+        Part(name="tune", seconds=85, commands=tuning),
     ]
 
 

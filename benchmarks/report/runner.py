@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache"),
 }
-_WRITTEN = ("results.jsonl", "log.txt", "report.html", "report.md", "summary.txt", "tuning.json")
+_WRITTEN = ("results.jsonl", "log.txt", "report.html", "report.md", "summary.txt")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def figures(work: Iterable[Work], steps: int) -> Row:
 
 def predicted() -> Row:
     """What the model of the hardware says of the step, in a process of its own: it acts as a GPU there."""
-    done = subprocess.run(PREDICT, capture_output=True, text=True, check=True)
+    done = subprocess.run(PREDICT, stdout=subprocess.PIPE, text=True, check=True)
     *parts, together = record.json_rows(done.stdout)
     kernels = {part["kernel"]: [part["launches"], part["milliseconds"]] for part in parts}
     return {"ms": together["milliseconds"], "spread": None, "kernels": kernels}

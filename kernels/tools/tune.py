@@ -125,7 +125,11 @@ def search(
     options["documents"] = feature == "documents"
     checked = cases.attention_case(1, _CHECKED[T <= tuning.SHORT], 2, head_size, **options)
     given = None if tiles is None else list(tiles)
-    work = [(kernel, tile) for kernel in KERNELS for tile in given or candidates(device, kernel)]
+    work = [
+        (kernel, tile)
+        for kernel in KERNELS
+        for tile in (candidates(device, kernel) if given is None else given)
+    ]
     fitting = set(work if device.type == "cpu" else _fitting(work, q, feature, deadline, step))
     found: list[Choice] = []
     for kernel in KERNELS:
@@ -159,7 +163,7 @@ def _fitting(
     fits = partial(_fits, arch=10 * major + minor, shape=tuple(q.shape), dtype=q.dtype, feature=feature)
     found = []
     # spawn: a fork of a process that has used CUDA cannot be relied on.
-    pool = ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(work)), get_context("spawn"))
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
     try:
         futures = {pool.submit(fits, *one): one for one in work}
         left = None if deadline == float("inf") else deadline - time.monotonic()

@@ -193,6 +193,16 @@ def test_the_search_refuses_what_spills_or_does_not_fit(tmp_path: Path) -> None:
     assert done.stdout.split() == ["True", "False"]
 
 
+def test_a_launch_reads_neither_environment_nor_file(on_a_gpu: Any, tuning_file: Path) -> None:
+    tuning.save_tiles(tuning_file, "NVIDIA H100", {tuning.attention_key("fwd", on_a_gpu, "plain"): SMALL})
+    assert tuning.attention("fwd", on_a_gpu) == SMALL
+    tuning_file.unlink()
+    tuning.load_tiles.cache_clear()
+    assert tuning.attention("fwd", on_a_gpu) == SMALL  # until something is saved
+    tuning.save_tiles(tuning_file, "NVIDIA H100", {})
+    assert tuning.attention("fwd", on_a_gpu) != SMALL
+
+
 def test_what_has_not_compiled_by_the_deadline_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fits(kernel: str, tile: Tile, **_: Any) -> bool:
         time.sleep(0.01 if tile == SMALL else 0.5)
